@@ -1,0 +1,128 @@
+"""Save and restore with Orbax: the newest checkpoint and the best, each with checksums.
+
+Arrays are stored under dotted names ("h_0.attn.c_attn.kernel"), parameters apart from the rest, so
+that sampling reads the parameters alone, onto whatever device is there.
+"""
+
+import contextlib
+import shutil
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.sharding import place
+from nanogpt_jax.steps import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run: of all saved, the newest and that of lowest val_loss remain."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder).absolute()  # Orbax fails on relative paths, and late
+        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)  # left by a kill or a full disk
+        keep_best = preservation_policy.BestN(
+            get_metric_fn=lambda metrics: metrics["val_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                [preservation_policy.LatestN(1), keep_best]
+            ),
+            best_fn=lambda metrics: metrics["val_loss"],
+            best_mode="min",
+            # Otherwise a directory that cannot be made hangs the process at its exit.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Return the step of lowest validation loss; None if no checkpoint has one."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, val_loss: float | None = None) -> None:
+        """Save a state in the background, under its step.
+
+        Args:
+            val_loss: None where it was not evaluated: then it counts as newest, never as best.
+        """
+        params = _named_leaves(state.params)
+        training = _named_leaves(state._replace(params={}))
+        # A flipped bit in a data file goes unseen by Orbax; its checksum here tells.
+        checksums = {name: _crc32(leaf) for name, leaf in (params | training).items()}
+        step = int(state.step)
+        assert val_loss is None or np.isfinite(val_loss), "a NaN would delete the real best"
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                training=ocp.args.StandardSave(training),
+                checksums=ocp.args.JsonSave(checksums),
+            ),
+            metrics=None if val_loss is None else {"val_loss": val_loss},
+        )
+        assert saved, f"step {step} is not newer than step {self.latest_step()}"
+
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """Return the state of a step.
+
+        Args:
+            abstract: its shapes, from `jax.eval_shape`.
+
+        Raises:
+            InputError: the checkpoint is damaged, or of a model of another shape.
+        """
+        params = self.restore_params(abstract.params, step)
+        return self._restore("training", abstract._replace(params={}), step)._replace(params=params)
+
+    def restore_params(self, abstract_params, step: int):
+        """Return the parameters alone of a step; raises as `restore` does."""
+        return self._restore("params", abstract_params, step)
+
+    def _restore(self, item: str, abstract, step: int):
+        path = self.folder / str(step)
+        targets = _named_leaves(place(abstract))
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{item: ocp.args.StandardRestore(targets)}, checksums=ocp.args.JsonRestore()
+                ),
+            )
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{path}: the checkpoint cannot be restored ({reason})") from error
+        for name, leaf in restored[item].items():
+            if _crc32(leaf) != restored["checksums"][name]:
+                raise InputError(f"{path}: {name} is not what was saved: the file is damaged")
+        order = [restored[item][name] for name in targets]
+        return jax.tree.unflatten(jax.tree.structure(abstract), order)
+
+    def wait(self) -> None:
+        """Wait until what was saved lies on the disk; raises OSError where it could not."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and give all resources back."""
+        with contextlib.closing(self._manager):
+            self.wait()
+
+
+def _named_leaves(tree) -> dict:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _crc32(leaf) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf))

@@ -1,0 +1,137 @@
+"""Open token files, and the batch of (seed, split, step) as a pure function. No JAX.
+
+A batch is where its windows begin: B offsets into one long array of token ids. Nothing is shuffled
+or carried from step to step, so a resumed run reads exactly what an uninterrupted one would have.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt_jax.errors import InputError
+
+SPLITS = ("train", "val")
+# At most this many bytes of ids lie on the device; of a larger corpus only the next windows do.
+RESIDENT_BYTES = 256 * 2**20
+
+
+def open_tokens(path: Path, dtype: str, vocab_size: int, min_tokens: int) -> tuple[np.ndarray, int]:
+    """Map a `.bin` file of little-endian ids and check all of it.
+
+    A gather on the device clamps an id past the vocabulary, or reads NaN, without a word; so
+    whatever is wrong with a file must be found here.
+
+    Returns:
+        The ids, a read-only array of shape (n,), and the CRC32 of the file's bytes.
+
+    Raises:
+        InputError: the file is missing, cut off, too short, or holds an id >= vocab_size.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: must exist, but there is no such file")
+    n_bytes, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if n_bytes % width:
+        raise InputError(
+            f"{path}: must hold whole {dtype} ids, {width} bytes each, but has {n_bytes} bytes: "
+            "it is cut off, make it anew"
+        )
+    if n_bytes // width < min_tokens:
+        raise InputError(
+            f"{path}: must hold at least block_size + 1 = {min_tokens} tokens, "
+            f"but has {n_bytes // width}: use more text or a smaller --block_size"
+        )
+    tokens = np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
+    crc = 0
+    for begin in range(0, len(tokens), 2**24):  # piece by piece: a corpus may exceed the memory
+        piece = np.asarray(tokens[begin : begin + 2**24])
+        if (largest := int(piece.max())) >= vocab_size:
+            at = begin + int(piece.argmax())
+            raise InputError(
+                f"{path}: ids must be below the vocabulary's size {vocab_size}, but token {at} is "
+                f"{largest}: is this the right tokenizer or --vocab_size?"
+            )
+        crc = zlib.crc32(piece, crc)
+    return tokens, crc
+
+
+def batch_offsets(
+    seed: int, split: str, step: int, n_tokens: int, block_size: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return where each window of a step's batch begins, int64 of the given shape.
+
+    Uniform over every window of block_size + 1 tokens, drawn with replacement, as in nanoGPT.
+    Philox is a counter-based generator: (seed, split) is its key and the step its counter, so any
+    step's batch is had at once, and raw words, unlike `Generator.integers`, never change between
+    versions of NumPy. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    n_windows = n_tokens - block_size
+    # 2**64 counters apart: no two steps can overlap
+    philox = np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, step, 0, 0])
+    words = philox.random_raw(int(np.prod(shape)))
+    return (words % np.uint64(n_windows)).astype(np.int64).reshape(shape)
+
+
+class TrainBatches:
+    """The batches of a run, as the device takes them: some steps at a time.
+
+    Of a corpus that fits, all ids lie on the device and offsets point into them. Of a larger one,
+    which stays a file, only the windows of the next steps are read and laid end to end, and offsets
+    count through those. Both give the same windows under one gather, so one compiled step serves
+    both.
+
+    Args:
+        tokens: ids of the train split, of shape (n_tokens,).
+        shape: (A, B): micro-batches of an update, sequences in each.
+        most_steps: N, steps that one call of `read` can hold; fewer where windows would be large.
+    """
+
+    def __init__(self, tokens, seed: int, block_size: int, shape: tuple[int, int], most_steps: int):
+        self.tokens, self.seed, self.block_size, self.shape = tokens, seed, block_size, shape
+        self.resident = tokens.nbytes <= RESIDENT_BYTES
+        step_bytes = int(np.prod(shape)) * (block_size + 1) * tokens.itemsize
+        within = most_steps if self.resident else RESIDENT_BYTES // 8 // step_bytes
+        self.most_steps = max(1, min(most_steps, within))
+
+    def read(self, step: int, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens, offsets_NAB) of the n_steps <= N steps from `step` on, the rest zeros."""
+        n_tokens, length = len(self.tokens), self.block_size + 1
+        offsets_NAB = np.zeros((self.most_steps, *self.shape), np.int64)
+        for i in range(n_steps):
+            offsets_NAB[i] = batch_offsets(
+                self.seed, "train", step + i, n_tokens, self.block_size, self.shape
+            )
+        if self.resident:
+            return self.tokens, offsets_NAB.astype(np.int32)
+        return _laid_end_to_end(self.tokens, offsets_NAB, length)
+
+
+def eval_batches(
+    tokens, block_size: int, batch_size: int, n_batches: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (tokens, offsets_NB, counts_NB): the fixed windows of every evaluation.
+
+    With n_batches = 0 each token but the first is predicted exactly once: windows lie end to end,
+    and the last one, where the rest is shorter, reaches back so that it is whole but counts only
+    its last targets. Otherwise that many batches of windows, evenly spread over the split. What is
+    missing to a whole last batch are windows that count nothing.
+    """
+    starts = np.arange(0, len(tokens) - 1, block_size)
+    offsets = np.minimum(starts, len(tokens) - 1 - block_size)
+    counts = np.minimum(block_size, len(tokens) - 1 - starts)
+    if 0 < n_batches * batch_size < len(starts):
+        chosen = np.linspace(0, len(starts) - 1, n_batches * batch_size).round().astype(np.int64)
+        offsets, counts = offsets[chosen], counts[chosen]
+    fill = (0, -len(offsets) % batch_size)
+    offsets_NB = np.pad(offsets, fill).reshape(-1, batch_size)
+    counts_NB = np.pad(counts, fill).reshape(-1, batch_size).astype(np.int32)
+    if tokens.nbytes > RESIDENT_BYTES:
+        tokens, offsets_NB = _laid_end_to_end(tokens, offsets_NB, block_size + 1)
+    return tokens, offsets_NB.astype(np.int32), counts_NB
+
+
+def _laid_end_to_end(tokens, offsets, length: int) -> tuple[np.ndarray, np.ndarray]:
+    windows = tokens[offsets.reshape(-1, 1) + np.arange(length)]
+    new_offsets = np.arange(offsets.size, dtype=np.int32) * length
+    return windows.reshape(-1), new_offsets.reshape(offsets.shape)

@@ -1,0 +1,24 @@
+"""The one error that means "the user's input cannot be used", and how a command answers it."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """One line for the user: what was required, what came, what to do."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" with the closest of `known`, or "" where nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Run a command's `main(argv)` and exit: 0 done, 2 wrong input (one line, no traceback)."""
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,191 @@
+"""What a run shows: progress bar, metrics.jsonl and the picture of its loss."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.optim import learning_rate_schedule
+from nanogpt_jax.run_folder import METRICS, PICTURE
+from nanogpt_jax.steps import Metrics
+
+REDRAW_S = 60
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+class Report:
+    """Reports a run's dispatches one behind, so that the device never waits for the host."""
+
+    def __init__(self, folder: Path, config: TrainConfig, start_step: int):
+        self.folder, self.config = folder, config
+        self.steps_per_s = 0.0  # of the last dispatch that was reported
+        self.train_loss = None
+        # A run that was killed may have logged past the checkpoint it goes on from.
+        rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        self._file = (folder / METRICS).open("w", encoding="utf-8")
+        for row in rows:
+            self._write(row)
+        self.best = min(((r["val_loss"], r["step"]) for r in rows if "val_loss" in r), default=None)
+        self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
+        self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
+        self._pending = None
+        schedule = learning_rate_schedule(config.optim, config.max_iters)
+        self._learning_rates = np.asarray(schedule(np.arange(config.max_iters)))
+        self._bar = tqdm(
+            initial=start_step,
+            total=config.max_iters,
+            unit="step",
+            disable=None,  # no bar where standard error is a file: there the lines below serve
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}, {remaining} left{postfix}]",
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(line)
+
+    def dispatched(self, step: int, n_steps: int, launched_s: float, metrics: Metrics) -> None:
+        """Note that n_steps from `step` on were dispatched, and report the dispatch before.
+
+        Args:
+            launched_s: `time.perf_counter()` before the dispatch.
+            metrics: of shape (N,), the first n_steps filled; not waited for yet.
+        """
+        self.catch_up()
+        self._pending = step, n_steps, launched_s, metrics
+
+    def catch_up(self) -> None:
+        """Wait for what was dispatched, and report it.
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        if self._pending is None:
+            return
+        first, n_steps, launched_s, metrics = self._pending
+        self._pending = None
+        losses = np.asarray(metrics.loss)[:n_steps]
+        done_s = time.perf_counter()
+        self.steps_per_s = n_steps / (done_s - max(launched_s, self._last_done_s))
+        self._last_done_s = done_s
+        for step, loss in enumerate(losses, first + 1):
+            if not np.isfinite(loss):
+                raise Diverged(f"the loss is {loss} at step {step}")
+            self.train_loss = float(loss)
+            if step % self.config.log_interval == 0 and not self.evaluation_due(step):
+                self._log(step)
+        tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
+        self._bar.set_postfix_str(
+            f"loss {self.train_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False
+        )
+        self._bar.update(n_steps)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Return whether a step is followed by an evaluation: each eval_interval, and the last."""
+        return step % self.config.eval_interval == 0 or step == self.config.max_iters
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        """Report an evaluation; `catch_up` comes before it.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        if not math.isfinite(val_loss):
+            raise Diverged(f"the validation loss is {val_loss} at step {step}")
+        is_best = self.best is None or val_loss < self.best[0]
+        self.best = (val_loss, step) if is_best else self.best
+        self._log(step, val_loss)
+        train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
+        speed = self.steps_per_s * self.config.tokens_per_iter
+        shown = f", {speed:,.0f} tokens/s" if speed else ""
+        best = "" if is_best else f" (best {self.best[0]:.4f} at step {self.best[1]})"
+        self.say(f"step {step:6d}: {train}val loss {val_loss:.4f}{best}{shown}")
+        now_s = time.perf_counter()
+        if now_s - self._drawn_s > REDRAW_S:
+            draw(self.folder, self.config.config)
+            self._drawn_s = now_s
+
+    def elapsed_s(self) -> float:
+        """Return the seconds of this run, earlier starts included."""
+        return self._elapsed_before_s + time.perf_counter() - self._begun_s
+
+    def close(self) -> None:
+        """End the bar and the file, and draw the picture."""
+        self._bar.close()
+        self._file.close()
+        draw(self.folder, self.config.config)
+
+    def _log(self, step: int, val_loss: float | None = None) -> None:
+        row = {"step": step}
+        if self.train_loss is not None:
+            row["train_loss"] = self.train_loss
+        if val_loss is not None:
+            row["val_loss"] = val_loss
+        row["lr"] = float(self._learning_rates[max(0, step - 1)])  # of the update before
+        row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
+        row["elapsed_s"] = round(self.elapsed_s(), 2)
+        self._write(row)
+
+    def _write(self, row: dict) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Return the rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    path = Path(folder, METRICS)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw(folder: Path, title: str) -> None:
+    """Draw loss.png from metrics.jsonl: train and validation curve, the best point marked."""
+    import matplotlib  # takes half a second: only now
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    train = np.array([(r["step"], r["train_loss"]) for r in rows if "train_loss" in r])
+    val = np.array([(r["step"], r["val_loss"]) for r in rows if "val_loss" in r])
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
+    if len(train):
+        steps, losses = train.T
+        half = min(10, len(losses) // 20)  # rows on each side in the running mean; fewer at the ends
+        smooth = [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color="tab:blue", label="train (running mean)")
+    if len(val):
+        steps, losses = val.T
+        best = losses.argmin()
+        axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="validation")
+        axes.plot(steps[best], losses[best], "*", color="tab:red", markersize=14, zorder=3)
+        axes.annotate(
+            f"best {losses[best]:.4f}\nat step {steps[best]:.0f}",
+            (steps[best], losses[best]),
+            xytext=(-6, 14),
+            textcoords="offset points",
+            ha="right" if best else "left",
+            color="tab:red",
+        )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(train) or len(val):
+        axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(folder / PICTURE)
+    plt.close(figure)

@@ -1,0 +1,133 @@
+"""The folder of a run: where it lies, what it holds, whether a run may go on in it. No JAX.
+
+out/small/config.json      all that was asked, with versions and device
+          metrics.jsonl    one JSON object a line
+          loss.png         the loss's picture
+          tokenizer.json   what decodes the model's tokens
+          checkpoints/     Orbax: the newest and the best
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+from nanogpt_jax.config import ModelConfig, TrainConfig, field_types, to_flat_dict
+from nanogpt_jax.errors import InputError
+
+OUT = Path("out")
+CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+# What may change from one start of a run to the next: it does not touch the updates themselves.
+FREE_FIELDS = {
+    "config", "out_dir", "dataset", "data_dir", "max_iters", "eval_interval", "log_interval",
+    "eval_only", "overwrite",
+}  # fmt: skip
+
+
+def choose(config: TrainConfig, dataset_name: str, default_dataset: str) -> Path:
+    """Return the run's folder: --out_dir, else out/CONFIG, with the dataset where it is another."""
+    if config.out_dir is not None:
+        return Path(config.out_dir)
+    name = Path(config.config).stem
+    return OUT / (name if dataset_name == default_dataset else f"{name}-{dataset_name}")
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made or written, without making it.
+
+    Raises:
+        InputError: it is a file, lies below one, or its place is read-only.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"out_dir must be a folder, but {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"out_dir must be writable, but {existing} is not")
+
+
+def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
+    """Return whether a run that fits `config` lies in the folder, False if it holds none.
+
+    Raises:
+        InputError: the folder holds something else, or a run that differs; fields are named.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / CONFIG).exists():
+        raise InputError(
+            f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
+        )
+    begun = _read_config(folder)
+    differing = [
+        f"{name} {begun.get(name)!r} -> {value!r}"
+        for name, value in to_flat_dict(config).items()
+        if name not in FREE_FIELDS and begun.get(name) != value
+    ]
+    if begun.get("made_with", {}).get("dataset_fingerprint") != fingerprint:
+        differing.insert(0, f"dataset {begun.get('dataset')!r} -> {config.dataset!r}, another text")
+    if differing:
+        raise InputError(
+            f"{folder} holds a run that differs: {'; '.join(differing)}. Take those back to go on "
+            "with it, --out_dir for a new place, or --overwrite to delete it and start anew"
+        )
+    return True
+
+
+def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) -> None:
+    """Make the folder, or bring its config.json up to what was asked now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {**made_with, "dataset_fingerprint": fingerprint}
+    content = json.dumps(to_flat_dict(config) | {"made_with": facts}, indent=1)
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(content + "\n", encoding="utf-8")
+    partial.replace(folder / CONFIG)
+
+
+def delete(folder: Path) -> None:
+    """Delete a run for --overwrite, and nothing that is not a run.
+
+    Raises:
+        InputError: the folder holds files, but no run.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / CONFIG).exists():
+            raise InputError(f"--overwrite deletes only runs, but {folder} has no {CONFIG}")
+        shutil.rmtree(folder)
+
+
+def newest() -> Path:
+    """Return the run below out/ with the newest checkpoint.
+
+    Raises:
+        InputError: there is none.
+    """
+    runs = [path.parent for path in OUT.glob(f"*/{CHECKPOINTS}") if any(path.glob("[0-9]*"))]
+    if not runs:
+        raise InputError(f"no run lies under {OUT}/ yet: train one with `python train.py`")
+    return max(runs, key=lambda run: (run / CHECKPOINTS).stat().st_mtime)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Return the shape of a run's model.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    if not (folder / CONFIG).exists():
+        raise InputError(f"out_dir must hold a run, but there is no {folder / CONFIG}")
+    begun = _read_config(folder)
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    return ModelConfig(**{name: begun[name] for name in names & begun.keys()})
+
+
+def _read_config(folder: Path) -> dict:
+    path = folder / CONFIG
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        assert set(loaded) <= {*field_types(TrainConfig), "made_with"}
+        return loaded
+    except (OSError, ValueError, AssertionError) as error:
+        raise InputError(f"{path}: must be a run's configuration, but is not ({error})") from None

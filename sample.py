@@ -1,0 +1,148 @@
+"""Write text with a trained model: python sample.py [--any_field value ...]
+
+Without a flag: ten samples from the best checkpoint of the newest run under out/.
+"""
+
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt_jax import run_folder
+from nanogpt_jax import tokenizer as tokenizers
+from nanogpt_jax.config import ModelConfig, SampleConfig, parse_args, split_settings
+from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.tokenizer import CharTokenizer
+
+SEPARATOR = "-" * 15
+
+
+def main(argv: list[str]) -> int:
+    """Check all that was asked before JAX is loaded; then write."""
+    settings = split_settings(argv, SampleConfig)
+    config = parse_args(SampleConfig, settings, SampleConfig(), __doc__)
+    folder = Path(config.out_dir) if config.out_dir else run_folder.newest()
+    model_config = run_folder.read_model_config(folder)
+    tokenizer = tokenizers.load(folder)
+    if tokenizer is None:
+        raise InputError(
+            f"{folder} has no {tokenizers.FILE_NAME}: its .bin files came without their text, "
+            "so its tokens cannot be read"
+        )
+    start = read_start(config.start)
+    tokenizer.encode(start or "")  # unknown characters, said before JAX is loaded
+    return write_samples(config, folder, model_config, tokenizer, start)
+
+
+def read_start(start: str | None) -> str | None:
+    """Return the start text: itself, a file's (FILE:path) or standard input's (-).
+
+    Raises:
+        InputError: the file cannot be read as UTF-8 text.
+    """
+    if start == "-":
+        return sys.stdin.read()
+    if start is None or not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"start: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"start: {path} must be UTF-8, but byte {error.start} is not") from None
+
+
+def write_samples(
+    config: SampleConfig,
+    folder: Path,
+    model_config: ModelConfig,
+    tokenizer: CharTokenizer,
+    start: str | None,
+) -> int:
+    """Restore the parameters and print the samples; return the exit code."""
+    import jax
+
+    from nanogpt_jax import generate, steps
+    from nanogpt_jax.checkpoint import Checkpoints
+    from nanogpt_jax.model import GPT
+
+    model = GPT(model_config)
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+    step = checkpoints.best_step() if config.checkpoint == "best" else checkpoints.latest_step()
+    step = checkpoints.latest_step() if step is None else step  # stopped before an evaluation
+    if step is None:
+        raise InputError(f"{folder} has no checkpoint yet: train it first")
+    key, _ = steps.stream_keys(0)
+    abstract_params = jax.eval_shape(partial(steps.init_params, model), key)
+    params = checkpoints.restore_params(abstract_params, step)
+    print(f"{folder}, step {step}", file=sys.stderr)
+
+    sampling = generate.Sampling(config.temperature, config.top_k, config.top_p)
+    n_rows = 1 if config.stream else config.num_samples
+    window_BS, length = generate.start_window(tokenizer, start, n_rows, model_config.block_size)
+
+    if not config.stream:
+        write = jax.jit(
+            partial(generate.generate, model),
+            static_argnames=("n_tokens", "sampling", "exact_window"),
+        )
+        tokens_BN = write(
+            params,
+            window_BS,
+            length,
+            generate.row_keys(config.seed, range(n_rows)),
+            n_tokens=config.max_new_tokens,
+            sampling=sampling,
+            exact_window=config.exact_window,
+        )
+        for tokens in np.asarray(tokens_BN):
+            text = tokenizer.decode(tokens)
+            print((start or "") + "".join(until(config.stop, [text])), SEPARATOR, sep="\n")
+        return 0
+
+    prefill = jax.jit(partial(generate.prefill, model), static_argnames="exact_window")
+    decode = jax.jit(
+        partial(generate.decode, model), static_argnames="sampling", donate_argnames="generation"
+    )
+
+    def pieces(row: int) -> Iterator[str]:
+        keys_B = generate.row_keys(config.seed, range(row, row + 1))
+        generation = prefill(params, window_BS, length, exact_window=config.exact_window)
+        made = 0
+        while made != config.max_new_tokens:  # -1 is never reached
+            generation, tokens_B = decode(params, generation, keys_B, sampling=sampling)
+            made += 1
+            yield tokenizer.decode(np.asarray(tokens_B))
+
+    try:
+        for row in range(config.num_samples):
+            print(start or "", end="", flush=True)
+            for text in until(config.stop, pieces(row)):
+                print(text, end="", flush=True)
+            print(f"\n{SEPARATOR}", flush=True)
+    except KeyboardInterrupt:  # the way out of a text without end
+        print()
+        return 128 + signal.SIGINT
+    return 0
+
+
+def until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
+    """Yield text as it comes, up to the first occurrence of `stop`, even one split over pieces."""
+    held = ""  # what may yet turn out to be the beginning of `stop`
+    for piece in pieces:
+        held += piece
+        if stop and stop in held:
+            yield held[: held.index(stop)]
+            return
+        free = max(0, len(held) - len(stop) + 1) if stop else len(held)
+        yield held[:free]
+        held = held[free:]
+    yield held
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,209 @@
+"""Train a GPT: python train.py --config NAME|FILE.json [--any_field value ...]
+
+Run it again to go on where it stopped. The run lies in out/NAME; python sample.py writes text.
+"""
+
+import dataclasses
+import platform
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import nanogpt_jax
+from nanogpt_jax import corpora, data, run_folder, tokenizer
+from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.corpora import Corpus
+from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.presets import PRESETS, parse_train_config
+
+SECONDS_PER_DISPATCH = 1.0  # progress shows about this often
+MOST_STEPS_PER_DISPATCH = 1024
+SAMPLE_TOKENS = 300  # of the text shown at the end
+
+
+def main(argv: list[str]) -> int:
+    """Check all that was asked, before anything is written and before JAX is loaded; then train."""
+    start_s = time.perf_counter()
+    config = parse_train_config(argv, __doc__)
+    if config.out_dir is not None:
+        run_folder.check_writable(Path(config.out_dir))
+    min_tokens = config.model.block_size + 1
+    dataset_folder = corpora.resolve(config.dataset, Path(config.data_dir), min_tokens)
+    corpus = corpora.open_corpus(dataset_folder, min_tokens, config.model.vocab_size)
+    usual = PRESETS[config.config]().dataset if config.config in PRESETS else None
+    folder = run_folder.choose(config, corpus.name, usual or corpora.SHAKESPEARE)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=corpus.vocab_size),
+        optim=dataclasses.replace(
+            config.optim, lr_decay_iters=config.optim.lr_decay_iters or config.max_iters
+        ),
+    )
+    run_folder.check_writable(folder)
+    if config.overwrite and not config.eval_only:
+        run_folder.delete(folder)
+    if not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
+        raise InputError(f"--eval_only needs a run, but {folder} holds none: train one first")
+    return train(config, corpus, folder, start_s)
+
+
+def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> int:
+    """Train, or go on with, the run in `folder`; return the exit code."""
+    # From here on JAX is needed; --help and wrong input have been answered without it.
+    import jax
+
+    from nanogpt_jax import generate, steps
+    from nanogpt_jax.accounting import parameter_counts
+    from nanogpt_jax.checkpoint import Checkpoints
+    from nanogpt_jax.model import GPT
+    from nanogpt_jax.optim import make_optimizer
+    from nanogpt_jax.report import Diverged, Report
+    from nanogpt_jax.sharding import describe_device
+
+    n_params = sum(parameter_counts(config.model).values())
+    print(
+        f"{config.config}: {n_params / 1e6:.2f}M parameters, {config.tokens_per_iter:,} tokens a "
+        f"step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
+        f"{corpus.vocab_size}); jax {jax.__version__} on {describe_device()}"
+    )
+    versions = {"nanogpt_jax": nanogpt_jax.__version__, "jax": jax.__version__}
+    made_with = {**versions, "python": platform.python_version(), "device": describe_device()}
+    run_folder.begin(folder, config, corpus.fingerprint, made_with)
+    if corpus.tokenizer:
+        tokenizer.save(corpus.tokenizer, folder)
+
+    # Pure functions of the package, jitted here. Only arrays go in; the rest is closed over.
+    model = GPT(config.model)
+    tx = make_optimizer(config.optim, config.max_iters)
+    init_state = partial(steps.init_state, model, tx)
+    eval_steps = jax.jit(partial(steps.eval_steps, model))
+    train_steps = jax.jit(partial(steps.train_steps, model, tx), donate_argnames="state")
+
+    # The state: as a checkpoint has it, or new.
+    weights_key, dropout_key = steps.stream_keys(config.seed)
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+    begun_at = checkpoints.latest_step()
+    if begun_at is None:
+        state = jax.jit(init_state)(weights_key)
+    else:
+        state = checkpoints.restore(jax.eval_shape(init_state, weights_key), begun_at)
+
+    # The data: the same windows in each evaluation, the batches of any step in training.
+    batch_size, block_size = config.batch_size, config.model.block_size
+    val_batches = jax.device_put(
+        data.eval_batches(corpus.splits["val"], block_size, batch_size, config.eval_iters)
+    )
+    n_targets = int(val_batches[-1].sum())
+
+    def evaluate(params) -> float:
+        sums, _ = eval_steps(params, *val_batches)
+        return float(np.asarray(sums).sum(dtype=np.float64) / n_targets)
+
+    if config.eval_only:
+        print(f"step {begun_at}: val loss {evaluate(state.params):.4f}, {n_targets:,} tokens")
+        return 0
+    if begun_at is not None and begun_at >= config.max_iters:
+        print(
+            f"{folder} is complete: {begun_at} steps are done. `python sample.py` writes text; "
+            "--overwrite trains anew, a larger --max_iters with the old --lr_decay_iters goes on"
+        )
+        return 0
+    if begun_at is not None:
+        print(f"going on with {folder} from step {begun_at}")
+
+    batch_shape = config.gradient_accumulation_steps, batch_size
+    batches = data.TrainBatches(
+        corpus.splits["train"], config.seed, block_size, batch_shape, MOST_STEPS_PER_DISPATCH
+    )
+    tokens, offsets_NAB = batches.read(0, 0)
+    tokens_on_device = jax.device_put(tokens) if batches.resident else None
+    # Compiled once, for the whole run: how many steps a dispatch makes is one of its arguments.
+    compiled_train_steps = train_steps.lower(
+        state, tokens, offsets_NAB, np.int32(0), dropout_key
+    ).compile()
+
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(stop_soon, signals))
+    step, saved_at = begun_at or 0, begun_at
+    report = Report(folder, config, step)
+    try:
+        while True:
+            if report.evaluation_due(step) and step != begun_at:
+                report.catch_up()
+                val_loss = evaluate(state.params)
+                report.evaluated(step, val_loss)
+                if step > 0:
+                    checkpoints.save(state, val_loss)
+                    saved_at = step
+            if step == config.max_iters or signals:
+                break
+            n_steps = min(
+                max(1, int(report.steps_per_s * SECONDS_PER_DISPATCH)),
+                batches.most_steps,
+                config.max_iters - step,
+                config.eval_interval - step % config.eval_interval,
+            )
+            # Read while the device is still busy with the dispatch before this one.
+            tokens, offsets_NAB = batches.read(step, n_steps)
+            tokens = tokens_on_device if batches.resident else tokens
+            launched_s = time.perf_counter()
+            state, metrics = compiled_train_steps(
+                state, tokens, offsets_NAB, np.int32(n_steps), dropout_key
+            )
+            report.dispatched(step, n_steps, launched_s, metrics)
+            if step == (begun_at or 0):
+                report.catch_up()
+                report.say(f"first step done {time.perf_counter() - start_s:.1f} s after the start")
+            step += n_steps
+        report.catch_up()
+        if signals and saved_at != step:
+            checkpoints.save(state)
+    except Diverged as error:
+        print(
+            f"error: {error}; try a lower --learning_rate or a longer --warmup_iters. "
+            f"The checkpoints in {folder} are from before that",
+            file=sys.stderr,
+        )
+        return 1
+    finally:
+        report.close()
+        checkpoints.close()
+
+    if signals:
+        print(f"stopped at step {step}, and saved: the same command goes on from there")
+        return 128 + signals[0]
+    best_loss, best_step = report.best
+    print(
+        f"{step} steps in {report.elapsed_s():.0f} s, best val loss {best_loss:.4f} at step "
+        f"{best_step}. The run lies in {folder}: loss.png shows it, `python sample.py` writes more:"
+    )
+    if corpus.tokenizer:
+        window_BS, length = generate.start_window(corpus.tokenizer, None, 1, block_size)
+        write = jax.jit(partial(generate.generate, model), static_argnames=("n_tokens", "sampling"))
+        new_tokens_BN = write(
+            state.params,
+            window_BS,
+            length,
+            generate.row_keys(config.seed, range(1)),
+            n_tokens=SAMPLE_TOKENS,
+            sampling=generate.Sampling(temperature=0.8, top_k=200),
+        )
+        print(corpus.tokenizer.decode(np.asarray(new_tokens_BN)[0]))
+    return 0
+
+
+def stop_soon(signals: list[int], number: int, frame) -> None:
+    """Note a signal: the loop saves and stops after the dispatch at hand; a second one kills."""
+    del frame
+    signals.append(number)
+    print(f"\n{signal.Signals(number).name}: saving, then stopping", file=sys.stderr, flush=True)
+    signal.signal(number, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -22,3 +22,13 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        # The class differs between versions of JAX, the text does not.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "error: the device's memory does not suffice. Take a smaller --batch_size, with as "
+            "many more --gradient_accumulation_steps for the same result, or a smaller model",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -55,8 +55,8 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids) -> str:
-        """Return the text of token ids, each from 0 to vocab_size - 1."""
-        return "".join(self.chars[i] for i in ids)
+        """Return the text of token ids; one past the vocabulary shows as U+FFFD."""
+        return "".join(self.chars[i] if i < self.vocab_size else "\ufffd" for i in ids)
 
     def to_json(self) -> dict:
         """Return what `from_json` reads."""

@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -37,7 +38,7 @@ class Report:
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
         self._pending = None
         schedule = learning_rate_schedule(config.optim, config.max_iters)
-        self._learning_rates = np.asarray(schedule(np.arange(config.max_iters)))
+        self._learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
         self._bar = tqdm(
             initial=start_step,
             total=config.max_iters,

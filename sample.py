@@ -71,7 +71,7 @@ def write_samples(
     from nanogpt_jax.model import GPT
 
     model = GPT(model_config)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
     step = checkpoints.best_step() if config.checkpoint == "best" else checkpoints.latest_step()
     step = checkpoints.latest_step() if step is None else step  # stopped before an evaluation
     if step is None:

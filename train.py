@@ -4,6 +4,7 @@ Run it again to go on where it stopped. The run lies in out/NAME; python sample.
 """
 
 import dataclasses
+import os
 import platform
 import signal
 import sys
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
     run_folder.check_writable(folder)
     if config.overwrite and not config.eval_only:
         run_folder.delete(folder)
+        config = dataclasses.replace(config, overwrite=False)  # done; nothing to be repeated
     if not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
         raise InputError(f"--eval_only needs a run, but {folder} holds none: train one first")
     return train(config, corpus, folder, start_s)
@@ -72,9 +74,10 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     )
     versions = {"nanogpt_jax": nanogpt_jax.__version__, "jax": jax.__version__}
     made_with = {**versions, "python": platform.python_version(), "device": describe_device()}
-    run_folder.begin(folder, config, corpus.fingerprint, made_with)
-    if corpus.tokenizer:
-        tokenizer.save(corpus.tokenizer, folder)
+    if not config.eval_only:
+        run_folder.begin(folder, config, corpus.fingerprint, made_with)
+        if corpus.tokenizer:
+            tokenizer.save(corpus.tokenizer, folder)
 
     # Pure functions of the package, jitted here. Only arrays go in; the rest is closed over.
     model = GPT(config.model)
@@ -85,8 +88,10 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
 
     # The state: as a checkpoint has it, or new.
     weights_key, dropout_key = steps.stream_keys(config.seed)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=config.eval_only)
     begun_at = checkpoints.latest_step()
+    if config.eval_only and begun_at is None:
+        raise InputError(f"--eval_only needs a checkpoint, but {folder} has none yet")
     if begun_at is None:
         state = jax.jit(init_state)(weights_key)
     else:
@@ -201,7 +206,8 @@ def stop_soon(signals: list[int], number: int, frame) -> None:
     """Note a signal: the loop saves and stops after the dispatch at hand; a second one kills."""
     del frame
     signals.append(number)
-    print(f"\n{signal.Signals(number).name}: saving, then stopping", file=sys.stderr, flush=True)
+    # Not print: that may be what the signal interrupted, and cannot be entered twice.
+    os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping\n".encode())
     signal.signal(number, signal.SIG_DFL)
 
 

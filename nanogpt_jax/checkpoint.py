@@ -5,6 +5,7 @@ that sampling reads the parameters alone, onto whatever device is there.
 """
 
 import contextlib
+import logging
 import shutil
 import zlib
 from pathlib import Path
@@ -18,14 +19,22 @@ from nanogpt_jax.errors import InputError
 from nanogpt_jax.sharding import place
 from nanogpt_jax.steps import TrainState
 
+# A save without val_loss (on a signal) is meant so; Orbax would warn of it in the user's face.
+logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+
 
 class Checkpoints:
-    """The checkpoints of one run: of all saved, the newest and that of lowest val_loss remain."""
+    """The checkpoints of one run: of all saved, the newest and that of lowest val_loss remain.
 
-    def __init__(self, folder: Path):
+    Args:
+        read_only: nothing is written or cleaned up; a training may be saving there meanwhile.
+    """
+
+    def __init__(self, folder: Path, read_only: bool = False):
         self.folder = Path(folder).absolute()  # Orbax fails on relative paths, and late
-        for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(partial, ignore_errors=True)  # left by a kill or a full disk
+        if not read_only:
+            for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)  # left by a kill or a full disk
         keep_best = preservation_policy.BestN(
             get_metric_fn=lambda metrics: metrics["val_loss"],
             reverse=True,
@@ -38,6 +47,7 @@ class Checkpoints:
             ),
             best_fn=lambda metrics: metrics["val_loss"],
             best_mode="min",
+            create=not read_only,
             # Otherwise a directory that cannot be made hangs the process at its exit.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )

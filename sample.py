@@ -44,7 +44,12 @@ def read_start(start: str | None) -> str | None:
         InputError: the file cannot be read as UTF-8 text.
     """
     if start == "-":
-        return sys.stdin.read()
+        try:
+            return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"start: standard input must be UTF-8, but byte {error.start} is not"
+            ) from None
     if start is None or not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     start_s = time.perf_counter()
     config = parse_train_config(argv, __doc__)
     if config.out_dir is not None:
-        run_folder.check_writable(Path(config.out_dir))
+        run_folder.check_usable(Path(config.out_dir))
     min_tokens = config.model.block_size + 1
     dataset_folder = corpora.resolve(config.dataset, Path(config.data_dir), min_tokens)
     corpus = corpora.open_corpus(dataset_folder, min_tokens, config.model.vocab_size)
@@ -44,7 +44,6 @@ def main(argv: list[str]) -> int:
             config.optim, lr_decay_iters=config.optim.lr_decay_iters or config.max_iters
         ),
     )
-    run_folder.check_writable(folder)
     if config.overwrite and not config.eval_only:
         run_folder.delete(folder)
         config = dataclasses.replace(config, overwrite=False)  # done; nothing to be repeated
@@ -66,7 +65,8 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     from nanogpt_jax.report import Diverged, Report
     from nanogpt_jax.sharding import describe_device
 
-    n_params = sum(parameter_counts(config.model).values())
+    counts = parameter_counts(config.model)
+    n_params = sum(counts.values()) - counts["position embedding"]  # as nanoGPT counts
     print(
         f"{config.config}: {n_params / 1e6:.2f}M parameters, {config.tokens_per_iter:,} tokens a "
         f"step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "

@@ -125,6 +125,7 @@ class TrainConfig:
         ones = "batch_size gradient_accumulation_steps max_iters eval_interval log_interval"
         for name in ones.split():
             _require(getattr(self, name) >= 1, self, name, "at least 1")
+        _require(self.dataset != "", self, "dataset", "a name or a path")
         _require(self.eval_iters >= 0, self, "eval_iters", "at least 0")
         _require(0 <= self.seed < 2**32, self, "seed", "from 0 to 2**32 - 1")
 
@@ -226,6 +227,8 @@ NANOGPT_FLAGS = {
     "backend": "leave it out: there is no torch.distributed here",
     "init_from": "leave it out: a run in --out_dir is resumed by itself",
     "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",
+    "wandb_project": "leave it out: metrics.jsonl in the run's folder has all figures",
+    "wandb_run_name": "leave it out: --out_dir names a run",
     "wandb_log": "leave it out: metrics.jsonl in the run's folder has all figures",
 }
 
@@ -293,6 +296,7 @@ def parse_args(cls: type[Config], settings: dict[str, str], default: Config, abo
             raise
         # tyro draws a box: keep the sentence above the box's first rule.
         lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-        sentence = " ".join(lines[1:]).split("  ")[0].strip()
+        lines = ["" if set(line) <= {"-"} else line for line in lines]  # the rule, in ASCII
+        sentence = " ".join(lines[1:]).strip().split("  ")[0]
         sentence = re.sub(r"^Error parsing (\w+: )?", "", sentence)  # our own classes' names
         raise InputError(sentence or "the flags cannot be understood") from None

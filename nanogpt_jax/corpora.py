@@ -4,7 +4,9 @@ A corpus is a name (`shakespeare_char`, `pydocs`), a UTF-8 text file, a folder o
 folder that already has `train.bin` and `val.bin`, made by nanoGPT or by anything else.
 """
 
+import contextlib
 import hashlib
+import http.client
 import json
 import os
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.data import SPLITS, open_tokens
+from nanogpt_jax.data import SPLITS, check_whole, open_tokens
 from nanogpt_jax.errors import InputError, did_you_mean
 from nanogpt_jax.tokenizer import CharTokenizer
 
@@ -88,6 +90,8 @@ def resolve(dataset: str | None, data_dir: Path, min_tokens: int) -> Path:
 def prepare(dataset: str, data_dir: Path, min_tokens: int = 1) -> Path:
     """Return the folder of a named dataset, prepared; see `resolve`."""
     data_dir = Path(data_dir)
+    if data_dir.exists() and not data_dir.is_dir():
+        raise InputError(f"data_dir must be a folder, but {data_dir} is a file")
     if dataset == SHAKESPEARE:
         folder = data_dir / SHAKESPEARE
         source = folder / "input.txt"
@@ -129,6 +133,8 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
     folder = Path(folder)
     meta = _read_meta(folder)
     dtype = meta.get("dtype", "uint16")
+    for split in SPLITS:
+        check_whole(folder / f"{split}.bin", dtype)
     tokenizer = tokenizers.load(folder) or _tokenizer_of_nanogpt(folder, dtype)
     known_size = tokenizer.vocab_size if tokenizer else meta.get("vocab_size")
     if known_size is None and (folder / "meta.pkl").exists() and vocab_size is None:
@@ -163,12 +169,15 @@ def _download_shakespeare(path: Path) -> None:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
                 content = response.read()
-        except (OSError, ValueError) as error:  # no network, no such page, a proxy's nonsense
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reasons[str(getattr(error, "reason", error))] = url
             continue
         if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(path, content)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write_atomically(path, content)
+            except OSError as error:
+                raise InputError(f"{path}: must be writable, but: {error.strerror}") from None
             print(f"downloaded tiny Shakespeare to {path}")
             return
         reasons[f"{url} sent another text, its sha256 differs"] = url
@@ -252,18 +261,25 @@ def _write_splits(text: str, folder: Path, source: str, min_tokens: int) -> Path
 def _write_atomically(path: Path, content: bytes) -> None:
     """Write a file under another name first, so that no half of it is ever taken for the whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: must be a JSON file, but {error}") from None
+    if not isinstance(meta, dict) or meta.get("dtype", "uint16") not in ("uint16", "uint32"):
+        raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32", but is not')
+    return meta
 
 
 def _tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:

@@ -16,6 +16,19 @@ SPLITS = ("train", "val")
 RESIDENT_BYTES = 256 * 2**20
 
 
+def check_whole(path: Path, dtype: str) -> int:
+    """Return the bytes of a `.bin` file that exists and holds whole ids."""
+    if not path.is_file():
+        raise InputError(f"{path}: must exist, but there is no such file")
+    n_bytes, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if n_bytes % width:
+        raise InputError(
+            f"{path}: must hold whole {dtype} ids, {width} bytes each, but has {n_bytes} bytes: "
+            "it is cut off, make it anew"
+        )
+    return n_bytes
+
+
 def open_tokens(path: Path, dtype: str, vocab_size: int, min_tokens: int) -> tuple[np.ndarray, int]:
     """Map a `.bin` file of little-endian ids and check all of it.
 
@@ -28,15 +41,7 @@ def open_tokens(path: Path, dtype: str, vocab_size: int, min_tokens: int) -> tup
     Raises:
         InputError: the file is missing, cut off, too short, or holds an id >= vocab_size.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: must exist, but there is no such file")
-    n_bytes, width = path.stat().st_size, np.dtype(dtype).itemsize
-    if n_bytes % width:
-        raise InputError(
-            f"{path}: must hold whole {dtype} ids, {width} bytes each, but has {n_bytes} bytes: "
-            "it is cut off, make it anew"
-        )
+    n_bytes, width = check_whole(path, dtype), np.dtype(dtype).itemsize
     if n_bytes // width < min_tokens:
         raise InputError(
             f"{path}: must hold at least block_size + 1 = {min_tokens} tokens, "

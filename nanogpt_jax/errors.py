@@ -1,6 +1,7 @@
 """The one error that means "the user's input cannot be used", and how a command answers it."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -22,6 +23,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader left, as in `python sample.py --stream | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # SIGPIPE
     except Exception as error:
         # The class differs between versions of JAX, the text does not.
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -23,6 +23,7 @@ def learning_rate_schedule(config: OptimConfig, max_iters: int) -> optax.Schedul
         progress = jnp.clip((step - config.warmup_iters) / span, 0, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
         decaying = config.min_lr + cosine * (config.learning_rate - config.min_lr)
+        decaying = jnp.where(step < decay_iters, decaying, config.min_lr)
         return jnp.where(step < config.warmup_iters, warming, decaying)
 
     return schedule

@@ -81,12 +81,12 @@ def gpt2_medium() -> TrainConfig:
 
 
 def gpt2_large() -> TrainConfig:
-    """The shape of GPT-2 large, 773M parameters, in nanoGPT's GPT-2 recipe."""
+    """The shape of GPT-2 large, 772M parameters, in nanoGPT's GPT-2 recipe."""
     return gpt2("gpt2-large", n_layer=36, n_head=20, n_embd=1280)
 
 
 def gpt2_xl() -> TrainConfig:
-    """The shape of GPT-2 XL, 1556M parameters, in nanoGPT's GPT-2 recipe."""
+    """The shape of GPT-2 XL, 1555M parameters, in nanoGPT's GPT-2 recipe."""
     return gpt2("gpt2-xl", n_layer=48, n_head=25, n_embd=1600)
 
 
@@ -105,11 +105,15 @@ def parse_train_config(argv: list[str], about: str = "") -> TrainConfig:
     default = TrainConfig()
     if name in PRESETS:
         default = PRESETS[name]()
-    elif name.endswith(".json") or Path(name).is_file():
+    elif name.endswith(".json"):
         # Fields that the file leaves out come from the preset it names, if it names one.
         from_file = read_settings(Path(name), TrainConfig)
         base = from_file.pop("config", None)
-        default = PRESETS[base]() if base in PRESETS else default
+        if base in PRESETS:
+            default = PRESETS[base]()
+        elif base is not None and not base.endswith(".json"):  # a run's says what file it had
+            hint = did_you_mean(base, PRESETS)
+            raise InputError(f"{name}: there is no preset {base!r}.{hint}")
         settings = from_file | settings
     else:
         known = f"presets are {', '.join(PRESETS)}"

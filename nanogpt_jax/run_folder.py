@@ -29,15 +29,16 @@ def choose(config: TrainConfig, dataset_name: str, default_dataset: str) -> Path
     """Return the run's folder: --out_dir, else out/CONFIG, with the dataset where it is another."""
     if config.out_dir is not None:
         return Path(config.out_dir)
-    name = Path(config.config).stem
+    path = Path(config.config)
+    name = path.parent.name if path.name == CONFIG else path.stem  # a run's own config.json
     return OUT / (name if dataset_name == default_dataset else f"{name}-{dataset_name}")
 
 
-def check_writable(folder: Path) -> None:
-    """Check that a folder can be made or written, without making it.
+def check_usable(folder: Path) -> None:
+    """Check that a folder can be made or written and is free or holds a run, without making it.
 
     Raises:
-        InputError: it is a file, lies below one, or its place is read-only.
+        InputError: it is a file, lies below one, its place is read-only, or it holds other things.
     """
     existing = folder.absolute()
     while not existing.exists():
@@ -46,6 +47,10 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"out_dir must be a folder, but {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"out_dir must be writable, but {existing} is not")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        raise InputError(
+            f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
+        )
 
 
 def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
@@ -54,12 +59,9 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
     Raises:
         InputError: the folder holds something else, or a run that differs; fields are named.
     """
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
+    check_usable(folder)
     if not (folder / CONFIG).exists():
-        raise InputError(
-            f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
-        )
+        return False
     begun = _read_config(folder)
     differing = [
         f"{name} {begun.get(name)!r} -> {value!r}"
@@ -92,10 +94,11 @@ def delete(folder: Path) -> None:
     Raises:
         InputError: the folder holds files, but no run.
     """
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / CONFIG).exists():
-            raise InputError(f"--overwrite deletes only runs, but {folder} has no {CONFIG}")
-        shutil.rmtree(folder)
+    check_usable(folder)
+    if (folder / CONFIG).exists():
+        _read_config(folder)  # other programs write a config.json too
+        for path in folder.iterdir():  # not the folder itself, which may be a link
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def newest() -> Path:
@@ -104,7 +107,11 @@ def newest() -> Path:
     Raises:
         InputError: there is none.
     """
-    runs = [path.parent for path in OUT.glob(f"*/{CHECKPOINTS}") if any(path.glob("[0-9]*"))]
+    runs = [
+        path.parent
+        for path in OUT.glob(f"*/{CHECKPOINTS}")
+        if any(p.name.isdecimal() for p in path.iterdir())
+    ]
     if not runs:
         raise InputError(f"no run lies under {OUT}/ yet: train one with `python train.py`")
     return max(runs, key=lambda run: (run / CHECKPOINTS).stat().st_mtime)
@@ -127,7 +134,13 @@ def _read_config(folder: Path) -> dict:
     path = folder / CONFIG
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-        assert set(loaded) <= {*field_types(TrainConfig), "made_with"}
-        return loaded
-    except (OSError, ValueError, AssertionError) as error:
-        raise InputError(f"{path}: must be a run's configuration, but is not ({error})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: must be a run's configuration, but {error}") from None
+    ours = (
+        isinstance(loaded, dict)
+        and "made_with" in loaded
+        and loaded.keys() <= {*field_types(TrainConfig), "made_with"}
+    )
+    if not ours:
+        raise InputError(f"{path}: must be a run's configuration, but was made by something else")
+    return loaded

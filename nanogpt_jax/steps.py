@@ -87,7 +87,7 @@ def train_step(
     loss, grads = jax.tree.map(lambda x: x / n_micro, total)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), Metrics(loss, optax.global_norm(grads))
+    return TrainState(state.step + 1, params, opt_state), Metrics(loss, optax.tree.norm(grads))
 
 
 def windows(tokens, offsets, length: int):

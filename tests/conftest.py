@@ -1,0 +1,52 @@
+"""Stricter than production: 4 virtual devices, and rank promotion and warnings are errors."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import pytest
+
+from nanogpt_jax import presets
+from nanogpt_jax.config import ModelConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def model_config() -> ModelConfig:
+    """A GPT small enough to compile in a second; all sizes differ, to tell axes apart."""
+    return ModelConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12)
+
+
+@pytest.fixture
+def tiny_config(model_config) -> TrainConfig:
+    """The preset `tiny`, with that model."""
+    return dataclasses.replace(presets.tiny(), model=model_config)
+
+
+@pytest.fixture
+def book(tmp_path) -> Path:
+    """A text of one's own: 6000 characters, 20 distinct."""
+    words = ["the", "cat", "sat", "on", "mat", "and", "ate", "a", "rat,", "then", "it", "left.\n"]
+    text = " ".join(words[(i * i + i // 7) % len(words)] for i in range(3000))[:6000]
+    path = tmp_path / "book.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a script of the repository in an empty folder: run("train.py", "--config", "tiny")."""
+
+    def run_script(script: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / script)]
+        kwargs = {"cwd": tmp_path, "text": True, "capture_output": True, "timeout": 300} | kwargs
+        return subprocess.run([*command, *map(str, argv)], check=False, **kwargs)
+
+    return run_script

@@ -1,0 +1,109 @@
+"""Attention against loops over plain numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanogpt_jax.attention import attention, init_cache
+
+
+def random_qkv(B=2, T=5, S=5, H=3, K=4):
+    rng = np.random.default_rng(0)
+    shapes = (B, T, H, K), (B, S, H, K), (B, S, H, K)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def naive_attention(q_BTHK, k_BSHK, v_BSHK, start=0):
+    B, T, H, K = q_BTHK.shape
+    y_BTHK = np.zeros(q_BTHK.shape)
+    for b in range(B):
+        for t in range(T):
+            for h in range(H):
+                seen = range(start + t + 1)
+                scores = [np.dot(q_BTHK[b, t, h], k_BSHK[b, s, h]) / np.sqrt(K) for s in seen]
+                total = sum(np.exp(scores))
+                for s in seen:
+                    y_BTHK[b, t, h] += np.exp(scores[s]) / total * v_BSHK[b, s, h]
+    return y_BTHK
+
+
+def attention_weights(T, S, start=0, **dropout):
+    """The weights themselves: with q = 0 all seen keys are alike, with v = 1 the output is them."""
+    q_BTHK = jnp.zeros((1, T, 1, S))
+    v_BSHK = jnp.eye(S)[None, :, None]
+    return np.asarray(attention(q_BTHK, jnp.ones_like(v_BSHK), v_BSHK, start, **dropout))[0, :, 0]
+
+
+def test_equals_a_loop_over_queries_and_keys():
+    qkv = random_qkv()
+    np.testing.assert_allclose(attention(*qkv), naive_attention(*qkv), atol=1e-6)
+
+
+def test_the_causal_mask():
+    seen_TS = [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+    ]
+    counts_T1 = np.array([[1], [2], [3], [4]])
+    np.testing.assert_allclose(attention_weights(4, 4) * counts_T1, seen_TS, atol=1e-6)
+
+
+def test_a_query_past_the_start_sees_the_cache_up_to_itself():
+    seen_TS = [
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+    ]
+    counts_T1 = np.array([[3], [4]])
+    np.testing.assert_allclose(attention_weights(2, 6, start=2) * counts_T1, seen_TS, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 6])
+def test_what_lies_behind_the_prefix_has_no_influence(start):
+    q_BTHK, k_BSHK, v_BSHK = random_qkv(T=2, S=8)
+    y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start)
+    np.testing.assert_allclose(y_BTHK, naive_attention(q_BTHK, k_BSHK, v_BSHK, start), atol=1e-6)
+    k_BSHK[:, start + 2 :] = 1e4
+    v_BSHK[:, start + 2 :] = -1e4
+    np.testing.assert_array_equal(attention(q_BTHK, k_BSHK, v_BSHK, start), y_BTHK)
+
+
+def test_large_scores_do_not_overflow():
+    q_BTHK, k_BSHK, v_BSHK = random_qkv()
+    y_BTHK = attention(1e6 * q_BTHK, 1e6 * k_BSHK, v_BSHK)
+    assert np.isfinite(y_BTHK).all()
+    np.testing.assert_allclose(y_BTHK[:, 0], v_BSHK[:, 0], atol=1e-6)
+
+
+def test_dropout_zeroes_weights_and_scales_up_the_rest():
+    whole_TS = attention_weights(8, 8)
+    dropped_TS = attention_weights(8, 8, dropout_rate=0.25, dropout_key=jax.random.key(0))
+    is_zero, is_kept = dropped_TS == 0, np.isclose(dropped_TS, whole_TS / 0.75)
+    assert (is_zero | is_kept).all()
+    assert 0 < (is_zero & (whole_TS > 0)).sum() < 18
+
+
+def test_dropout_keeps_the_expectation():
+    def dropped_weights(key):
+        q_BTHK = jnp.zeros((1, 4, 1, 4))
+        v_BSHK = jnp.eye(4)[None, :, None]
+        return attention(q_BTHK, v_BSHK, v_BSHK, 0, 0.25, key)[0, :, 0]
+
+    keys = jax.random.split(jax.random.key(1), 4000)
+    mean_TS = jax.jit(jax.vmap(dropped_weights))(keys).mean(0)
+    np.testing.assert_allclose(mean_TS, attention_weights(4, 4), atol=0.05)
+
+
+def test_dropout_is_off_without_a_key_or_without_a_rate():
+    whole_TS = attention_weights(4, 4)
+    np.testing.assert_array_equal(attention_weights(4, 4, dropout_rate=0.5), whole_TS)
+    np.testing.assert_array_equal(attention_weights(4, 4, dropout_key=jax.random.key(0)), whole_TS)
+
+
+def test_an_empty_cache_has_room_for_the_block_in_every_layer(model_config):
+    cache = init_cache(model_config, batch_size=3)
+    assert cache.length == 0
+    assert [k_BSHK.shape for k_BSHK in cache.k_BSHK] == 2 * [(3, 8, 2, 6)]
+    assert [v_BSHK.shape for v_BSHK in cache.v_BSHK] == 2 * [(3, 8, 2, 6)]

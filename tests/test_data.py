@@ -1,0 +1,251 @@
+import itertools
+import zlib
+
+import numpy as np
+import pytest
+
+from nanogpt_jax import data
+from nanogpt_jax.data import TrainBatches, batch_offsets, eval_batches, open_tokens
+from nanogpt_jax.errors import InputError
+
+
+def gather(tokens, offsets, length):
+    """Windows of ids, of shape (*offsets.shape, length), one by one."""
+    windows = [tokens[offset : offset + length] for offset in np.ravel(offsets)]
+    return np.array(windows).reshape(*np.shape(offsets), length)
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """501 ids in a file, mapped as a run maps them."""
+    np.random.default_rng(0).integers(0, 999, 501).astype("<u2").tofile(tmp_path / "train.bin")
+    return open_tokens(tmp_path / "train.bin", "uint16", 999, 9)[0]
+
+
+# Where the windows of a batch begin
+
+
+@pytest.mark.parametrize(
+    ("seed", "split", "step", "expected"),
+    [
+        (1337, "train", 0, [[247095, 544727, 703278], [766883, 916602, 433861]]),
+        (1337, "train", 1, [[174869, 474523, 244933], [23786, 324273, 146138]]),
+        (1337, "val", 0, [[595614, 502773, 235420], [125060, 50850, 222430]]),
+        (2**32 - 1, "train", 599_999, [[841693, 545023, 405122], [25624, 250985, 562438]]),
+    ],
+)
+def test_offsets_never_change(seed, split, step, expected):
+    """Else a run that is resumed with a newer NumPy would read other batches than it began with.
+
+    The numbers are those of an independent Philox4x64-10, counted from (1, step, 0, 0).
+    """
+    offsets = batch_offsets(seed, split, step, 1_003_854, 64, (2, 3))
+    assert offsets.tolist() == expected
+    assert offsets.dtype == np.int64
+
+
+def test_offsets_are_a_function_of_seed_split_and_step_alone():
+    first = batch_offsets(1, "train", 7, 10_000, 8, (2, 3))
+    for step in (6, 8, 0):
+        batch_offsets(1, "train", step, 10_000, 8, (2, 3))
+    np.random.default_rng(0).random()
+    np.testing.assert_array_equal(batch_offsets(1, "train", 7, 10_000, 8, (2, 3)), first)
+
+
+def test_offsets_of_other_seeds_splits_and_steps_are_others():
+    keys = list(itertools.product((0, 1, 1337, 2**32 - 1), data.SPLITS, (0, 1, 2, 600_000)))
+    batches = {tuple(batch_offsets(*key, 10**6, 8, (12,))) for key in keys}
+    assert len(batches) == len(keys)
+
+
+def test_steps_share_no_window_by_more_than_chance():
+    offsets = np.array([batch_offsets(0, "train", step, 10**9, 8, (64,)) for step in range(200)])
+    assert len(np.unique(offsets)) >= offsets.size - 3
+
+
+def test_a_batch_is_the_same_however_it_is_cut_into_micro_batches():
+    flat = batch_offsets(5, "train", 3, 10_000, 8, (12,))
+    np.testing.assert_array_equal(batch_offsets(5, "train", 3, 10_000, 8, (3, 4)).ravel(), flat)
+    np.testing.assert_array_equal(batch_offsets(5, "train", 3, 10_000, 8, (5,)), flat[:5])
+
+
+@pytest.mark.parametrize(("n_tokens", "block_size"), [(9, 8), (10, 8), (13, 8), (40, 1)])
+def test_every_window_can_be_drawn_and_none_past_the_end(n_tokens, block_size):
+    draws = [batch_offsets(0, "train", step, n_tokens, block_size, (64,)) for step in range(20)]
+    windows = np.arange(n_tokens - block_size)
+    assert set(np.ravel(draws)) == set(windows)
+    assert windows[-1] + block_size + 1 == n_tokens
+
+
+def test_offsets_are_uniform():
+    draws = [batch_offsets(0, "train", step, 18, 8, (100,)) for step in range(100)]
+    counts = np.bincount(np.ravel(draws), minlength=10)
+    assert counts.min() > 900
+    assert counts.max() < 1100
+
+
+# Batches as the device takes them
+
+
+def test_a_small_corpus_lies_on_the_device_whole(tokens):
+    batches = TrainBatches(tokens, 1337, 8, (2, 3), most_steps=5)
+    assert batches.resident
+    assert batches.most_steps == 5
+    given, offsets_NAB = batches.read(10, 4)
+    assert given is tokens
+    assert offsets_NAB.shape == (5, 2, 3)
+    assert offsets_NAB.dtype == np.int32
+    for i in range(4):
+        expected = batch_offsets(1337, "train", 10 + i, len(tokens), 8, (2, 3))
+        np.testing.assert_array_equal(offsets_NAB[i], expected)
+    assert not offsets_NAB[4].any()
+
+
+def test_a_corpus_that_stays_a_file_gives_the_same_windows(tokens, monkeypatch):
+    resident = TrainBatches(tokens, 1337, 8, (2, 3), most_steps=5)
+    monkeypatch.setattr(data, "RESIDENT_BYTES", tokens.nbytes - 1)
+    streamed = TrainBatches(tokens, 1337, 8, (2, 3), most_steps=5)
+    assert not streamed.resident
+    streamed.most_steps = 5
+    windows = [gather(*b.read(7, 5), 9) for b in (resident, streamed)]
+    np.testing.assert_array_equal(windows[0], windows[1])
+    given, _ = streamed.read(7, 5)
+    assert given.shape == (5 * 2 * 3 * 9,)
+    assert not isinstance(given, np.memmap)
+
+
+def test_the_steps_gather_gives_the_same_windows_either_way(tokens, monkeypatch):
+    from nanogpt_jax.steps import windows
+
+    given, offsets_NAB = TrainBatches(tokens, 1, 8, (2, 3), most_steps=3).read(0, 3)
+    batch_NABT1 = np.asarray(windows(given, offsets_NAB, 9))
+    monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
+    streamed = TrainBatches(tokens, 1, 8, (2, 3), most_steps=3)
+    for step in range(3):
+        now_NABT1 = np.asarray(windows(*streamed.read(step, 1), 9))
+        np.testing.assert_array_equal(now_NABT1[0], batch_NABT1[step])
+    np.testing.assert_array_equal(batch_NABT1, gather(tokens, offsets_NAB, 9))
+    assert batch_NABT1.dtype == np.int32
+
+
+def test_reading_steps_one_by_one_or_together_gives_the_same(tokens):
+    batches = TrainBatches(tokens, 1, 8, (1, 4), most_steps=6)
+    _, together_NAB = batches.read(3, 6)
+    one_by_one = [batches.read(step, 1)[1][0] for step in range(3, 9)]
+    np.testing.assert_array_equal(together_NAB, one_by_one)
+
+
+def test_a_read_of_no_steps_has_the_shapes_of_any_other(tokens, monkeypatch):
+    """The step is compiled once, for the shapes of a read of 0 steps."""
+    for limit in (data.RESIDENT_BYTES, 0):
+        monkeypatch.setattr(data, "RESIDENT_BYTES", limit)
+        batches = TrainBatches(tokens, 1, 8, (2, 3), most_steps=4)
+        shapes = [
+            [(x.shape, x.dtype) for x in batches.read(5, n)] for n in range(batches.most_steps + 1)
+        ]
+        assert all(shape == shapes[0] for shape in shapes)
+
+
+def test_few_steps_are_read_at_once_where_windows_are_large(tokens, monkeypatch):
+    step_bytes = 2 * 3 * 9 * tokens.itemsize
+    for limit, most_steps in ((8 * 3 * step_bytes, 3), (8 * 3 * step_bytes - 8, 2), (0, 1)):
+        monkeypatch.setattr(data, "RESIDENT_BYTES", limit)
+        large = np.broadcast_to(tokens[:1], 10**6)
+        assert TrainBatches(large, 1, 8, (2, 3), most_steps=100).most_steps == most_steps
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_evaluation_predicts_each_token_but_the_first_once(
+    block_size, batch_size, resident, monkeypatch
+):
+    if not resident:
+        monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
+    for n_tokens in range(block_size + 1, 4 * block_size + 4):
+        ids = np.arange(n_tokens, dtype="<u2")  # an id is its own place
+        given, offsets_NB, counts_NB = eval_batches(ids, block_size, batch_size)
+        assert (given is ids) == resident
+        assert offsets_NB.shape == counts_NB.shape
+        assert offsets_NB.shape[1] == batch_size
+        windows_NBT1 = gather(given, offsets_NB, block_size + 1)
+        counted = [
+            place
+            for window, count in zip(
+                windows_NBT1.reshape(-1, block_size + 1), counts_NB.ravel(), strict=True
+            )
+            for place in window[block_size + 1 - count :]
+        ]
+        assert sorted(counted) == list(range(1, n_tokens))
+        assert counts_NB.min() >= 0
+        assert counts_NB.max() <= block_size
+
+
+def test_a_whole_evaluation_has_no_batch_that_counts_nothing():
+    for n_tokens in range(9, 60):
+        _, _, counts_NB = eval_batches(np.zeros(n_tokens, "<u2"), 8, 3)
+        assert counts_NB.sum(axis=1).all()
+
+
+def test_a_limited_evaluation_has_so_many_batches_and_is_fixed():
+    ids = np.arange(1001, dtype="<u2")
+    first, again = (eval_batches(ids, 8, 3, n_batches=5) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    _, offsets_NB, counts_NB = first
+    assert offsets_NB.shape == (5, 3)
+    assert counts_NB.sum() == 5 * 3 * 8
+
+
+def test_a_limited_evaluation_is_evenly_spread_from_the_first_window_to_the_last():
+    ids = np.arange(1001, dtype="<u2")
+    _, offsets_NB, _ = eval_batches(ids, 8, 3, n_batches=5)
+    offsets = offsets_NB.ravel()
+    assert offsets[0] == 0
+    assert offsets[-1] + 9 == len(ids)
+    gaps = np.diff(offsets)
+    assert gaps.max() - gaps.min() <= 8
+    assert len(np.unique(offsets)) == 15
+
+
+def test_a_limit_above_the_whole_split_is_the_whole_split():
+    ids = np.arange(101, dtype="<u2")
+    whole = eval_batches(ids, 8, 3)
+    for n_batches in (5, 6, 1000):
+        limited = eval_batches(ids, 8, 3, n_batches)
+        for one, other in zip(limited, whole, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+# Token files
+
+
+def test_a_token_file_is_mapped_read_only(tokens):
+    assert isinstance(tokens, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+@pytest.mark.parametrize("n_tokens", [1000, 2**24 + 6])
+def test_the_checksum_is_that_of_the_files_bytes(tmp_path, n_tokens):
+    """A large file is read in pieces."""
+    path = tmp_path / "train.bin"
+    (np.arange(n_tokens) % 1000).astype("<u2").tofile(path)
+    assert open_tokens(path, "uint16", 1000, 9)[1] == zlib.crc32(path.read_bytes())
+
+
+@pytest.mark.parametrize("position", [0, 2**24 - 1, 2**24, 2**24 + 5])
+def test_a_bad_id_is_found_in_whichever_piece_of_a_large_file(tmp_path, position):
+    ids = np.zeros(2**24 + 6, "<u2")
+    ids[position] = 65
+    ids.tofile(tmp_path / "train.bin")
+    with pytest.raises(InputError, match=f"below .* size 65, but token {position} is 65"):
+        open_tokens(tmp_path / "train.bin", "uint16", 65, 9)
+
+
+def test_bytes_are_little_endian_on_any_machine(tmp_path):
+    (tmp_path / "train.bin").write_bytes(bytes([1, 0, 0, 1]))
+    assert open_tokens(tmp_path / "train.bin", "uint16", 257, 2)[0].tolist() == [1, 256]

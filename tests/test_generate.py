@@ -1,0 +1,247 @@
+"""Writing text: the cache against none, streams against batches, draws against definitions."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanogpt_jax import generate, steps
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.generate import Sampling
+from nanogpt_jax.model import GPT
+from nanogpt_jax.tokenizer import CharTokenizer
+
+V = 11
+CHARS = CharTokenizer("\n abcdefghi")
+GREEDY = Sampling(temperature=0)
+
+
+@cache
+def model_and_params(block_size=8):
+    """A model whose logits differ enough for greedy text to be lively, and not to hang on ties."""
+    config = ModelConfig(block_size=block_size, vocab_size=V, n_layer=1, n_head=2, n_embd=12)
+    model = GPT(config)
+    rng = np.random.default_rng(0)
+    abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
+    return model, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
+
+
+@cache
+def jitted_generate(block_size, n_tokens, sampling, exact_window):
+    model, _ = model_and_params(block_size)
+    return jax.jit(
+        partial(
+            generate.generate,
+            model,
+            n_tokens=n_tokens,
+            sampling=sampling,
+            exact_window=exact_window,
+        )
+    )
+
+
+def write(start, n_tokens, sampling=GREEDY, rows=(0, 1), seed=0, block_size=8, exact_window=False):
+    """New tokens after a start text, of the given rows of a seed."""
+    keys_B = generate.row_keys(seed, range(*rows))
+    window_BS, length = generate.start_window(CHARS, start, len(keys_B), block_size)
+    run = jitted_generate(block_size, n_tokens, sampling, exact_window)
+    return np.asarray(run(model_and_params(block_size)[1], window_BS, length, keys_B))
+
+
+@cache
+def jitted_apply(block_size):
+    return jax.jit(model_and_params(block_size)[0].apply)
+
+
+def fresh_logits(window, block_size=8):
+    """Logits of the token after a window, from one plain forward pass over it."""
+    params = {"params": model_and_params(block_size)[1]}
+    return jitted_apply(block_size)(params, np.array([window]))[0][0, -1]
+
+
+def naive(start, n_tokens, sampling=GREEDY, row=0, seed=0, block_size=8, keep=None):
+    """One token after the other, each from a fresh forward pass over what the model sees.
+
+    Past the window the last `keep` tokens stay: None for nanoGPT's rule, all but the first.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), row)
+    window, new = CHARS.encode(start)[-block_size:].tolist(), []
+    for made in range(n_tokens):
+        logits_BV = fresh_logits(window, block_size)[None]
+        token_keys_B = jax.random.fold_in(key, made)[None]
+        new.append(int(generate.sample_token(logits_BV, token_keys_B, sampling)[0]))
+        window.append(new[-1])
+        if len(window) > block_size:
+            window = window[-(keep or block_size) :]
+    return new
+
+
+STARTS = ["a", "abc", "abcdefg", "abcdefgh", "abc abc abc abc"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_k=5)])
+def test_cache_equals_the_reference_until_the_window_is_full(start, sampling):
+    until_full = 8 - min(8, len(start)) + 1  # the last of them is drawn from the full window
+    cached = write(start, 30, sampling)[0, :until_full]
+    exact = write(start, 30, sampling, exact_window=True)[0, :until_full]
+    np.testing.assert_array_equal(cached, exact)
+
+
+@pytest.mark.parametrize("start", ["ab", "abc abc abc"])
+def test_exact_window_reads_the_last_block_anew_for_each_token(start):
+    sampling = Sampling(temperature=0.8)
+    made = write(start, 30, sampling, exact_window=True)[0]
+    np.testing.assert_array_equal(made, naive(start, 30, sampling))
+
+
+@pytest.mark.parametrize("start", ["ab", "abc abc abc"])
+def test_a_full_window_keeps_its_last_half_and_goes_on(start):
+    sampling = Sampling(temperature=0.8)
+    made = write(start, 30, sampling)[0]
+    np.testing.assert_array_equal(made, naive(start, 30, sampling, keep=4))
+
+
+@pytest.mark.parametrize(("block_size", "keep"), [(1, 1), (2, 1), (3, 1)])
+def test_small_blocks_work_past_the_window(block_size, keep):
+    sampling = Sampling(temperature=0.8)
+    for exact_window, kept in (True, None), (False, keep):
+        made = write("abcd", 12, sampling, block_size=block_size, exact_window=exact_window)[0]
+        expected = naive("abcd", 12, sampling, block_size=block_size, keep=kept)
+        np.testing.assert_array_equal(made, expected)
+
+
+@pytest.mark.parametrize("exact_window", [False, True])
+def test_streaming_gives_the_same_text_and_the_logits_of_a_fresh_pass(exact_window):
+    model, params = model_and_params()
+    sampling = Sampling(temperature=0.8, top_p=0.9)
+    keys_B = generate.row_keys(0, range(2))
+    window_BS, length = generate.start_window(CHARS, "abc", 2, 8)
+    prefill = jax.jit(partial(generate.prefill, model, exact_window=exact_window))
+    generation = prefill(params, window_BS, length)
+    decode = jax.jit(partial(generate.decode, model, sampling=sampling))
+    streamed_NB, windows, window = [], [], CHARS.encode("abc").tolist()
+    for _ in range(20):
+        generation, tokens_B = decode(params, generation, keys_B)
+        streamed_NB.append(tokens_B)
+        window.append(int(tokens_B[0]))
+        if len(window) > 8:
+            window = window[-8 if exact_window else -4 :]
+        windows.append(len(window))
+        assert generation.length == len(window)
+        np.testing.assert_array_equal(generation.window_BS[0, : len(window)], window)
+        np.testing.assert_allclose(generation.logits_BV[0], fresh_logits(window), atol=1e-3)
+    together_BN = write("abc", 20, sampling, rows=(0, 2), exact_window=exact_window)
+    np.testing.assert_array_equal(np.transpose(streamed_NB), together_BN)
+    assert decode._cache_size() == 1
+
+
+def test_padding_of_the_start_has_no_influence():
+    params = model_and_params()[1]
+    window_BS, length = generate.start_window(CHARS, "abc", 1, 8)
+    other_BS = np.where(np.arange(8) < length, window_BS, 7)
+    run = jitted_generate(8, 30, GREEDY, False)
+    keys_B = generate.row_keys(0, range(1))
+    made_BN, other_BN = (run(params, x_BS, length, keys_B) for x_BS in (window_BS, other_BS))
+    np.testing.assert_array_equal(made_BN, other_BN)
+
+
+def test_a_row_is_the_same_text_however_many_are_drawn():
+    sampling = Sampling()
+    three_BN = write("ab", 25, sampling, rows=(0, 3))
+    assert len({tuple(row) for row in three_BN}) == 3
+    np.testing.assert_array_equal(write("ab", 25, sampling, rows=(0, 1))[0], three_BN[0])
+    np.testing.assert_array_equal(write("ab", 25, sampling, rows=(2, 3))[0], three_BN[2])
+    assert (write("ab", 25, sampling, seed=1)[0] != three_BN[0]).any()
+
+
+def draw(logits, sampling, n=4000, seed=0):
+    """How often each token is drawn."""
+    keys_B = jax.random.split(jax.random.key(seed), n)
+    logits_BV = jnp.tile(jnp.array(logits, jnp.float32), (n, 1))
+    tokens_B = jax.jit(partial(generate.sample_token, sampling=sampling))(logits_BV, keys_B)
+    return np.bincount(tokens_B, minlength=len(logits)) / n
+
+
+def drawn(logits, sampling):
+    """Which tokens are ever drawn."""
+    return set(np.flatnonzero(draw(logits, sampling)).tolist())
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-4)]
+)
+def test_ways_to_be_greedy(sampling):
+    assert drawn([0.0, 2.0, 1.9, -1.0], sampling) == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_divides_the_logits(temperature):
+    logits = np.array([0.0, 1.0, 2.0, -1.0])
+    expected = np.exp(logits / temperature)
+    expected /= expected.sum()
+    frequencies = draw(logits, Sampling(temperature), n=20_000)
+    chi_squared = 20_000 * ((frequencies - expected) ** 2 / expected).sum()
+    assert chi_squared < 16.3  # p = 0.001 for 3 degrees of freedom
+
+
+def test_top_k_keeps_the_likeliest_and_their_ratios():
+    frequencies = draw(np.log([0.1, 0.4, 0.2, 0.3]), Sampling(top_k=2), n=20_000)
+    np.testing.assert_allclose(frequencies, [0, 4 / 7, 0, 3 / 7], atol=0.015)
+
+
+def test_top_k_keeps_ties():
+    assert drawn([1.0, 2.0, 1.0, 1.0, 0.0], Sampling(top_k=2)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("top_k", [0, 3, 4, 200])
+def test_top_k_of_zero_or_past_the_vocabulary_keeps_all(top_k):
+    assert drawn([0.0, 0.1, 0.2], Sampling(top_k=top_k)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [
+        (0.3, {2}),
+        (0.39, {2}),
+        (0.41, {2, 0}),
+        (0.69, {2, 0}),
+        (0.71, {2, 0, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, expected):
+    assert drawn(np.log([0.3, 0.1, 0.4, 0.2]), Sampling(top_p=top_p)) == expected
+
+
+def test_top_p_looks_at_the_distribution_after_temperature_and_top_k():
+    """Flattened to 1/3 each, or cut to 0.57 and 0.43, the second token is needed too."""
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert drawn(logits, Sampling(temperature=50.0, top_p=0.45)) == {0, 1}
+    assert drawn(logits, Sampling(top_k=2, top_p=0.58)) == {0, 1}
+    assert drawn(logits, Sampling(top_k=2, top_p=0.56)) == {0}
+
+
+def test_start_is_padded_or_cut_to_its_end():
+    window_BS, length = generate.start_window(CHARS, "abc", 2, 5)
+    assert length == 3
+    np.testing.assert_array_equal(window_BS[:, :3], [[2, 3, 4], [2, 3, 4]])
+    window_BS, length = generate.start_window(CHARS, "abcdefg", 1, 5)
+    assert length == 5
+    np.testing.assert_array_equal(window_BS, [[4, 5, 6, 7, 8]])
+
+
+def test_start_is_a_line_break_where_none_is_given():
+    window_BS, length = generate.start_window(CHARS, None, 1, 5)
+    assert (window_BS[0, 0], length) == (CHARS.chars.index("\n"), 1)
+    window_BS, length = generate.start_window(CharTokenizer("xyz"), None, 1, 5)
+    assert (window_BS[0, 0], length) == (0, 1)
+
+
+@pytest.mark.parametrize(("start", "complaint"), [("", "empty"), ("abQ", "'Q'")])
+def test_a_start_that_cannot_be_read_is_an_input_error(start, complaint):
+    with pytest.raises(InputError, match=complaint):
+        generate.start_window(CHARS, start, 1, 5)

@@ -1,0 +1,102 @@
+import re
+from dataclasses import replace
+
+import pytest
+
+from nanogpt_jax.accounting import parameter_counts
+from nanogpt_jax.config import to_flat_dict
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.presets import PRESETS, parse_train_config
+
+# What nanoGPT's own command line or configuration file sets; see its README and config folder.
+ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "grad_clip": 1.0, "decay_lr": True, "bias": False}
+CHARACTERS = ADAMW | {
+    "learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 100, "beta2": 0.99,
+    "gradient_accumulation_steps": 1, "activation": "gelu", "seed": 1337,
+}  # fmt: skip
+GPT2 = ADAMW | {
+    "learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "beta2": 0.95,
+    "max_iters": 600_000, "batch_size": 12, "gradient_accumulation_steps": 40, "block_size": 1024,
+    "vocab_size": 50304, "dropout": 0.0, "eval_interval": 1000, "eval_iters": 200,
+    "dataset": "openwebtext", "activation": "gelu", "seed": 1337,
+}  # fmt: skip
+OF_NANOGPT = {
+    "small": CHARACTERS | {
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12,
+        "max_iters": 2000, "eval_interval": 250, "dropout": 0.0,
+    },
+    "shakespeare": CHARACTERS | {
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
+        "max_iters": 5000, "eval_interval": 250, "dropout": 0.2,
+    },
+    "gpt2": GPT2 | {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": GPT2 | {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": GPT2 | {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": GPT2 | {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_NANOGPT)
+def test_a_preset_has_nanogpts_values(name):
+    flat = to_flat_dict(parse_train_config(["--config", name]))
+    expected = OF_NANOGPT[name]
+    assert {key: flat[key] for key in expected} == expected
+
+
+def test_the_learning_rate_decays_over_the_whole_run_unless_said_otherwise():
+    assert {preset().optim.lr_decay_iters for preset in PRESETS.values()} == {None}
+
+
+def test_gpt2_updates_have_half_a_million_tokens():
+    assert parse_train_config(["--config=gpt2"]).tokens_per_iter == 491_520
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_carries_its_own_name(name):
+    """The run's folder and config.json say it."""
+    assert PRESETS[name]().config == name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_number_of_parameters_in_the_help_is_nanogpts(name):
+    """It leaves the position embedding out."""
+    model = PRESETS[name]().model
+    counts = parameter_counts(replace(model, vocab_size=model.vocab_size or 65))
+    n_params = sum(counts.values()) - counts["position embedding"]
+    said, decimals = re.search(r"(\d+\.?(\d*))M", PRESETS[name].__doc__).groups()
+    assert said == f"{n_params / 1e6:.{len(decimals)}f}"
+
+
+def test_small_is_what_runs_without_a_flag():
+    assert parse_train_config([]) == PRESETS["small"]()
+
+
+def test_a_flag_changes_one_field_of_a_preset_wherever_it_stands():
+    for argv in (["--config=small", "--n_layer=2"], ["--n_layer=2", "--config", "small"]):
+        small, config = to_flat_dict(PRESETS["small"]()), to_flat_dict(parse_train_config(argv))
+        assert {key for key in small if small[key] != config[key]} == {"n_layer"}
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "near"),
+    [
+        ("smal", "small"),
+        ("shakespear", "shakespeare"),
+        ("Shakespeare", "shakespeare"),
+        ("shakespeare_char", "shakespeare"),
+        ("gpt2_xl", "gpt2-xl"),
+        ("gpt2medium", "gpt2-medium"),
+    ],
+)
+def test_a_misspelt_preset_answers_with_the_near_match_and_all_presets(misspelt, near):
+    with pytest.raises(InputError, match=f"no preset.*'{misspelt}'.*Did you mean {near}") as error:
+        parse_train_config(["--config", misspelt])
+    assert all(name in str(error.value) for name in PRESETS)
+
+
+def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
+    """It would train, silently, another model than the one that was meant."""
+    path = tmp_path / "mine.json"
+    path.write_text('{"config": "smal", "max_iters": 10}')
+    with pytest.raises(InputError, match=r"'smal'.*Did you mean small"):
+        parse_train_config(["--config", str(path)])

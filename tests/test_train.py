@@ -1,0 +1,386 @@
+"""Whole runs: stopped, killed and resumed ones end with the numbers of one straight through."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from nanogpt_jax import data, run_folder, steps
+from nanogpt_jax.checkpoint import Checkpoints
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.model import GPT
+from nanogpt_jax.optim import make_optimizer
+from nanogpt_jax.presets import parse_train_config
+from nanogpt_jax.report import Report, read_metrics
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+train = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train)
+
+SHAPE = [
+    "--config=tiny",
+    *("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--dropout=0.1"),
+    *("--batch_size=4", "--gradient_accumulation_steps=2", "--lr_decay_iters=200"),
+    *("--eval_interval=40", "--log_interval=10"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """All runs here are of few shapes: each is compiled once."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in options, before:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A folder of `.bin` files as they come from elsewhere, with the tokenizer beside them."""
+    folder = tmp_path_factory.mktemp("data") / "letters"
+    write_dataset(folder, n_train=3000, n_val=200)
+    (folder / "tokenizer.json").write_text('{"type": "char", "chars": "\\nabcdefgh"}')
+    return folder
+
+
+def write_dataset(folder, n_train, n_val):
+    """Text that can be learnt: the same phrase with some letters changed."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, n in ("train", n_train), ("val", n_val):
+        ids = np.tile([1, 2, 3, 4, 5, 4, 3, 6, 7, 8, 0], n // 11 + 1)[:n]
+        noisy = np.where(rng.random(n) < 0.2, rng.integers(0, 9, n), ids)
+        noisy.astype("<u2").tofile(folder / f"{split}.bin")
+
+
+def command(folder, dataset, *more):
+    return [*SHAPE, f"--dataset={dataset}", f"--out_dir={folder}", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def start(dataset):
+    """Run the command in this process, and undo what it does to signals."""
+
+    def run(folder, *more, dataset=dataset):
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.getsignal(number) for number in numbers]
+        try:
+            return train.main(command(folder, dataset, *more))
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, start):
+    """The folder of a run of 200 steps that nothing interrupted. Not to be changed."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert start(folder, "--max_iters=200") == 0
+    return folder
+
+
+def state_of(folder, step=None):
+    config = parse_train_config(["--config", str(folder / "config.json")])
+    init = partial(steps.init_state, GPT(config.model), make_optimizer(config.optim, 1))
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    step = checkpoints.latest_step() if step is None else step
+    state = checkpoints.restore(jax.eval_shape(init, jax.random.key(0)), step)
+    checkpoints.close()
+    return state
+
+
+def numbers(folder):
+    """The rows of metrics.jsonl without what the clock makes of them."""
+    return [
+        {name: x for name, x in row.items() if name not in ("tokens_per_s", "elapsed_s")}
+        for row in read_metrics(folder)
+    ]
+
+
+def saved_steps(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_run(folder, other):
+    """Parameters, optimizer state and every logged loss are equal bit for bit."""
+    assert numbers(folder) == numbers(other)
+    jax.tree.map(np.testing.assert_array_equal, state_of(folder), state_of(other))
+
+
+def raise_at(monkeypatch, step, number):
+    """Send this process a signal while a step is under way."""
+    dispatched = Report.dispatched
+
+    def spy(self, first, n_steps, *rest):
+        dispatched(self, first, n_steps, *rest)
+        if first <= step < first + n_steps:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Report, "dispatched", spy)
+
+
+def test_makes_exactly_max_iters_updates_and_learns(straight):
+    state = state_of(straight)
+    assert state.step == 200
+    counts = {int(x) for x in jax.tree.leaves(state.opt_state) if x.ndim == 0}
+    assert counts == {200}
+    rows = numbers(straight)
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 40, 80, 120, 160, 200]
+    assert [row["step"] for row in rows] == list(range(0, 201, 10))
+    assert rows[0]["val_loss"] == pytest.approx(np.log(9), abs=0.1)
+    assert rows[-1]["val_loss"] < 1.5
+    files = {path.name for path in straight.iterdir()}
+    assert files == {"config.json", "metrics.jsonl", "loss.png", "tokenizer.json", "checkpoints"}
+
+
+def test_keeps_the_newest_and_the_best(straight):
+    losses = {row["step"]: row["val_loss"] for row in numbers(straight)[1:] if "val_loss" in row}
+    assert saved_steps(straight) == sorted({200, min(losses, key=losses.get)})
+
+
+def test_two_runs_of_a_command_are_the_same_and_another_seed_is_not(straight, start, tmp_path):
+    start(tmp_path / "same", "--max_iters=40")
+    assert numbers(tmp_path / "same") == numbers(straight)[:5]
+    start(tmp_path / "other", "--max_iters=40", "--seed=1")
+    pairs = zip(numbers(tmp_path / "other"), numbers(straight), strict=False)
+    assert all(a["step"] == 0 or a["train_loss"] != b["train_loss"] for a, b in pairs)
+
+
+def test_going_on_after_fewer_steps_equals_straight_through(straight, start, tmp_path):
+    start(tmp_path, "--max_iters=80")
+    start(tmp_path, "--max_iters=200")
+    assert_same_run(tmp_path, straight)
+
+
+@pytest.mark.parametrize("step", [0, 79, 93])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    straight, start, tmp_path, step, monkeypatch, capsys
+):
+    """At the first step, just before an evaluation, and between two."""
+    with monkeypatch.context() as patch:
+        raise_at(patch, step, signal.SIGINT)
+        assert start(tmp_path, "--max_iters=200") == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    stopped_at = saved_steps(tmp_path)[-1]
+    assert step < stopped_at <= 120
+    assert start(tmp_path, "--max_iters=200") == 0
+    assert f"from step {stopped_at}" in capsys.readouterr().out
+    assert_same_run(tmp_path, straight)
+
+
+def begin(folder, dataset, *more):
+    """Start a run in a process of its own, without end, and wait until it has made 100 steps."""
+    argv = [sys.executable, str(ROOT / "train.py"), *command(folder, dataset, *more)]
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    process = subprocess.Popen(
+        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline_s = time.monotonic() + 120
+    while not any(row["step"] >= 100 for row in read_metrics(folder)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_or_killed_process_goes_on_where_it_was(
+    start, dataset, tmp_path, number, exit_code
+):
+    folder = tmp_path / "stopped"
+    with begin(folder, dataset, "--max_iters=1000000") as process:
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert "Traceback" not in stderr
+    latest = Checkpoints(folder / "checkpoints").latest_step()
+    if number != signal.SIGKILL:
+        assert f"stopped at step {latest}, and saved" in stdout
+    end = (latest // 40 + 2) * 40
+    start(folder, f"--max_iters={end}")
+    start(tmp_path / "straight", f"--max_iters={end}")
+    assert_same_run(folder, tmp_path / "straight")
+
+
+def test_a_complete_run_says_so_and_changes_nothing(start, tmp_path, capsys):
+    start(tmp_path, "--max_iters=2")
+    before = content(tmp_path)
+    capsys.readouterr()
+    assert start(tmp_path, "--max_iters=2") == 0
+    assert "is complete: 2 steps are done" in capsys.readouterr().out
+    assert content(tmp_path) == before
+
+
+def test_a_run_of_another_shape_is_refused_and_left_alone(straight, start):
+    before = content(straight)
+    with pytest.raises(InputError, match=r"n_embd 16 -> 32; dropout 0.1 -> 0.2") as error:
+        start(straight, "--max_iters=200", "--n_embd=32", "--dropout=0.2")
+    assert "--overwrite" in str(error.value)
+    assert content(straight) == before
+
+
+def test_the_process_exits_with_2_where_the_run_differs(straight, dataset, run):
+    done = run("train.py", *command(straight, dataset, "--max_iters=200", "--n_head=4"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "n_head 2 -> 4" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_another_text_is_refused(straight, start, tmp_path):
+    write_dataset(tmp_path / "other", n_train=3001, n_val=200)
+    with pytest.raises(InputError, match="another text"):
+        start(straight, "--max_iters=200", "--vocab_size=9", dataset=tmp_path / "other")
+
+
+def test_overwrite_starts_anew(start, tmp_path):
+    start(tmp_path, "--max_iters=40")
+    start(tmp_path, "--max_iters=20", "--seed=1", "--overwrite")
+    assert [row["step"] for row in numbers(tmp_path)] == [0, 10, 20]
+    assert saved_steps(tmp_path) == [20]
+
+
+def test_overwrite_deletes_no_folder_that_is_not_a_run(start, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="must be empty or hold a run"):
+        start(tmp_path, "--max_iters=2", "--overwrite")
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_eval_only_says_the_last_logged_loss_and_changes_nothing(straight, start, capsys):
+    before = content(straight)
+    assert start(straight, "--max_iters=200", "--eval_only") == 0
+    val_loss = numbers(straight)[-1]["val_loss"]
+    assert f"step 200: val loss {val_loss:.4f}, 199 tokens" in capsys.readouterr().out
+    assert content(straight) == before
+
+
+def test_eval_only_without_a_run_is_an_input_error(start, tmp_path):
+    with pytest.raises(InputError, match="holds none"):
+        start(tmp_path / "none", "--eval_only")
+    assert not (tmp_path / "none").exists()
+
+
+def test_eval_only_before_the_first_checkpoint_is_an_input_error(start, tmp_path):
+    start(tmp_path, "--max_iters=2")
+    for path in (tmp_path / "checkpoints").glob("*"):
+        path.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="checkpoint"):
+        start(tmp_path, "--max_iters=2", "--eval_only")
+
+
+def test_the_last_step_is_evaluated_and_saved_even_off_the_interval(start, tmp_path):
+    start(tmp_path, "--max_iters=25", "--eval_interval=10", "--log_interval=1000")
+    assert [row["step"] for row in numbers(tmp_path)] == [0, 10, 20, 25]
+    assert saved_steps(tmp_path)[-1] == 25
+
+
+def test_another_rhythm_of_evaluations_leaves_the_updates_alone(straight, start, tmp_path):
+    start(tmp_path, "--max_iters=40")
+    start(tmp_path, "--max_iters=200", "--eval_interval=35", "--log_interval=20")
+    rows = {row["step"]: row for row in numbers(tmp_path)}
+    evaluated = [step for step, row in rows.items() if "val_loss" in row]
+    assert evaluated == [0, 40, 70, 105, 140, 175, 200]
+    assert rows[200] == numbers(straight)[-1]
+    assert rows[160]["train_loss"] == numbers(straight)[16]["train_loss"]
+    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path), state_of(straight))
+
+
+def test_what_lies_on_the_disk_is_the_state_of_its_step(start, tmp_path):
+    """Training goes on, in the same memory, while a checkpoint is written in the background."""
+    start(tmp_path / "whole", "--max_iters=6", "--eval_interval=1")
+    whole = saved_steps(tmp_path / "whole")
+    for step in whole:
+        start(tmp_path / str(step), f"--max_iters={step}", "--eval_interval=1")
+        states = state_of(tmp_path / "whole", step), state_of(tmp_path / str(step), step)
+        jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_corpus_read_from_its_file_trains_the_same(straight, start, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
+    start(tmp_path, "--max_iters=40")
+    assert numbers(tmp_path) == numbers(straight)[:5]
+    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path).step, np.int32(40))
+
+
+def test_a_diverging_run_exits_with_1_and_keeps_what_was_before(start, tmp_path, capsys):
+    """The parameters grow ninefold a step: finite for some evaluations, then not."""
+    wild = "--learning_rate=10 --weight_decay=1 --decay_lr=False --grad_clip=0 --eval_interval=2"
+    assert start(tmp_path, "--max_iters=200", *wild.split()) == 1
+    stderr = capsys.readouterr().err
+    error = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "lower --learning_rate" in error[0]
+    assert "Traceback" not in stderr
+    last = numbers(tmp_path)[-1]
+    assert saved_steps(tmp_path)[-1] <= last["step"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state_of(tmp_path).params))
+
+
+def test_bins_without_a_tokenizer_train_and_no_sample_is_shown(start, tmp_path, capsys):
+    write_dataset(tmp_path / "bins", n_train=3000, n_val=200)
+    folder = tmp_path / "run"
+    assert start(folder, "--max_iters=2", "--vocab_size=9", dataset=tmp_path / "bins") == 0
+    assert "The run lies in" in capsys.readouterr().out.splitlines()[-1]
+    assert not (folder / "tokenizer.json").exists()
+
+
+def test_the_run_ends_with_a_sample(start, tmp_path, capsys):
+    start(tmp_path, "--max_iters=2")
+    stdout = capsys.readouterr().out
+    text = stdout[stdout.index("writes more:") + len("writes more:\n") :]
+    assert len(text.removesuffix("\n")) == train.SAMPLE_TOKENS
+    assert set(text) <= set("\nabcdefgh")
+
+
+def test_the_smallest_splits_and_the_smallest_batch(start, tmp_path, capsys):
+    """block_size + 1 tokens: one window, and one evaluation of block_size targets."""
+    write_dataset(tmp_path / "bins", n_train=17, n_val=17)
+    more = "--max_iters=2", "--vocab_size=9", "--batch_size=1"
+    assert start(tmp_path / "run", *more, dataset=tmp_path / "bins") == 0
+    assert start(tmp_path / "run", *more, "--eval_only", dataset=tmp_path / "bins") == 0
+    assert "16 tokens" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_split_shorter_than_a_window_is_refused_and_nothing_written(start, tmp_path):
+    write_dataset(tmp_path / "bins", n_train=3000, n_val=16)
+    with pytest.raises(InputError, match=r"at least block_size \+ 1 = 17 tokens"):
+        start(tmp_path / "run", "--max_iters=2", dataset=tmp_path / "bins")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_config_of_a_run_repeats_it(straight, start, tmp_path):
+    """`--config` takes the config.json that a run leaves."""
+    config = json.loads((straight / "config.json").read_text())
+    asked = parse_train_config(["--config", str(straight / "config.json")])
+    same = {name for name in config if name not in ("made_with", "config")}
+    flat = run_folder.to_flat_dict(asked)
+    assert {name: flat[name] for name in same} == {name: config[name] for name in same}

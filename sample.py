@@ -3,7 +3,6 @@
 Without a flag: ten samples from the best checkpoint of the newest run under out/.
 """
 
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -123,15 +122,11 @@ def write_samples(
             made += 1
             yield tokenizer.decode(np.asarray(tokens_B))
 
-    try:
-        for row in range(config.num_samples):
-            print(start or "", end="", flush=True)
-            for text in until(config.stop, pieces(row)):
-                print(text, end="", flush=True)
-            print(f"\n{SEPARATOR}", flush=True)
-    except KeyboardInterrupt:  # the way out of a text without end
-        print()
-        return 128 + signal.SIGINT
+    for row in range(config.num_samples):  # a text without end goes on until Ctrl-C
+        print(start or "", end="", flush=True)
+        for text in until(config.stop, pieces(row)):
+            print(text, end="", flush=True)
+        print(f"\n{SEPARATOR}", flush=True)
     return 0
 
 

@@ -54,6 +54,10 @@ def main(argv: list[str]) -> int:
 
 def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> int:
     """Train, or go on with, the run in `folder`; return the exit code."""
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(stop_soon, signals))
+
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
 
@@ -131,11 +135,8 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
         state, tokens, offsets_NAB, np.int32(0), dropout_key
     ).compile()
 
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, partial(stop_soon, signals))
     step, saved_at = begun_at or 0, begun_at
-    report = Report(folder, config, step)
+    report = Report(folder, config, begun_at)
     try:
         while True:
             if report.evaluation_due(step) and step != begun_at:
@@ -178,6 +179,8 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     finally:
         report.close()
         checkpoints.close()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
     if signals:
         print(f"stopped at step {step}, and saved: the same command goes on from there")

@@ -110,11 +110,11 @@ class Checkpoints:
                     **{item: ocp.args.StandardRestore(targets)}, checksums=ocp.args.JsonRestore()
                 ),
             )
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # Orbax raises many kinds, Exception itself among them
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise InputError(f"{path}: the checkpoint cannot be restored ({reason})") from error
         for name, leaf in restored[item].items():
-            if _crc32(leaf) != restored["checksums"][name]:
+            if _crc32(leaf) != restored["checksums"].get(name):
                 raise InputError(f"{path}: {name} is not what was saved: the file is damaged")
         order = [restored[item][name] for name in targets]
         return jax.tree.unflatten(jax.tree.structure(abstract), order)

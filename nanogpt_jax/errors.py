@@ -23,6 +23,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(128 + 2)  # SIGINT
     except BrokenPipeError:  # the reader left, as in `python sample.py --stream | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # SIGPIPE

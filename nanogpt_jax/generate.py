@@ -51,7 +51,9 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1)
-    logits_BV = logits_BV / sampling.temperature
+    # Shifted, so that no logit overflows however small the temperature.
+    logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+    logits_BV = logits_BV / max(sampling.temperature, 1e-30)
     if 0 < sampling.top_k < logits_BV.shape[-1]:
         least_B1 = lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)

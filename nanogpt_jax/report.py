@@ -24,15 +24,17 @@ class Diverged(ArithmeticError):
 class Report:
     """Reports a run's dispatches one behind, so that the device never waits for the host."""
 
-    def __init__(self, folder: Path, config: TrainConfig, start_step: int):
+    def __init__(self, folder: Path, config: TrainConfig, begun_at: int | None):
         self.folder, self.config = folder, config
         self.steps_per_s = 0.0  # of the last dispatch that was reported
         self.train_loss = None
         # A run that was killed may have logged past the checkpoint it goes on from.
+        start_step = -1 if begun_at is None else begun_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        self._file = (folder / METRICS).open("w", encoding="utf-8")
-        for row in rows:
-            self._write(row)
+        partial = folder / f"{METRICS}.partial"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(folder / METRICS)
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         self.best = min(((r["val_loss"], r["step"]) for r in rows if "val_loss" in r), default=None)
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
@@ -40,7 +42,7 @@ class Report:
         schedule = learning_rate_schedule(config.optim, config.max_iters)
         self._learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
         self._bar = tqdm(
-            initial=start_step,
+            initial=begun_at or 0,
             total=config.max_iters,
             unit="step",
             disable=None,  # no bar where standard error is a file: there the lines below serve
@@ -73,13 +75,13 @@ class Report:
             return
         first, n_steps, launched_s, metrics = self._pending
         self._pending = None
-        losses = np.asarray(metrics.loss)[:n_steps]
+        losses, grad_norms = (np.asarray(metric)[:n_steps] for metric in metrics)
         done_s = time.perf_counter()
         self.steps_per_s = n_steps / (done_s - max(launched_s, self._last_done_s))
         self._last_done_s = done_s
-        for step, loss in enumerate(losses, first + 1):
-            if not np.isfinite(loss):
-                raise Diverged(f"the loss is {loss} at step {step}")
+        for step, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True), first + 1):
+            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+                raise Diverged(f"loss {loss} and gradient norm {grad_norm} at step {step}")
             self.train_loss = float(loss)
             if step % self.config.log_interval == 0 and not self.evaluation_due(step):
                 self._log(step)
@@ -133,9 +135,6 @@ class Report:
         row["lr"] = float(self._learning_rates[max(0, step - 1)])  # of the update before
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
         row["elapsed_s"] = round(self.elapsed_s(), 2)
-        self._write(row)
-
-    def _write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 

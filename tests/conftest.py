@@ -1,14 +1,24 @@
 """Stricter than production: 4 virtual devices, and rank promotion and warnings are errors."""
 
+import atexit
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# Equal programs are compiled once in a session: workers and scripts inherit the folder.
+if "NANOGPT_JAX_TEST_CACHE" not in os.environ:
+    os.environ["NANOGPT_JAX_TEST_CACHE"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["NANOGPT_JAX_TEST_CACHE"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["NANOGPT_JAX_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest
 

@@ -108,7 +108,10 @@ def test_here_jax_cannot_be_imported(run, place, without_jax):
         ("--dataset=book.txt --out_dir=book.txt/run", ["out_dir", "book.txt is a file"]),
         ("--dataset=latin.txt --out_dir=book.txt", ["out_dir", "book.txt is a file"]),
         ("--dataset=book.txt --out_dir=thesis", ["thesis", "must be empty or hold a run"]),
-        ("--dataset=book.txt --out_dir=thesis --overwrite", ["thesis", "must be empty or hold a run"]),
+        (
+            "--dataset=book.txt --out_dir=thesis --overwrite",
+            ["thesis", "must be empty or hold a run"],
+        ),
         ("--dataset=book.txt --out_dir=run", ["n_layer 3 -> 2; dropout 0.1 -> 0.0."]),
         ("--dataset=book.txt --out_dir=new --eval_only", ["--eval_only", "new"]),
     ],

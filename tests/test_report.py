@@ -36,10 +36,10 @@ def train(report, begin, end, at_once=3, losses=LOSSES):
     report.catch_up()
 
 
-def run(folder, config, begin=0, end=20, **kwargs):
+def run(folder, config, begin=None, end=20, **kwargs):
     report = Report(folder, config, begin)
     try:
-        train(report, begin, end, **kwargs)
+        train(report, begin or 0, end, **kwargs)
     finally:
         report.close()
     return report
@@ -133,13 +133,23 @@ def test_resuming_remembers_the_best_and_the_time(tmp_path, config):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_loss_that_is_no_number_is_told_with_its_step(tmp_path, config, bad):
     losses = np.where(np.arange(100) == 6, bad, LOSSES)
-    with pytest.raises(Diverged, match=f"{bad} at step 7"):
+    with pytest.raises(Diverged, match=f"loss {bad} and .* at step 7"):
         run(tmp_path, config, losses=losses)
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 4]
 
 
+def test_a_gradient_that_is_no_number_ends_the_run_before_its_parameters_are_saved(
+    tmp_path, config
+):
+    report = Report(tmp_path, config, None)
+    report.dispatched(0, 1, 0.0, Metrics(np.float32([2.0]), np.float32([np.inf])))
+    with pytest.raises(Diverged, match="gradient norm inf at step 1"):
+        report.catch_up()
+    report.close()
+
+
 def test_a_validation_loss_that_is_no_number_is_told_with_its_step(tmp_path, config):
-    report = Report(tmp_path, config, 0)
+    report = Report(tmp_path, config, None)
     with pytest.raises(Diverged, match="nan at step 10"):
         report.evaluated(10, float("nan"))
     report.close()

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from nanogpt_jax import data, run_folder, steps
 from nanogpt_jax.checkpoint import Checkpoints
@@ -34,23 +33,6 @@ SHAPE = [
     *("--batch_size=4", "--gradient_accumulation_steps=2", "--lr_decay_iters=200"),
     *("--eval_interval=40", "--log_interval=10"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_cache(tmp_path_factory):
-    """All runs here are of few shapes: each is compiled once."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in options, before:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Run it again to go on where it stopped. The run lies in out/NAME; python sample.
 """
 
 import dataclasses
+import importlib.metadata
 import os
 import platform
 import signal
@@ -23,6 +24,7 @@ from nanogpt_jax.presets import PRESETS, parse_train_config
 
 SECONDS_PER_DISPATCH = 1.0  # progress shows about this often
 MOST_STEPS_PER_DISPATCH = 1024
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLE_TOKENS = 300  # of the text shown at the end
 
 
@@ -48,16 +50,15 @@ def main(argv: list[str]) -> int:
         run_folder.delete(folder)
         config = dataclasses.replace(config, overwrite=False)  # done; nothing to be repeated
     if not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
-        raise InputError(f"--eval_only needs a run, but {folder} holds none: train one first")
-    return train(config, corpus, folder, start_s)
+        raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
+    if config.eval_only:
+        return train(config, corpus, folder, start_s)
+    with run_folder.locked(folder):
+        return train(config, corpus, folder, start_s)
 
 
 def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> int:
     """Train, or go on with, the run in `folder`; return the exit code."""
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, partial(stop_soon, signals))
-
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
 
@@ -76,9 +77,10 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
         f"step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
         f"{corpus.vocab_size}); jax {jax.__version__} on {describe_device()}"
     )
-    versions = {"nanogpt_jax": nanogpt_jax.__version__, "jax": jax.__version__}
-    made_with = {**versions, "python": platform.python_version(), "device": describe_device()}
     if not config.eval_only:
+        made_with = {"nanogpt_jax": nanogpt_jax.__version__, "python": platform.python_version()}
+        made_with |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+        made_with["device"] = describe_device()
         run_folder.begin(folder, config, corpus.fingerprint, made_with)
         if corpus.tokenizer:
             tokenizer.save(corpus.tokenizer, folder)
@@ -94,8 +96,6 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     weights_key, dropout_key = steps.stream_keys(config.seed)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=config.eval_only)
     begun_at = checkpoints.latest_step()
-    if config.eval_only and begun_at is None:
-        raise InputError(f"--eval_only needs a checkpoint, but {folder} has none yet")
     if begun_at is None:
         state = jax.jit(init_state)(weights_key)
     else:
@@ -106,24 +106,28 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     val_batches = jax.device_put(
         data.eval_batches(corpus.splits["val"], block_size, batch_size, config.eval_iters)
     )
-    n_targets = int(val_batches[-1].sum())
 
     def evaluate(params) -> float:
-        sums, _ = eval_steps(params, *val_batches)
-        return float(np.asarray(sums).sum(dtype=np.float64) / n_targets)
+        sums, counts = map(np.asarray, eval_steps(params, *val_batches))
+        return float(sums.sum(dtype=np.float64) / counts.sum())
 
     if config.eval_only:
+        n_targets = int(val_batches[-1].sum())
         print(f"step {begun_at}: val loss {evaluate(state.params):.4f}, {n_targets:,} tokens")
         return 0
     if begun_at is not None and begun_at >= config.max_iters:
         print(
-            f"{folder} is complete: {begun_at} steps are done. `python sample.py` writes text; "
-            "--overwrite trains anew, a larger --max_iters with the old --lr_decay_iters goes on"
+            f"{folder} is complete: {begun_at} steps are done. `python sample.py --out_dir "
+            f"{folder}` writes text; --overwrite trains anew; --max_iters {2 * begun_at} "
+            f"--lr_decay_iters {config.optim.lr_decay_iters} goes on"
         )
         return 0
     if begun_at is not None:
         print(f"going on with {folder} from step {begun_at}")
 
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(stop_soon, signals))
     batch_shape = config.gradient_accumulation_steps, batch_size
     batches = data.TrainBatches(
         corpus.splits["train"], config.seed, block_size, batch_shape, MOST_STEPS_PER_DISPATCH
@@ -171,24 +175,28 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
             checkpoints.save(state)
     except Diverged as error:
         print(
-            f"error: {error}; try a lower --learning_rate or a longer --warmup_iters. "
-            f"The checkpoints in {folder} are from before that",
+            f"error: training diverged: {error}. Start anew (--overwrite) with a lower "
+            f"--learning_rate or a longer --warmup_iters; checkpoints in {folder} are from before",
             file=sys.stderr,
         )
         return 1
     finally:
-        report.close()
-        checkpoints.close()
+        try:
+            checkpoints.close()
+        finally:
+            report.close()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
-    if signals:
+    if signals and step < config.max_iters:
         print(f"stopped at step {step}, and saved: the same command goes on from there")
         return 128 + signals[0]
     best_loss, best_step = report.best
+    where = "" if folder.parent == run_folder.OUT else f" --out_dir {folder}"
     print(
         f"{step} steps in {report.elapsed_s():.0f} s, best val loss {best_loss:.4f} at step "
-        f"{best_step}. The run lies in {folder}: loss.png shows it, `python sample.py` writes more:"
+        f"{best_step}. The run lies in {folder}: loss.png shows it, `python sample.py{where}` "
+        "writes more:"
     )
     if corpus.tokenizer:
         window_BS, length = generate.start_window(corpus.tokenizer, None, 1, block_size)

@@ -2,8 +2,9 @@
 
 All of train.py's flags are understood. The step that is timed is the very one of train.py, on
 random tokens; FLOPs are those of its matrix products (accounting.py), and the limit is the fastest
-large float32 matrix product that the same process reaches, so the share says what a better program
-could still win. Times are medians; on a shared machine, compare only what was run side by side.
+large product of float32 arrays that the same process reaches, so the share says what a better
+program could still win. Times are medians; on a shared machine, compare only what was run side by
+side.
 
 What was tried for `small` on 2 CPU cores (AMD EPYC, jax 0.10.2; ms a step, prototypes of this
 model, one after the other; runs of one and the same variant differ by 1):
@@ -39,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax import accounting, data, generate, sharding, steps
+from nanogpt_jax import accounting, corpora, data, generate, sharding, steps
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import run_command
 from nanogpt_jax.model import GPT
@@ -58,16 +59,16 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, vocab_size=vocab_size)
     )
+    starts = start_figures(argv)  # first: once this process holds a TPU, no other can
     figures = {
         "config": config.config,
         "device": sharding.describe_device(),
         "jax": jax.__version__,
         "cores": os.cpu_count(),
+        **starts,
     }
     figures |= training_figures(config)
     figures |= sampling_figures(config)
-    figures |= memory_figures()
-    figures |= start_figures(argv)
     if "--json" in argv:
         print(json.dumps(figures))
         return
@@ -86,7 +87,7 @@ def median_s(work) -> float:
 
 
 def matmul_peak_flops() -> float:
-    """Return the FLOP/s of the best large float32 matrix product, of a few sizes."""
+    """Return the FLOP/s of the best large matrix product of float32 arrays, of a few sizes."""
     best, times = 0.0, 8  # products in one measurement, so that the dispatch does not count
     product = jax.jit(jnp.matmul)
     for size in (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
@@ -103,7 +104,7 @@ def training_figures(config: TrainConfig) -> dict:
     state = jax.jit(partial(steps.init_state, model, tx))(weights_key)
     corpus = np.random.default_rng(0).integers(config.model.vocab_size, size=CORPUS_TOKENS)
     batches = data.TrainBatches(
-        corpus.astype(np.uint16),
+        corpus.astype(np.uint16 if config.model.vocab_size <= 2**16 else np.uint32),
         config.seed,
         config.model.block_size,
         (config.gradient_accumulation_steps, config.batch_size),
@@ -124,6 +125,7 @@ def training_figures(config: TrainConfig) -> dict:
     few_s = median_s(lambda: dispatch(few)) / few
     n_steps = int(min(batches.most_steps, max(1, 1 / few_s)))
     step_s = median_s(lambda: dispatch(n_steps)) / n_steps
+    memory = memory_figures()  # before the products below count in it
     peak = matmul_peak_flops()
     achieved = accounting.train_flops_per_token(config.model) * config.tokens_per_iter / step_s
     return {
@@ -135,6 +137,7 @@ def training_figures(config: TrainConfig) -> dict:
         "train_flops_per_s": achieved,
         "matmul_peak_flops_per_s": peak,
         "share_of_matmul_peak": achieved / peak,
+        **memory,
     }
 
 
@@ -180,8 +183,8 @@ def memory_figures() -> dict:
     stats = jax.devices()[0].memory_stats() or {}
     of_device = stats.get("peak_bytes_in_use")
     return {
-        "peak_memory_bytes": of_device or process_peak_bytes(),
-        "peak_memory_of": "device" if of_device else "process",
+        "train_peak_memory_bytes": of_device or process_peak_bytes(),
+        "train_peak_memory_of": "device" if of_device else "process",
     }
 
 
@@ -200,26 +203,28 @@ def start_figures(argv: list[str]) -> dict:
     train_py = Path(__file__).parent.parent / "train.py"
     if not train_py.exists():  # installed without the repository
         return {"first_step_cold_s": None, "first_step_warm_cache_s": None}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "cache")),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONUNBUFFERED": "1",
         }
         flags = [word for word in argv if word != "--json"]
-        flags += ["--dataset", "pydocs", "--data_dir", folder, "--vocab_size", "None"]
+        flags += ["--dataset", "pydocs", "--data_dir", folder]
+        corpora.prepare("pydocs", Path(folder))
         figures = {}
         for name in ("first_step_cold_s", "first_step_warm_cache_s"):
             command = [sys.executable, str(train_py), *flags, "--out_dir", str(Path(folder, name))]
             begun_s = time.perf_counter()
             with subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
             ) as process:
                 told = next((line for line in process.stdout if "first step done" in line), None)
                 figures[name] = time.perf_counter() - begun_s
                 process.kill()
                 if told is None:
-                    raise RuntimeError(f"train.py made no step: {process.stderr.read()}")
+                    errors.seek(0)
+                    raise RuntimeError(f"train.py made no step: {errors.read()}")
         return figures
 
 

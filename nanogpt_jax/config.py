@@ -92,7 +92,8 @@ class TrainConfig:
     """All that a training run is asked for."""
 
     config: str = "small"
-    """A preset, or a JSON file with some of these fields."""
+    """A preset, or a JSON file of these fields; what it leaves out comes from the preset that it
+    names as config, else from small."""
     out_dir: str | None = None
     """Folder of the run; None: out/CONFIG, or out/CONFIG-DATASET for your own text."""
     dataset: str | None = None
@@ -223,9 +224,10 @@ def read_settings(path: Path, cls: type) -> dict[str, str]:
 NANOGPT_FLAGS = {
     "device": "JAX finds the GPU or TPU by itself; JAX_PLATFORMS=cpu in front forces the CPU",
     "compile": "leave it out: JAX always compiles",
-    "dtype": "leave it out: everything is float32 so far",
+    "dtype": "leave it out: arrays are float32 so far",
     "backend": "leave it out: there is no torch.distributed here",
-    "init_from": "leave it out: a run in --out_dir is resumed by itself",
+    "init_from": "leave it out: a run in --out_dir is resumed by itself (GPT-2's weights cannot be "
+    "loaded yet)",
     "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",
     "wandb_project": "leave it out: metrics.jsonl in the run's folder has all figures",
     "wandb_run_name": "leave it out: --out_dir names a run",

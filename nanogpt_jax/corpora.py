@@ -114,9 +114,11 @@ def prepare(dataset: str, data_dir: Path, min_tokens: int = 1) -> Path:
             folder = data_dir / f"{path.resolve().stem}-{place}"
             return _write_splits(_read_text(path), folder, str(path), min_tokens)
     prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
+    hint = did_you_mean(dataset, {*NAMES, *prepared})
+    hint = hint or f" If you have its train.bin and val.bin, put them into {data_dir / dataset}"
     raise InputError(
         f"dataset must be one of {', '.join(NAMES)}, a text file or a folder, but there is no "
-        f"{dataset!r}.{did_you_mean(dataset, {*NAMES, *prepared})}"
+        f"{dataset!r}.{hint}"
     )
 
 

@@ -12,12 +12,16 @@ import numpy as np
 from nanogpt_jax.errors import InputError
 
 SPLITS = ("train", "val")
-# At most this many bytes of ids lie on the device; of a larger corpus only the next windows do.
+# A split of at most this many bytes lies on the device; of a larger one only its next windows do.
 RESIDENT_BYTES = 256 * 2**20
 
 
 def check_whole(path: Path, dtype: str) -> int:
-    """Return the bytes of a `.bin` file that exists and holds whole ids."""
+    """Return the size in bytes of a `.bin` file.
+
+    Raises:
+        InputError: there is none, or it does not hold whole ids.
+    """
     if not path.is_file():
         raise InputError(f"{path}: must exist, but there is no such file")
     n_bytes, width = path.stat().st_size, np.dtype(dtype).itemsize
@@ -121,7 +125,15 @@ def eval_batches(
     and the last one, where the rest is shorter, reaches back so that it is whole but counts only
     its last targets. Otherwise that many batches of windows, evenly spread over the split. What is
     missing to a whole last batch are windows that count nothing.
+
+    Raises:
+        InputError: the whole of a split that is too large for the device.
     """
+    if not n_batches and len(tokens) >= 2**30:
+        raise InputError(
+            f"eval_iters must be given for a validation split of {len(tokens):,} tokens, which is "
+            "too large to be evaluated in whole: like --eval_iters 200"
+        )
     starts = np.arange(0, len(tokens) - 1, block_size)
     offsets = np.minimum(starts, len(tokens) - 1 - block_size)
     counts = np.minimum(block_size, len(tokens) - 1 - starts)
@@ -137,6 +149,7 @@ def eval_batches(
 
 
 def _laid_end_to_end(tokens, offsets, length: int) -> tuple[np.ndarray, np.ndarray]:
+    assert offsets.size * length < 2**31, "offsets on the device are int32"
     windows = tokens[offsets.reshape(-1, 1) + np.arange(length)]
     new_offsets = np.arange(offsets.size, dtype=np.int32) * length
     return windows.reshape(-1), new_offsets.reshape(offsets.shape)

@@ -18,6 +18,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's `main(argv)` and exit: 0 done, 2 wrong input (one line, no traceback)."""
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows could not take every character
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
@@ -34,8 +36,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(
-            "error: the device's memory does not suffice. Take a smaller --batch_size, with as "
-            "many more --gradient_accumulation_steps for the same result, or a smaller model",
+            "error: the device's memory does not suffice. In training take a smaller --batch_size "
+            "with more --gradient_accumulation_steps, in sampling fewer --num_samples or --stream",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -1,9 +1,9 @@
 """Write text: prefill, cached decoding, and the cache-free reference it is tested against.
 
 The model sees at most block_size tokens. When the cache is full, the last half of the window is
-kept, read again in one prefill, and decoding goes on from there; so a long text costs two forward
-passes a token at the most, whatever its length. nanoGPT instead reads the last block_size tokens
-anew for each token (`exact_window`). Both give the same text until the window is first full.
+kept, read again in one prefill, and decoding goes on from there: one prefill in block_size / 2
+tokens. nanoGPT instead reads the last block_size tokens anew for each token (`exact_window`). Both
+give the same text until the window is first full.
 """
 
 from typing import NamedTuple
@@ -68,7 +68,7 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
 
 
 def start_window(tokenizer: CharTokenizer, start: str | None, n_rows: int, block_size: int):
-    """Return (window_BS, length) of a start text, the same in each row; see `prefill`.
+    """Return (window_BS, length) of a start text: int32 (n_rows, block_size), equal rows; int32.
 
     Of a start longer than block_size the model sees the end.
 

@@ -9,6 +9,7 @@ from nanogpt_jax.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    field_types,
     parse_args,
     read_settings,
     split_settings,
@@ -102,7 +103,7 @@ def parse_train_config(argv: list[str], about: str = "") -> TrainConfig:
     """
     settings = split_settings(argv, TrainConfig)
     name = settings.get("config", TrainConfig.config)
-    default = TrainConfig()
+    default = PRESETS[TrainConfig.config]()
     if name in PRESETS:
         default = PRESETS[name]()
     elif name.endswith(".json"):
@@ -111,9 +112,10 @@ def parse_train_config(argv: list[str], about: str = "") -> TrainConfig:
         base = from_file.pop("config", None)
         if base in PRESETS:
             default = PRESETS[base]()
-        elif base is not None and not base.endswith(".json"):  # a run's says what file it had
+        elif base is not None and len(from_file) + 1 < len(field_types(TrainConfig)):
+            # Only a run's own config.json, which has every field, may name the file it came from.
             hint = did_you_mean(base, PRESETS)
-            raise InputError(f"{name}: there is no preset {base!r}.{hint}")
+            raise InputError(f"{name}: config must be a preset, but there is no {base!r}.{hint}")
         settings = from_file | settings
     else:
         known = f"presets are {', '.join(PRESETS)}"

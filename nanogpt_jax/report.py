@@ -35,7 +35,8 @@ class Report:
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         partial.replace(folder / METRICS)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self.best = min(((r["val_loss"], r["step"]) for r in rows if "val_loss" in r), default=None)
+        evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
+        self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
         self._pending = None
@@ -104,7 +105,8 @@ class Report:
         if not math.isfinite(val_loss):
             raise Diverged(f"the validation loss is {val_loss} at step {step}")
         is_best = self.best is None or val_loss < self.best[0]
-        self.best = (val_loss, step) if is_best else self.best
+        if is_best and step > 0:
+            self.best = val_loss, step
         self._log(step, val_loss)
         train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
         speed = self.steps_per_s * self.config.tokens_per_iter
@@ -113,7 +115,7 @@ class Report:
         self.say(f"step {step:6d}: {train}val loss {val_loss:.4f}{best}{shown}")
         now_s = time.perf_counter()
         if now_s - self._drawn_s > REDRAW_S:
-            draw(self.folder, self.config.config)
+            self._draw()
             self._drawn_s = now_s
 
     def elapsed_s(self) -> float:
@@ -124,7 +126,13 @@ class Report:
         """End the bar and the file, and draw the picture."""
         self._bar.close()
         self._file.close()
-        draw(self.folder, self.config.config)
+        self._draw()
+
+    def _draw(self) -> None:
+        try:
+            draw(self.folder, self.config.config)
+        except OSError as error:  # a full disk; no reason to lose the run
+            self.say(f"{PICTURE} could not be drawn: {error}")
 
     def _log(self, step: int, val_loss: float | None = None) -> None:
         row = {"step": step}

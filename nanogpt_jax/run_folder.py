@@ -7,12 +7,15 @@ out/small/config.json      all that was asked, with versions and device
           checkpoints/     Orbax: the newest and the best
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from nanogpt_jax import tokenizer
 from nanogpt_jax.config import ModelConfig, TrainConfig, field_types, to_flat_dict
 from nanogpt_jax.errors import InputError
 
@@ -30,7 +33,9 @@ def choose(config: TrainConfig, dataset_name: str, default_dataset: str) -> Path
     if config.out_dir is not None:
         return Path(config.out_dir)
     path = Path(config.config)
-    name = path.parent.name if path.name == CONFIG else path.stem  # a run's own config.json
+    if path.name == CONFIG:  # a run's own: go on with it
+        return path.parent
+    name = path.stem
     return OUT / (name if dataset_name == default_dataset else f"{name}-{dataset_name}")
 
 
@@ -54,7 +59,10 @@ def check_usable(folder: Path) -> None:
 
 
 def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
-    """Return whether a run that fits `config` lies in the folder, False if it holds none.
+    """Return whether a run that fits `config` lies in the folder, False if there is none.
+
+    A run without a checkpoint is none: nothing is lost when it starts with other fields, after
+    it ran out of memory, say.
 
     Raises:
         InputError: the folder holds something else, or a run that differs; fields are named.
@@ -63,6 +71,8 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
     if not (folder / CONFIG).exists():
         return False
     begun = _read_config(folder)
+    if not has_checkpoint(folder):
+        return False
     differing = [
         f"{name} {begun.get(name)!r} -> {value!r}"
         for name, value in to_flat_dict(config).items()
@@ -78,6 +88,38 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
     return True
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a run has a whole checkpoint; one cut off by a kill has a longer name."""
+    return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes from training in it meanwhile.
+
+    Raises:
+        InputError: another process is training there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{folder} is being trained by another process: wait for it") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) -> None:
     """Make the folder, or bring its config.json up to what was asked now."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +131,7 @@ def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) 
 
 
 def delete(folder: Path) -> None:
-    """Delete a run for --overwrite, and nothing that is not a run.
+    """Delete a run's files for --overwrite, and nothing else that lies beside them.
 
     Raises:
         InputError: the folder holds files, but no run.
@@ -97,8 +139,9 @@ def delete(folder: Path) -> None:
     check_usable(folder)
     if (folder / CONFIG).exists():
         _read_config(folder)  # other programs write a config.json too
-        for path in folder.iterdir():  # not the folder itself, which may be a link
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (METRICS, PICTURE, tokenizer.FILE_NAME, CONFIG):
+            (folder / name).unlink(missing_ok=True)
 
 
 def newest() -> Path:
@@ -107,11 +150,7 @@ def newest() -> Path:
     Raises:
         InputError: there is none.
     """
-    runs = [
-        path.parent
-        for path in OUT.glob(f"*/{CHECKPOINTS}")
-        if any(p.name.isdecimal() for p in path.iterdir())
-    ]
+    runs = [path.parent for path in OUT.glob(f"*/{CHECKPOINTS}") if has_checkpoint(path.parent)]
     if not runs:
         raise InputError(f"no run lies under {OUT}/ yet: train one with `python train.py`")
     return max(runs, key=lambda run: (run / CHECKPOINTS).stat().st_mtime)

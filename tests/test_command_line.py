@@ -51,6 +51,7 @@ def place(tmp_path, book) -> Path:
     config = replace(config, model=model, optim=replace(config.optim, lr_decay_iters=60))
     for name in ("run", "run_of_bins"):
         run_folder.begin(tmp_path / name, config, corpus.fingerprint, {})
+        (tmp_path / name / "checkpoints" / "9").mkdir(parents=True)
     tokenizer.save(corpus.tokenizer, tmp_path / "run")
     return tmp_path
 

@@ -17,7 +17,24 @@ def begun(tmp_path, tiny_config) -> Path:
     """The folder of a run of tiny_config."""
     folder = tmp_path / "out" / "tiny"
     run_folder.begin(folder, tiny_config, FINGERPRINT, {"jax": "0.0"})
+    (folder / "checkpoints" / "30").mkdir(parents=True)
     return folder
+
+
+def test_a_run_without_a_checkpoint_may_start_with_other_fields(begun, tiny_config):
+    """It ran out of memory, say, and the user takes the advice to make the batch smaller."""
+    (begun / "checkpoints" / "30").rename(begun / "checkpoints" / "30.orbax-checkpoint-tmp")
+    smaller = replace(tiny_config, batch_size=1)
+    assert not run_folder.check_resumable(begun, smaller, FINGERPRINT)
+
+
+def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
+    second = run_folder.locked(tmp_path)
+    refused = pytest.raises(InputError, match="is being trained by another process")
+    with run_folder.locked(tmp_path), refused, second:
+        pass
+    with run_folder.locked(tmp_path):
+        pass
 
 
 def files_of_someone_else(folder: Path, config_json: str | None = None) -> Path:
@@ -150,7 +167,7 @@ def test_beginning_writes_all_that_was_asked_and_what_it_was_made_with(begun, ti
     made_with = loaded.pop("made_with")
     assert loaded == to_flat_dict(tiny_config)
     assert made_with == {"jax": "0.0", "dataset_fingerprint": FINGERPRINT}
-    assert [path.name for path in begun.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in begun.iterdir()) == ["checkpoints", "config.json"]
 
 
 def test_going_on_brings_the_config_up_to_date(begun, tiny_config):
@@ -192,6 +209,12 @@ def test_overwriting_deletes_a_run(begun):
     run_folder.delete(begun)
     assert begun.exists()
     assert not any(begun.iterdir())
+
+
+def test_overwriting_leaves_what_lies_beside_the_run(begun):
+    (begun / "notes.txt").write_text("worked well")
+    run_folder.delete(begun)
+    assert [path.name for path in begun.iterdir()] == ["notes.txt"]
 
 
 def test_overwriting_through_a_link_deletes_the_run_it_leads_to(begun, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import statistics
 from pathlib import Path
 
 import pytest
@@ -33,8 +32,7 @@ def shakespeare(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
-    """nanoGPT: 1.8982, and 1.9006 to 1.9159 for five seeds; a seed's own loss is a matter of luck,
-    and of the machine's rounding, by about 0.01."""
+    """nanoGPT's own: 1.9006 to 1.9159 for five seeds on the same machine."""
     first, last = [], []
     for seed in SEEDS:
         out_dir = tmp_path / f"seed{seed}"
@@ -46,5 +44,4 @@ def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
         first.append(losses[0])
         last.append(losses[2000])
     assert first == pytest.approx([4.17] * 3, abs=0.15)  # ln 65
-    assert statistics.mean(last) <= 1.92, last
-    assert max(last) <= 1.93, last
+    assert max(last) <= 1.92, last

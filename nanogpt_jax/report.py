@@ -172,8 +172,10 @@ def draw(folder: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     if len(train):
         steps, losses = train.T
-        half = min(10, len(losses) // 20)  # rows of the running mean on each side
-        smooth = [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
+        smooth = []
+        for i in range(len(losses)):  # a running mean of up to 21 rows, of fewer at both ends
+            half = min(10, len(losses) // 20, i, len(losses) - 1 - i)
+            smooth.append(losses[i - half : i + half + 1].mean())
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth, color="tab:blue", label="train (running mean)")
     if len(val):

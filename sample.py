@@ -12,7 +12,8 @@ import numpy as np
 
 from nanogpt_jax import run_folder
 from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.config import ModelConfig, SampleConfig, parse_args, split_settings
+from nanogpt_jax.command_line import parse_args, split_settings
+from nanogpt_jax.config import ModelConfig, SampleConfig
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.tokenizer import CharTokenizer
 

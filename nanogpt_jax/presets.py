@@ -5,15 +5,8 @@ Measured figures, with machine and versions, stand in the README's Results.
 
 from pathlib import Path
 
-from nanogpt_jax.config import (
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    field_types,
-    parse_args,
-    read_settings,
-    split_settings,
-)
+from nanogpt_jax.command_line import parse_args, read_settings, split_settings
+from nanogpt_jax.config import ModelConfig, OptimConfig, TrainConfig, field_types
 from nanogpt_jax.errors import InputError, did_you_mean
 
 

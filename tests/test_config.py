@@ -3,16 +3,13 @@ import json
 import pytest
 
 from nanogpt_jax import presets, run_folder
+from nanogpt_jax.command_line import NANOGPT_FLAGS, parse_args, read_settings, split_settings
 from nanogpt_jax.config import (
-    NANOGPT_FLAGS,
     ModelConfig,
     OptimConfig,
     SampleConfig,
     TrainConfig,
     field_types,
-    parse_args,
-    read_settings,
-    split_settings,
     to_flat_dict,
 )
 from nanogpt_jax.errors import InputError

@@ -14,15 +14,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
     {"config", "tokenizer", "data"},
-    {"presets", "corpora", "attention", "optim", "sharding", "accounting", "run_folder"},
-    {"model"},
+    {"command_line", "corpora", "run_folder", "accounting", "attention", "optim", "sharding"},
+    {"presets", "model"},
     {"steps", "generate"},
     {"checkpoint", "report"},
     {"bench"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data"}
-WITHOUT_JAX |= {"presets", "corpora", "run_folder", "accounting"}
+WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "accounting"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

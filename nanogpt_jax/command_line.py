@@ -1,0 +1,124 @@
+"""The command line and JSON files as configurations. No JAX.
+
+Flags carry nanoGPT's names, in any of its forms: `--n_layer 6`, `--batch_size=32`, `--bias`. A
+flag, or a field of a JSON file, is first a setting: its name and its value as text.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from nanogpt_jax.config import field_types
+from nanogpt_jax.errors import InputError, did_you_mean
+
+Config = TypeVar("Config")
+
+
+def read_settings(path: Path, cls: type) -> dict[str, str]:
+    """Read a JSON file of flat fields as settings for `parse_args`.
+
+    Raises:
+        InputError: no such file, not a JSON object, or a field that `cls` does not have.
+    """
+    try:
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: must be a JSON file, but {error}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f'{path}: must hold one JSON object, like {{"n_layer": 4}}')
+    loaded.pop("made_with", None)  # a run's config.json says there what it ran on
+    for name in loaded:
+        if name not in field_types(cls):
+            hint = did_you_mean(name, field_types(cls))
+            raise InputError(f"{path}: there is no field {name!r}.{hint}")
+    return {name: str(value) for name, value in loaded.items()}
+
+
+# What nanoGPT's users type and what answers it here, where the answer is not the same flag.
+NANOGPT_FLAGS = {
+    "device": "JAX finds the GPU or TPU by itself; JAX_PLATFORMS=cpu in front forces the CPU",
+    "compile": "leave it out: JAX always compiles",
+    "dtype": "leave it out: arrays are float32 so far",
+    "backend": "leave it out: there is no torch.distributed here",
+    "init_from": "leave it out: a run in --out_dir is resumed by itself (GPT-2's weights cannot be "
+    "loaded yet)",
+    "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",
+    "wandb_project": "leave it out: metrics.jsonl in the run's folder has all figures",
+    "wandb_run_name": "leave it out: --out_dir names a run",
+    "wandb_log": "leave it out: metrics.jsonl in the run's folder has all figures",
+}
+
+
+def split_settings(argv: list[str], cls: type) -> dict[str, str]:
+    """Split `--key value`, `--key=value` and bare `--flag` into settings; dashes as underscores.
+
+    Raises:
+        InputError: an unknown flag (with its near matches), or one without its value.
+    """
+    known, settings, rest = field_types(cls), {}, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            settings["help"] = ""
+            continue
+        if not word.startswith("--") or word == "--":
+            hint = " Presets go behind --config: --config shakespeare." if ".py" in word else ""
+            raise InputError(f"{word!r} is not a flag; flags look like --n_layer 6.{hint}")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known:
+            hint = f" nanoGPT's flag: {NANOGPT_FLAGS[name]}." if name in NANOGPT_FLAGS else ""
+            hint = hint or did_you_mean(name, known)
+            raise InputError(f"there is no flag --{name}.{hint} (--help lists them)")
+        if not equals:
+            bare = not rest or rest[0].startswith("--")
+            if bare and known[name] is not bool:
+                raise InputError(f"--{name} needs a value, like --{name}=...")
+            value = "True" if bare else rest.pop(0)
+        is_bool = known[name] is bool and value.lower() in ("true", "false")
+        settings[name] = value.capitalize() if is_bool else value
+    return settings
+
+
+def parse_args(cls: type[Config], settings: dict[str, str], default: Config, about: str) -> Config:
+    """Build a configuration from settings on top of `default`; tyro parses types and prints help.
+
+    Args:
+        settings: flat field -> value as text; with "help" among them, help is printed (exit 0).
+        about: what the help says above the flags.
+
+    Raises:
+        InputError: a value that is not of the field's type, or that validation refuses.
+    """
+    import tyro  # only a command line needs it
+
+    argv = [f"--{name}={value}" for name, value in settings.items() if name != "help"]
+    argv += ["--help"] if "help" in settings else []
+    markers = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                cls,
+                prog=Path(sys.argv[0]).name,
+                description=about,
+                args=argv,
+                default=default,
+                use_underscores=True,
+                config=markers,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box: keep the sentence above the box's first rule.
+        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
+        lines = ["" if set(line) <= {"-"} else line for line in lines]  # the rule, in ASCII
+        sentence = " ".join(lines[1:]).strip().split("  ")[0]
+        sentence = re.sub(r"^Error parsing (\w+: )?", "", sentence)  # our own classes' names
+        raise InputError(sentence or "the flags cannot be understood") from None

@@ -39,7 +39,8 @@ def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
         flags = ["--config=small", f"--seed={seed}", f"--data_dir={shakespeare}"]
         result = run("train.py", *flags, "--dataset=shakespeare_char", f"--out_dir={out_dir}")
         assert result.returncode == 0, result.stderr
-        rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").open()]
+        lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
         losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
         first.append(losses[0])
         last.append(losses[2000])

@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
             "so its tokens cannot be read"
         )
     start = read_start(config.start)
+    if start == "":
+        raise InputError("start must have at least one character, but is empty")
     tokenizer.encode(start or "")  # unknown characters, said before JAX is loaded
     return write_samples(config, folder, model_config, tokenizer, start)
 

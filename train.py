@@ -59,6 +59,11 @@ def main(argv: list[str]) -> int:
 
 def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> int:
     """Train, or go on with, the run in `folder`; return the exit code."""
+    signals = []
+    if not config.eval_only:  # there is nothing to save
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, partial(stop_soon, signals))
+
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
 
@@ -125,9 +130,6 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     if begun_at is not None:
         print(f"going on with {folder} from step {begun_at}")
 
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, partial(stop_soon, signals))
     batch_shape = config.gradient_accumulation_steps, batch_size
     batches = data.TrainBatches(
         corpus.splits["train"], config.seed, block_size, batch_shape, MOST_STEPS_PER_DISPATCH
@@ -189,14 +191,17 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
             signal.signal(number, signal.SIG_DFL)
 
     if signals and step < config.max_iters:
-        print(f"stopped at step {step}, and saved: the same command goes on from there")
+        print(
+            f"stopped at step {step}, and saved: the same command goes on from there, "
+            "without --overwrite"
+        )
         return 128 + signals[0]
     best_loss, best_step = report.best
     where = "" if folder.parent == run_folder.OUT else f" --out_dir {folder}"
     print(
-        f"{step} steps in {report.elapsed_s():.0f} s, best val loss {best_loss:.4f} at step "
-        f"{best_step}. The run lies in {folder}: loss.png shows it, `python sample.py{where}` "
-        "writes more:"
+        f"{step} steps in {report.elapsed_s():.0f} s of training, best val loss {best_loss:.4f} "
+        f"at step {best_step}. The run lies in {folder}: loss.png shows it, "
+        f"`python sample.py{where}` writes more:"
     )
     if corpus.tokenizer:
         window_BS, length = generate.start_window(corpus.tokenizer, None, 1, block_size)

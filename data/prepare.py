@@ -12,6 +12,9 @@ from nanogpt_jax.errors import InputError, run_command
 
 def main(argv: list[str]) -> None:
     """Prepare the one dataset that is named, beside this file."""
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(argv) != 1 or argv[0].startswith("-"):
         raise InputError(f"one dataset must be named: {', '.join(corpora.NAMES)} or a path")
     folder = corpora.prepare(argv[0], Path(__file__).parent)

@@ -46,8 +46,8 @@ NANOGPT_FLAGS = {
     "compile": "leave it out: JAX always compiles",
     "dtype": "leave it out: arrays are float32 so far",
     "backend": "leave it out: there is no torch.distributed here",
-    "init_from": "leave it out: a run in --out_dir is resumed by itself (GPT-2's weights cannot be "
-    "loaded yet)",
+    "init_from": "leave it out: a run is resumed, or sampled, by itself; --out_dir names another "
+    "(GPT-2's weights cannot be loaded yet)",
     "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",
     "wandb_project": "leave it out: metrics.jsonl in the run's folder has all figures",
     "wandb_run_name": "leave it out: --out_dir names a run",
@@ -68,7 +68,11 @@ def split_settings(argv: list[str], cls: type) -> dict[str, str]:
             settings["help"] = ""
             continue
         if not word.startswith("--") or word == "--":
-            hint = " Presets go behind --config: --config shakespeare." if ".py" in word else ""
+            hint = (
+                " nanoGPT's config/train_shakespeare_char.py is --config shakespeare here (it "
+                "wants a GPU), and its command for CPUs, with all its flags, --config small."
+            )
+            hint = hint if word.endswith(".py") else ""
             raise InputError(f"{word!r} is not a flag; flags look like --n_layer 6.{hint}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -121,4 +125,7 @@ def parse_args(cls: type[Config], settings: dict[str, str], default: Config, abo
         lines = ["" if set(line) <= {"-"} else line for line in lines]  # the rule, in ASCII
         sentence = " ".join(lines[1:]).strip().split("  ")[0]
         sentence = re.sub(r"^Error parsing (\w+: )?", "", sentence)  # our own classes' names
+        wrong_type = r": (invalid literal for int|could not convert string to float).*: (?='.*'$)"
+        kind = "whole number" if "for int" in sentence else "number"
+        sentence = re.sub(wrong_type, f" must be a {kind}, got ", sentence)
         raise InputError(sentence or "the flags cannot be understood") from None

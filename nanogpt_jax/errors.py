@@ -27,7 +27,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        sys.exit(128 + 2)  # SIGINT
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + 2)  # SIGINT; an orderly exit crashes where JAX still compiles in a thread
     except BrokenPipeError:  # the reader left, as in `python sample.py --stream | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # SIGPIPE

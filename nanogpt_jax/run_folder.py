@@ -81,9 +81,11 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
     if begun.get("made_with", {}).get("dataset_fingerprint") != fingerprint:
         differing.insert(0, f"dataset {begun.get('dataset')!r} -> {config.dataset!r}, another text")
     if differing:
+        follows = begun.get("lr_decay_iters") != config.optim.lr_decay_iters
+        hint = " (lr_decay_iters is max_iters where it is not given)" if follows else ""
         raise InputError(
             f"{folder} holds a run that differs: {'; '.join(differing)}. Take those back to go on "
-            "with it, --out_dir for a new place, or --overwrite to delete it and start anew"
+            f"with it, --out_dir for a new place, or --overwrite to delete it and start anew{hint}"
         )
     return True
 

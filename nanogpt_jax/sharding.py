@@ -17,7 +17,8 @@ def place(abstract):
 
 
 def describe_device() -> str:
-    """Return the device in words, like "cpu: cpu" or "gpu: NVIDIA H200"."""
+    """Return the device in words, like "cpu" or "gpu: NVIDIA H200"."""
     device = jax.devices()[0]
     others = f", the first of {jax.device_count()}" if jax.device_count() > 1 else ""
-    return f"{device.platform}: {device.device_kind}{others}"
+    kind = "" if device.device_kind == device.platform else f": {device.device_kind}"
+    return f"{device.platform}{kind}{others}"

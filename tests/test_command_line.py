@@ -163,7 +163,7 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
     ("argv", "parts"),
     [
         ("", ["one dataset must be named", "shakespeare_char"]),
-        ("--help", ["one dataset must be named", "pydocs"]),
+        ("--force", ["one dataset must be named", "pydocs"]),
         ("shakespear", ["Did you mean shakespeare_char?"]),
         ("latin.txt", ["latin.txt", "byte 3 is 0xe9"]),
         ("empty.txt", ["empty.txt", "is empty"]),

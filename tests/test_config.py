@@ -294,8 +294,8 @@ def test_a_json_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, cont
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"n_layer": "four"}', "--n_layer: .*'four'"),
-        ('{"n_layer": [4]}', r"--n_layer: .*'\[4\]'"),
+        ('{"n_layer": "four"}', "n_layer must be a whole number, got 'four'"),
+        ('{"n_layer": [4]}', r"n_layer must be a whole number, got '\[4\]'"),
         ('{"n_embd": 10, "n_head": 3}', "n_embd must be a multiple of n_head=3, got 10"),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 from nanogpt_jax import run_folder
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.config import ModelConfig, SampleConfig
+from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.tokenizer import CharTokenizer
 
@@ -73,11 +73,14 @@ def write_samples(
     """Restore the parameters and print the samples; return the exit code."""
     import jax
 
-    from nanogpt_jax import generate, steps
+    from nanogpt_jax import devices, generate, sharding, startup, steps
     from nanogpt_jax.checkpoint import Checkpoints
     from nanogpt_jax.model import GPT
 
-    model = GPT(model_config)
+    startup.use_compile_cache(config.compile_cache)
+    asked = ComputeConfig(dtype=config.dtype, attention="xla")  # a cached token needs no other
+    compute, _ = devices.choose(asked, model_config, jax.devices()[0])
+    model = GPT(model_config, compute)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
     step = checkpoints.best_step() if config.checkpoint == "best" else checkpoints.latest_step()
     step = checkpoints.latest_step() if step is None else step  # stopped before an evaluation
@@ -85,7 +88,7 @@ def write_samples(
         raise InputError(f"{folder} has no checkpoint yet: train it first")
     key, _ = steps.stream_keys(0)
     abstract_params = jax.eval_shape(partial(steps.init_params, model), key)
-    params = checkpoints.restore_params(abstract_params, step)
+    params = checkpoints.restore_params(sharding.on_one_device(abstract_params), step)
     print(f"{folder}, step {step}", file=sys.stderr)
 
     sampling = generate.Sampling(config.temperature, config.top_k, config.top_p)

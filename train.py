@@ -67,57 +67,65 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
 
-    from nanogpt_jax import generate, steps
+    from nanogpt_jax import devices, generate, startup, steps
+    from nanogpt_jax import mesh as meshes
     from nanogpt_jax.accounting import parameter_counts
     from nanogpt_jax.checkpoint import Checkpoints
-    from nanogpt_jax.model import GPT
-    from nanogpt_jax.optim import make_optimizer
+    from nanogpt_jax.programs import make_programs
     from nanogpt_jax.report import Diverged, Report
-    from nanogpt_jax.sharding import describe_device
+
+    startup.use_compile_cache(config.compile_cache)
+    mesh_sizes = meshes.choose_sizes(config, jax.device_count(), jax.process_count())
+    mesh = meshes.make_mesh(mesh_sizes)
+    compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
 
     counts = parameter_counts(config.model)
     n_params = sum(counts.values()) - counts["position embedding"]  # as nanoGPT counts
     print(
         f"{config.config}: {n_params / 1e6:.2f}M parameters, {config.tokens_per_iter:,} tokens a "
         f"step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
-        f"{corpus.vocab_size}); jax {jax.__version__} on {describe_device()}"
+        f"{corpus.vocab_size})"
     )
+    print(f"jax {jax.__version__} on {devices.describe(mesh)}: {how}")
+    if mesh.size < jax.device_count():
+        print(f"{jax.device_count() - mesh.size} devices are idle: --batch_size does not divide")
     if not config.eval_only:
         made_with = {"nanogpt_jax": nanogpt_jax.__version__, "python": platform.python_version()}
         made_with |= {name: importlib.metadata.version(name) for name in LIBRARIES}
-        made_with["device"] = describe_device()
+        made_with |= {"device": devices.describe(mesh), "compute": how}
         run_folder.begin(folder, config, corpus.fingerprint, made_with)
         if corpus.tokenizer:
             tokenizer.save(corpus.tokenizer, folder)
 
-    # Pure functions of the package, jitted here. Only arrays go in; the rest is closed over.
-    model = GPT(config.model)
-    tx = make_optimizer(config.optim, config.max_iters)
-    init_state = partial(steps.init_state, model, tx)
-    eval_steps = jax.jit(partial(steps.eval_steps, model))
-    train_steps = jax.jit(partial(steps.train_steps, model, tx), donate_argnames="state")
-
     # The state: as a checkpoint has it, or new.
+    programs = make_programs(config, compute, mesh)
     weights_key, dropout_key = steps.stream_keys(config.seed)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=config.eval_only)
     begun_at = checkpoints.latest_step()
     if begun_at is None:
-        state = jax.jit(init_state)(weights_key)
+        state = programs.init_state(weights_key)
     else:
-        state = checkpoints.restore(jax.eval_shape(init_state, weights_key), begun_at)
+        state = checkpoints.restore(programs.abstract_state, begun_at)
 
     # The data: the same windows in each evaluation, the batches of any step in training.
     batch_size, block_size = config.batch_size, config.model.block_size
-    val_batches = jax.device_put(
-        data.eval_batches(corpus.splits["val"], block_size, batch_size, config.eval_iters)
+    val_tokens, train_tokens = corpus.splits["val"], corpus.splits["train"]
+    val_corpus = meshes.put_corpus(val_tokens, mesh)
+    val_offsets_NB, val_counts_NB = data.eval_batches(
+        val_tokens, block_size, batch_size, config.eval_iters
     )
+    by_rows = meshes.by_rows(mesh, axis=1)
+    val_places_NB = meshes.put_places(val_tokens, val_offsets_NB, block_size + 1, by_rows)
+    val_counts_on_device_NB = meshes.put(val_counts_NB, by_rows)
 
     def evaluate(params) -> float:
-        sums, counts = map(np.asarray, eval_steps(params, *val_batches))
-        return float(sums.sum(dtype=np.float64) / counts.sum())
+        sums, counts = programs.eval_steps(
+            params, val_corpus, val_places_NB, val_counts_on_device_NB
+        )
+        return float(np.asarray(sums).sum(dtype=np.float64) / np.asarray(counts).sum())
 
     if config.eval_only:
-        n_targets = int(val_batches[-1].sum())
+        n_targets = int(val_counts_NB.sum())
         print(f"step {begun_at}: val loss {evaluate(state.params):.4f}, {n_targets:,} tokens")
         return 0
     if begun_at is not None and begun_at >= config.max_iters:
@@ -132,17 +140,22 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
 
     batch_shape = config.gradient_accumulation_steps, batch_size
     batches = data.TrainBatches(
-        corpus.splits["train"], config.seed, block_size, batch_shape, MOST_STEPS_PER_DISPATCH
+        train_tokens, config.seed, block_size, batch_shape, MOST_STEPS_PER_DISPATCH
     )
-    tokens, offsets_NAB = batches.read(0, 0)
-    tokens_on_device = jax.device_put(tokens) if batches.resident else None
+    train_corpus = meshes.put_corpus(train_tokens, mesh)
+
+    def read_batches(step: int, n_steps: int) -> jax.Array:
+        offsets_NAB = batches.offsets(step, n_steps)
+        by_rows = meshes.by_rows(mesh, axis=2)
+        return meshes.put_places(train_tokens, offsets_NAB, block_size + 1, by_rows)
+
     # Compiled once, for the whole run: how many steps a dispatch makes is one of its arguments.
-    compiled_train_steps = train_steps.lower(
-        state, tokens, offsets_NAB, np.int32(0), dropout_key
+    train_steps = programs.train_steps.lower(
+        state, train_corpus, read_batches(0, 0), np.int32(0), dropout_key
     ).compile()
 
     step, saved_at = begun_at or 0, begun_at
-    report = Report(folder, config, begun_at)
+    report = Report(folder, config, begun_at, int(state.skipped))
     try:
         while True:
             if report.evaluation_due(step) and step != begun_at:
@@ -161,11 +174,10 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
                 config.eval_interval - step % config.eval_interval,
             )
             # Read while the device is still busy with the dispatch before this one.
-            tokens, offsets_NAB = batches.read(step, n_steps)
-            tokens = tokens_on_device if batches.resident else tokens
+            places_NAB = read_batches(step, n_steps)
             launched_s = time.perf_counter()
-            state, metrics = compiled_train_steps(
-                state, tokens, offsets_NAB, np.int32(n_steps), dropout_key
+            state, metrics = train_steps(
+                state, train_corpus, places_NAB, np.int32(n_steps), dropout_key
             )
             report.dispatched(step, n_steps, launched_s, metrics)
             if step == (begun_at or 0):
@@ -205,7 +217,7 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     )
     if corpus.tokenizer:
         window_BS, length = generate.start_window(corpus.tokenizer, None, 1, block_size)
-        write = jax.jit(partial(generate.generate, model), static_argnames=("n_tokens", "sampling"))
+        write = jax.jit(partial(generate.generate, programs.model), static_argnames=("n_tokens", "sampling"))
         new_tokens_BN = write(
             state.params,
             window_BS,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from nanogpt_jax.config import ModelConfig
 
@@ -19,15 +20,17 @@ class KVCache(NamedTuple):
     v_BSHK: tuple[jax.Array, ...]
 
 
-def init_cache(config: ModelConfig, batch_size: int) -> KVCache:
+def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCache:
     """Return an empty cache with room for block_size tokens in each of batch_size rows."""
     shape = (batch_size, config.block_size, config.n_head, config.n_embd // config.n_head)
-    zeros = tuple(jnp.zeros(shape) for _ in range(config.n_layer))
+    zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
     return KVCache(jnp.int32(0), zeros, zeros)
 
 
 def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropout_key=None):
     """Return softmax(q k^T / sqrt(K)) v, each query seeing the keys up to its own position.
+
+    The softmax is in float32, whatever the type of the arrays.
 
     Args:
         start: position of the first query among the keys; the query in row t sees keys 0 to
@@ -40,7 +43,10 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """
     (_, T, _, K), S = q_BTHK.shape, k_BSHK.shape[1]
-    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK) / K**0.5
+    scores_BHTS = jnp.einsum(
+        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
+    )
+    scores_BHTS = scores_BHTS / K**0.5
     visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
     hidden = jnp.finfo(scores_BHTS.dtype).min
     scores_BHTS = jnp.where(visible_TS[None, None], scores_BHTS, hidden)
@@ -48,4 +54,21 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
     if dropout_key is not None and dropout_rate > 0:
         keep_BHTS = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights_BHTS.shape)
         weights_BHTS = jnp.where(keep_BHTS, weights_BHTS / (1 - dropout_rate), 0)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS, v_BSHK)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(v_BSHK.dtype), v_BSHK)
+
+
+def fused_attention(q_BTHK, k_BTHK, v_BTHK, kernel: str, mesh: Mesh | None = None):
+    """Return what `attention` does for a whole sequence without dropout, by one fused kernel.
+
+    The scores never lie in memory, so it needs less of it and takes less time.
+
+    Args:
+        kernel: cudnn (NVIDIA) or splash (TPU).
+        mesh: over which rows and heads are shared out.
+    """
+    if kernel == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
+        )
+    assert kernel == "splash", kernel
+    return None

@@ -7,16 +7,16 @@ that sampling reads the parameters alone, onto whatever device is there.
 import contextlib
 import logging
 import shutil
-import zlib
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.sharding import place
 from nanogpt_jax.steps import TrainState
 
 # A save without val_loss (on a signal) is meant so; Orbax would warn of it in the user's face.
@@ -70,7 +70,7 @@ class Checkpoints:
         params = _named_leaves(state.params)
         training = _named_leaves(state._replace(params={}))
         # A flipped bit in a data file goes unseen by Orbax; its checksum here tells.
-        checksums = {name: _crc32(leaf) for name, leaf in (params | training).items()}
+        checksums = {name: int(checksum(leaf)) for name, leaf in (params | training).items()}
         step = int(state.step)
         assert val_loss is None or np.isfinite(val_loss), "a NaN would delete the real best"
         saved = self._manager.save(
@@ -88,7 +88,7 @@ class Checkpoints:
         """Return the state of a step.
 
         Args:
-            abstract: its shapes, from `jax.eval_shape`.
+            abstract: its shapes, each with the sharding that it shall have.
 
         Raises:
             InputError: the checkpoint is damaged, or of a model of another shape.
@@ -102,7 +102,7 @@ class Checkpoints:
 
     def _restore(self, item: str, abstract, step: int):
         path = self.folder / str(step)
-        targets = _named_leaves(place(abstract))
+        targets = _named_leaves(abstract)
         try:
             restored = self._manager.restore(
                 step,
@@ -114,7 +114,7 @@ class Checkpoints:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise InputError(f"{path}: the checkpoint cannot be restored ({reason})") from error
         for name, leaf in restored[item].items():
-            if _crc32(leaf) != restored["checksums"].get(name):
+            if int(checksum(leaf)) != restored["checksums"].get(name):
                 raise InputError(f"{path}: {name} is not what was saved: the file is damaged")
         order = [restored[item][name] for name in targets]
         return jax.tree.unflatten(jax.tree.structure(abstract), order)
@@ -134,5 +134,16 @@ def _named_leaves(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _crc32(leaf) -> int:
-    return zlib.crc32(np.ascontiguousarray(leaf))
+@jax.jit
+def checksum(array) -> jax.Array:
+    """Return a checksum of an array's bits, uint32, computed where the array lies.
+
+    The sum of all words, each times an odd number of its own, modulo 2**32: a flipped bit always
+    changes it, and the order of summing does not, so it is the same on any number of devices.
+    """
+    words = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+    index = jnp.zeros((1,) * array.ndim, jnp.uint32)
+    for axis in range(array.ndim):
+        index = index * array.shape[axis] + lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    index = (index ^ (index >> 15)) * jnp.uint32(0x9E3779B1)  # neighbours get unlike numbers
+    return (words.astype(jnp.uint32) * (index | 1)).sum(dtype=jnp.uint32)

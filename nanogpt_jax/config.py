@@ -6,6 +6,7 @@ flat and carry nanoGPT's names (`n_layer`).
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,6 +82,60 @@ class OptimConfig:
         _require(decay is None or decay >= 1, self, "lr_decay_iters", "at least 1")
 
 
+MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # those over which a batch's rows are shared out
+
+
+def mesh_sizes(text: str) -> tuple[int, int, int]:
+    """Return the sizes of the axes data, fsdp and tensor of a mesh like "data=2,fsdp=4".
+
+    An axis left out is 1; but data is -1, all devices that the others leave, where neither it nor
+    another -1 is given.
+
+    Raises:
+        InputError: another axis, a size that is no whole number, or more than one -1.
+    """
+    sizes = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise InputError(
+                f"mesh must look like data=-1,fsdp=1,tensor=1, each axis a number of devices, -1 "
+                f"for all that are left, but {part!r} came"
+            )
+        sizes[axis] = int(size)
+    rest = 1 if -1 in sizes.values() else -1
+    sizes = (sizes.get("data", rest), sizes.get("fsdp", 1), sizes.get("tensor", 1))
+    if sizes.count(-1) > 1:
+        raise InputError(f"mesh can have one -1, for all devices that are left, but {text!r} came")
+    return sizes
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How it is computed. What is computed stays the same, but for rounding."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of activations and of matrix products; auto: bfloat16 where the chip has it, else
+    float32. Parameters, optimizer and loss are always float32. float16 scales its loss by itself."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Kernel of attention: cuDNN's for NVIDIA, the splash kernel for TPU, plain XLA for all; auto:
+    what the chip and the model allow."""
+    remat: bool = False
+    """Keep only each block's input and compute the rest again in the backward pass: a third more
+    work, a fraction of the memory."""
+    loss_chunks: int = 1
+    """Pieces of the context whose logits exist at a time; more spare memory where the vocabulary
+    is large. A divisor of block_size."""
+    mesh: str = ""
+    """Devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that are left); empty: data
+    over all devices, or as many as batch_size can be divided by."""
+
+    def __post_init__(self):
+        _require(self.loss_chunks >= 1, self, "loss_chunks", "at least 1")
+        mesh_sizes(self.mesh)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """All that a training run is asked for."""
@@ -96,7 +151,7 @@ class TrainConfig:
     data_dir: str = "data"
     """Where prepared datasets lie."""
     batch_size: int = 12
-    """Sequences in a micro-batch."""
+    """Sequences in a micro-batch; all devices share them."""
     gradient_accumulation_steps: int = 1
     """Micro-batches in an update."""
     max_iters: int = 2000
@@ -113,8 +168,21 @@ class TrainConfig:
     """Seed of weights, batches and dropout."""
     overwrite: bool = False
     """Delete the run that lies in out_dir and start anew."""
+    compile_cache: str = ""
+    """Folder of compiled programs, for the next start; off: none; empty: one in your home."""
+    compile_for: str = ""
+    """Compile the step for TPUs that are not there, like v5e:4x4, and say whether it fits."""
+    coordinator_address: str = ""
+    """Of several processes: HOST:PORT of the first, the same for all; empty: found by JAX."""
+    num_processes: int = 0
+    """Of several processes: how many; 0: found by JAX."""
+    process_id: int = -1
+    """Of several processes: which one this is, from 0; -1: found by JAX."""
+    heartbeat_timeout_s: int = 100
+    """Of several processes: seconds of silence after which one counts as dead, and all stop."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self):
         ones = "batch_size gradient_accumulation_steps max_iters eval_interval log_interval"
@@ -123,6 +191,19 @@ class TrainConfig:
         _require(self.dataset != "", self, "dataset", "a name or a path")
         _require(self.eval_iters >= 0, self, "eval_iters", "at least 0")
         _require(0 <= self.seed < 2**32, self, "seed", "from 0 to 2**32 - 1")
+        divides = self.model.block_size % self.compute.loss_chunks == 0
+        block = f"a divisor of block_size={self.model.block_size}"
+        _require(divides, self.compute, "loss_chunks", block)
+        _require(self.heartbeat_timeout_s >= 1, self, "heartbeat_timeout_s", "at least 1")
+        given = self.coordinator_address != "", self.num_processes > 0, self.process_id >= 0
+        if any(given) and not all(given):
+            raise InputError(
+                "coordinator_address, num_processes and process_id must be given together, like "
+                "--coordinator_address 10.0.0.1:8476 --num_processes 2 --process_id 0, or none of "
+                "them, where JAX finds them by itself (Slurm, TPU pods)"
+            )
+        ok = self.process_id < max(1, self.num_processes)
+        _require(ok, self, "process_id", f"below num_processes={self.num_processes}")
 
     @property
     def tokens_per_iter(self) -> int:
@@ -159,6 +240,10 @@ class SampleConfig:
     exact_window: bool = False
     """nanoGPT's rule past block_size: see all of the last block_size tokens again for each token
     (slow), where the default keeps the last half of the window and goes on from there."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """As in training; auto: bfloat16 where the chip has it, else float32."""
+    compile_cache: str = ""
+    """Folder of compiled programs, for the next start; off: none; empty: one in your home."""
 
     def __post_init__(self):
         _require(self.num_samples >= 1, self, "num_samples", "at least 1")

@@ -82,44 +82,48 @@ def batch_offsets(
     return (words % np.uint64(n_windows)).astype(np.int64).reshape(shape)
 
 
-class TrainBatches:
-    """The batches of a run, as the device takes them: some steps at a time.
+def is_resident(tokens: np.ndarray) -> bool:
+    """Return whether a split lies on the device as a whole."""
+    return tokens.nbytes <= RESIDENT_BYTES
 
-    Of a corpus that fits, all ids lie on the device and offsets point into them. Of a larger one,
-    which stays a file, only the windows of the next steps are read and laid end to end, and offsets
-    count through those. Both give the same windows under one gather, so one compiled step serves
-    both.
+
+def read_windows(tokens: np.ndarray, offsets: np.ndarray, length: int) -> np.ndarray:
+    """Return the windows that begin at offsets of shape (...): ids of shape (..., length)."""
+    return tokens[offsets[..., None] + np.arange(length)]
+
+
+class TrainBatches:
+    """Where the batches of a run begin, some steps at a time.
 
     Args:
         tokens: ids of the train split, of shape (n_tokens,).
         shape: (A, B): micro-batches of an update, sequences in each.
-        most_steps: N, steps that one call of `read` can hold; fewer where windows would be large.
+        most_steps: N, steps that one call of `offsets` can hold; fewer where the windows
+            themselves go to the device, and are large.
     """
 
     def __init__(self, tokens, seed: int, block_size: int, shape: tuple[int, int], most_steps: int):
-        self.tokens, self.seed, self.block_size, self.shape = tokens, seed, block_size, shape
-        self.resident = tokens.nbytes <= RESIDENT_BYTES
+        self.n_tokens, self.seed, self.block_size, self.shape = (
+            len(tokens), seed, block_size, shape
+        )  # fmt: skip
         step_bytes = int(np.prod(shape)) * (block_size + 1) * tokens.itemsize
-        within = most_steps if self.resident else RESIDENT_BYTES // 8 // step_bytes
+        within = most_steps if is_resident(tokens) else RESIDENT_BYTES // 8 // step_bytes
         self.most_steps = max(1, min(most_steps, within))
 
-    def read(self, step: int, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (tokens, offsets_NAB) of the n_steps <= N steps from `step` on, the rest zeros."""
-        n_tokens, length = len(self.tokens), self.block_size + 1
+    def offsets(self, step: int, n_steps: int) -> np.ndarray:
+        """Return offsets_NAB of the n_steps <= N steps from `step` on, the rest zeros."""
         offsets_NAB = np.zeros((self.most_steps, *self.shape), np.int64)
         for i in range(n_steps):
             offsets_NAB[i] = batch_offsets(
-                self.seed, "train", step + i, n_tokens, self.block_size, self.shape
+                self.seed, "train", step + i, self.n_tokens, self.block_size, self.shape
             )
-        if self.resident:
-            return self.tokens, offsets_NAB.astype(np.int32)
-        return _laid_end_to_end(self.tokens, offsets_NAB, length)
+        return offsets_NAB
 
 
 def eval_batches(
     tokens, block_size: int, batch_size: int, n_batches: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (tokens, offsets_NB, counts_NB): the fixed windows of every evaluation.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (offsets_NB, counts_NB): the fixed windows of every evaluation.
 
     With n_batches = 0 each token but the first is predicted exactly once: windows lie end to end,
     and the last one, where the rest is shorter, reaches back so that it is whole but counts only
@@ -143,13 +147,4 @@ def eval_batches(
     fill = (0, -len(offsets) % batch_size)
     offsets_NB = np.pad(offsets, fill).reshape(-1, batch_size)
     counts_NB = np.pad(counts, fill).reshape(-1, batch_size).astype(np.int32)
-    if tokens.nbytes > RESIDENT_BYTES:
-        tokens, offsets_NB = _laid_end_to_end(tokens, offsets_NB, block_size + 1)
-    return tokens, offsets_NB.astype(np.int32), counts_NB
-
-
-def _laid_end_to_end(tokens, offsets, length: int) -> tuple[np.ndarray, np.ndarray]:
-    assert offsets.size * length < 2**31, "offsets on the device are int32"
-    windows = tokens[offsets.reshape(-1, 1) + np.arange(length)]
-    new_offsets = np.arange(offsets.size, dtype=np.int32) * length
-    return windows.reshape(-1), new_offsets.reshape(offsets.shape)
+    return offsets_NB, counts_NB

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanogpt_jax.attention import KVCache, attention
+from nanogpt_jax.attention import KVCache, attention, fused_attention
 from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.devices import Compute
+from nanogpt_jax.mesh import keep_rows_apart
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's default; Flax's is 1e-6
@@ -37,20 +39,22 @@ def _flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
     return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
 
 
-def _dense(config: ModelConfig, features: int, name: str, std: float = INIT_STD) -> nn.Dense:
+def _dense(config: ModelConfig, dtype, features: int, name: str, std: float = INIT_STD):
     return nn.Dense(
         features,
         use_bias=config.bias,
+        dtype=dtype,
         kernel_init=nn.initializers.normal(std),
         dot_general=_flat_dot_general,
         name=name,
     )
 
 
-def _layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    # The fast variance is E[x^2] - E[x]^2, which loses digits where the mean is large.
+def _layer_norm(config: ModelConfig, dtype, name: str) -> nn.LayerNorm:
+    # Mean and variance are in float32 whatever the dtype. The fast variance is E[x^2] - E[x]^2,
+    # which loses digits where the mean is large.
     return nn.LayerNorm(
-        LAYER_NORM_EPSILON, use_bias=config.bias, use_fast_variance=False, name=name
+        LAYER_NORM_EPSILON, dtype, use_bias=config.bias, use_fast_variance=False, name=name
     )
 
 
@@ -58,26 +62,31 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention, each position over itself and those before it."""
 
     config: ModelConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x_BTD, cache, deterministic: bool):
         """Return (y_BTD, (k_BSHK, v_BSHK)); cache is (length, k_BSHK, v_BSHK) or None."""
-        config = self.config
+        config, compute = self.config, self.compute
         B, T, D = x_BTD.shape
         heads = (B, T, config.n_head, D // config.n_head)
-        qkv = jnp.split(_dense(config, 3 * D, "c_attn")(x_BTD), 3, axis=-1)
+        qkv = jnp.split(_dense(config, compute.dtype, 3 * D, "c_attn")(x_BTD), 3, axis=-1)
         q_BTHK, k_BSHK, v_BSHK = (part_BTD.reshape(heads) for part_BTD in qkv)
-        start = 0
-        if cache is not None:
-            start, cached_k_BSHK, cached_v_BSHK = cache
-            k_BSHK = lax.dynamic_update_slice_in_dim(cached_k_BSHK, k_BSHK, start, axis=1)
-            v_BSHK = lax.dynamic_update_slice_in_dim(cached_v_BSHK, v_BSHK, start, axis=1)
-        drops = config.dropout > 0 and not deterministic
-        key = self.make_rng("dropout") if drops else None
-        y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, config.dropout, key)
+        if cache is None and compute.attention != "xla":
+            assert deterministic or config.dropout == 0, "fused kernels cannot drop weights"
+            y_BTHK = fused_attention(q_BTHK, k_BSHK, v_BSHK, compute.attention, compute.mesh)
+        else:
+            start = 0
+            if cache is not None:
+                start, cached_k_BSHK, cached_v_BSHK = cache
+                k_BSHK = lax.dynamic_update_slice_in_dim(cached_k_BSHK, k_BSHK, start, axis=1)
+                v_BSHK = lax.dynamic_update_slice_in_dim(cached_v_BSHK, v_BSHK, start, axis=1)
+            drops = config.dropout > 0 and not deterministic
+            key = self.make_rng("dropout") if drops else None
+            y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, config.dropout, key)
         # The residual stream sums 2 n_layer such outputs: its variance shall not grow with depth.
         std = INIT_STD / (2 * config.n_layer) ** 0.5
-        y_BTD = _dense(config, D, "c_proj", std)(y_BTHK.reshape(B, T, D))
+        y_BTD = _dense(config, compute.dtype, D, "c_proj", std)(y_BTHK.reshape(B, T, D))
         return nn.Dropout(config.dropout)(y_BTD, deterministic), (k_BSHK, v_BSHK)
 
 
@@ -85,16 +94,17 @@ class MLP(nn.Module):
     """Two Dense layers with a GELU between, at each position by itself."""
 
     config: ModelConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
         """Return y_BTD."""
-        config = self.config
+        config, dtype = self.config, self.compute.dtype
         D = x_BTD.shape[-1]
-        x_BTF = _dense(config, 4 * D, "c_fc")(x_BTD)
+        x_BTF = _dense(config, dtype, 4 * D, "c_fc")(x_BTD)
         x_BTF = jax.nn.gelu(x_BTF, approximate=config.activation == "gelu_tanh")
         std = INIT_STD / (2 * config.n_layer) ** 0.5
-        y_BTD = _dense(config, D, "c_proj", std)(x_BTF)
+        y_BTD = _dense(config, dtype, D, "c_proj", std)(x_BTF)
         return nn.Dropout(config.dropout)(y_BTD, deterministic)
 
 
@@ -102,24 +112,36 @@ class Block(nn.Module):
     """Attention, then MLP, each reading the normalised stream and adding to the stream itself."""
 
     config: ModelConfig
+    compute: Compute
 
     @nn.compact
     def __call__(self, x_BTD, cache, deterministic: bool):
         """Return (x_BTD, (k_BSHK, v_BSHK))."""
-        config = self.config
-        h_BTD = _layer_norm(config, "ln_1")(x_BTD)
-        y_BTD, kv = CausalSelfAttention(config, name="attn")(h_BTD, cache, deterministic)
+        parts = self.config, self.compute
+        h_BTD = _layer_norm(self.config, self.compute.dtype, "ln_1")(x_BTD)
+        y_BTD, kv = CausalSelfAttention(*parts, name="attn")(h_BTD, cache, deterministic)
         x_BTD = x_BTD + y_BTD
-        h_BTD = _layer_norm(config, "ln_2")(x_BTD)
-        return x_BTD + MLP(config, name="mlp")(h_BTD, deterministic), kv
+        h_BTD = _layer_norm(self.config, self.compute.dtype, "ln_2")(x_BTD)
+        return x_BTD + MLP(*parts, name="mlp")(h_BTD, deterministic), kv
 
 
 class GPT(nn.Module):
     """Tokens in, logits of the token after each of them out. The loss is not the model's affair."""
 
     config: ModelConfig
+    compute: Compute = Compute()
 
-    @nn.compact
+    def setup(self):
+        config, dtype = self.config, self.compute.dtype
+        init = nn.initializers.normal(INIT_STD)
+        self.wte = nn.Embed(config.vocab_size, config.n_embd, dtype, embedding_init=init)
+        self.wpe = nn.Embed(config.block_size, config.n_embd, dtype, embedding_init=init)
+        self.dropout = nn.Dropout(config.dropout)
+        # With remat a block keeps its input only; argument 3 of its __call__ is deterministic.
+        block = nn.remat(Block, static_argnums=(3,)) if self.compute.remat else Block
+        self.h = [block(config, self.compute) for _ in range(config.n_layer)]
+        self.ln_f = _layer_norm(config, dtype, None)
+
     def __call__(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
         """Return (logits_BTV, cache), the logits in float32.
 
@@ -130,25 +152,28 @@ class GPT(nn.Module):
                 length and T together are block_size at the most, or live entries are overwritten.
             deterministic: without dropout; otherwise `rngs={"dropout": key}` is needed.
         """
-        config = self.config
-        _, T = tokens_BT.shape
-        assert T <= config.block_size, f"{T} tokens, but block_size is {config.block_size}"
-        init = nn.initializers.normal(INIT_STD)
-        wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init, name="wte")
-        wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init, name="wpe")
+        x_BTD, cache = self.stream(tokens_BT, cache, deterministic=deterministic)
+        return self.head(x_BTD), cache
 
+    def stream(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
+        """Return (x_BTD, cache): the normalised residual stream, from which `head` reads."""
+        _, T = tokens_BT.shape
+        block_size = self.config.block_size
+        assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
         start = 0 if cache is None else cache.length
-        x_BTD = wte(tokens_BT) + wpe(start + jnp.arange(T))[None]
-        x_BTD = nn.Dropout(config.dropout)(x_BTD, deterministic)
+        x_BTD = self.wte(tokens_BT) + self.wpe(start + jnp.arange(T))[None]
+        x_BTD = keep_rows_apart(self.dropout(x_BTD, deterministic), self.compute.mesh)
         new_kv = []
-        for i in range(config.n_layer):
+        for i, block in enumerate(self.h):
             layer_cache = None if cache is None else (start, cache.k_BSHK[i], cache.v_BSHK[i])
-            x_BTD, kv = Block(config, name=f"h_{i}")(x_BTD, layer_cache, deterministic)
+            x_BTD, kv = block(x_BTD, layer_cache, deterministic)
             new_kv.append(kv)
-        x_BTD = _layer_norm(config, "ln_f")(x_BTD)
-        # The head's weights are the token embedding's, transposed.
-        logits_BTV = _flat_dot_general(x_BTD, wte.embedding.T, None)
         if cache is not None:
             ks, vs = zip(*new_kv, strict=True)
             cache = KVCache(start + T, ks, vs)
-        return logits_BTV, cache
+        return self.ln_f(x_BTD), cache
+
+    def head(self, x_BTD):
+        """Return logits_BTV; the head's weights are the token embedding's, transposed."""
+        embedding_VD = self.wte.embedding.astype(x_BTD.dtype)
+        return _flat_dot_general(x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32)

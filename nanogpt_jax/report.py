@@ -15,6 +15,7 @@ from nanogpt_jax.run_folder import METRICS, PICTURE
 from nanogpt_jax.steps import Metrics
 
 REDRAW_S = 60
+MOST_SKIPPED = 50  # updates in a row: the loss scale has then fallen by 2 ** 50
 
 
 class Diverged(ArithmeticError):
@@ -24,10 +25,12 @@ class Diverged(ArithmeticError):
 class Report:
     """Reports a run's dispatches one behind, so that the device never waits for the host."""
 
-    def __init__(self, folder: Path, config: TrainConfig, begun_at: int | None):
+    def __init__(self, folder: Path, config: TrainConfig, begun_at: int | None, skipped: int = 0):
         self.folder, self.config = folder, config
         self.steps_per_s = 0.0  # of the last dispatch that was reported
         self.train_loss = None
+        self.skipped = skipped  # a skipped update does not advance the learning rate's schedule
+        self._skipped_in_a_row = 0
         # A run that was killed may have logged past the checkpoint it goes on from.
         start_step = -1 if begun_at is None else begun_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
@@ -76,19 +79,26 @@ class Report:
             return
         first, n_steps, launched_s, metrics = self._pending
         self._pending = None
-        losses, grad_norms = (np.asarray(metric)[:n_steps] for metric in metrics)
+        losses, grad_norms, skipped = (np.asarray(metric)[:n_steps] for metric in metrics)
         done_s = time.perf_counter()
         self.steps_per_s = n_steps / (done_s - max(launched_s, self._last_done_s))
         self._last_done_s = done_s
-        for step, (loss, grad_norm) in enumerate(zip(losses, grad_norms, strict=True), first + 1):
-            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+        for i, step in enumerate(range(first + 1, first + 1 + n_steps)):
+            loss, grad_norm, is_skipped = losses[i], grad_norms[i], skipped[i] > self.skipped
+            self.skipped = int(skipped[i])
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+            if self._skipped_in_a_row > MOST_SKIPPED:
+                raise Diverged(f"float16 overflowed in {MOST_SKIPPED} updates before step {step}")
+            if not is_skipped and not (np.isfinite(loss) and np.isfinite(grad_norm)):
                 raise Diverged(f"loss {loss} and gradient norm {grad_norm} at step {step}")
-            self.train_loss = float(loss)
+            if np.isfinite(loss):
+                self.train_loss = float(loss)
             if step % self.config.log_interval == 0 and not self.evaluation_due(step):
                 self._log(step)
         tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
         self._bar.set_postfix_str(
-            f"loss {self.train_loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False
+            f"loss {self.train_loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s{self._skips()}",
+            refresh=False,
         )
         self._bar.update(n_steps)
 
@@ -112,7 +122,7 @@ class Report:
         speed = self.steps_per_s * self.config.tokens_per_iter
         shown = f", {speed:,.0f} tokens/s" if speed else ""
         best = "" if is_best else f" (best {self.best[0]:.4f} at step {self.best[1]})"
-        self.say(f"step {step:6d}: {train}val loss {val_loss:.4f}{best}{shown}")
+        self.say(f"step {step:6d}: {train}val loss {val_loss:.4f}{best}{shown}{self._skips()}")
         now_s = time.perf_counter()
         if now_s - self._drawn_s > REDRAW_S:
             self._draw()
@@ -128,6 +138,9 @@ class Report:
         self._file.close()
         self._draw()
 
+    def _skips(self) -> str:
+        return f", {self.skipped} updates skipped" if self.skipped else ""
+
     def _draw(self) -> None:
         try:
             draw(self.folder, self.config.config)
@@ -140,7 +153,9 @@ class Report:
             row["train_loss"] = self.train_loss
         if val_loss is not None:
             row["val_loss"] = val_loss
-        row["lr"] = float(self._learning_rates[max(0, step - 1)])  # of the update before
+        row["lr"] = float(self._learning_rates[max(0, step - 1 - self.skipped)])  # of the update before
+        if self.config.compute.dtype == "float16":
+            row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
         row["elapsed_s"] = round(self.elapsed_s(), 2)
         self._file.write(json.dumps(row) + "\n")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt_jax import tokenizer
-from nanogpt_jax.config import ModelConfig, TrainConfig, field_types, to_flat_dict
+from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig, field_types, to_flat_dict
 from nanogpt_jax.errors import InputError
 
 OUT = Path("out")
@@ -24,7 +24,8 @@ CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.pn
 # What may change from one start of a run to the next: it does not touch the updates themselves.
 FREE_FIELDS = {
     "config", "out_dir", "dataset", "data_dir", "max_iters", "eval_interval", "log_interval",
-    "eval_only", "overwrite",
+    "eval_only", "overwrite", "compile_cache", "compile_for", "coordinator_address",
+    "num_processes", "process_id", "heartbeat_timeout_s", *field_types(ComputeConfig),
 }  # fmt: skip
 
 
@@ -70,7 +71,8 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
     check_usable(folder)
     if not (folder / CONFIG).exists():
         return False
-    begun = _read_config(folder)
+    # A field that the run does not name is younger than the run, which had today's default.
+    begun = to_flat_dict(TrainConfig()) | _read_config(folder)
     if not has_checkpoint(folder):
         return False
     differing = [

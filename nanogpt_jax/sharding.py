@@ -1,24 +1,120 @@
-"""Devices, and where each array lives. One device so far: the first one JAX finds."""
+"""Where each array of a run lives: python -m nanogpt_jax.sharding --config NAME [--mesh ...]
+
+Two rules, both from outside the model. Tensor parallelism goes by name: a short table says which
+axis of a parameter is shared out over the mesh's axis `tensor`. Full sharding goes by shape: the
+largest axis that is left and can be divided is shared out over `fsdp`. What belongs to a parameter,
+its gradient and AdamW's two averages, lies where it lies. The print needs no such devices.
+"""
+
+import math
+import sys
+from functools import partial
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nanogpt_jax import mesh as meshes
+from nanogpt_jax import steps
+from nanogpt_jax.config import MESH_AXES, TrainConfig, mesh_sizes
+from nanogpt_jax.errors import run_command
+from nanogpt_jax.model import GPT
+from nanogpt_jax.optim import make_optimizer
+from nanogpt_jax.presets import parse_train_config
+
+# Each pair of products is split so that only its result is summed over the devices: columns of the
+# first (whole heads, hidden features), the rows of the second. Source: Shoeybi et al.,
+# "Megatron-LM", 2019, section 3.
+TENSOR_AXIS = {
+    "wte.embedding": 0,
+    "attn.c_attn.kernel": 1,
+    "attn.c_attn.bias": 0,
+    "attn.c_proj.kernel": 0,
+    "mlp.c_fc.kernel": 1,
+    "mlp.c_fc.bias": 0,
+    "mlp.c_proj.kernel": 0,
+}
 
 
-def place(abstract):
-    """Return a tree of shapes with the place of each array: what a restore is aimed at.
+def partition_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """Return how an array is laid over the mesh.
 
     Args:
-        abstract: a tree from `jax.eval_shape`.
+        name: its path, like "h_0.attn.c_attn.kernel"; what stands before it ("opt_state.1.0.mu.")
+            is of no account.
+        sizes: devices along each axis of the mesh.
     """
-    sharding = SingleDeviceSharding(jax.devices()[0])
+    spec: list[str | None] = [None] * len(shape)
+    for suffix, axis in TENSOR_AXIS.items():
+        if name.endswith(suffix) and sizes["tensor"] > 1 and shape[axis] % sizes["tensor"] == 0:
+            spec[axis] = "tensor"
+    if len(shape) >= 2 and sizes["fsdp"] > 1:  # vectors are too small to be worth the exchange
+        free = [i for i, n in enumerate(shape) if spec[i] is None and n % sizes["fsdp"] == 0]
+        if free:
+            spec[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*spec)
+
+
+def tree_shardings(mesh: Mesh | AbstractMesh, abstract):
+    """Return the sharding of every array of a tree, from its names and shapes.
+
+    Args:
+        abstract: a state, or a part of it, from `jax.eval_shape`.
+    """
+
+    def sharding(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, dict(mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def on_one_device(abstract):
+    """Return a tree of shapes, each placed on the first device."""
+    return with_shardings(abstract, tree_shardings(meshes.make_mesh((1, 1, 1)), abstract))
+
+
+def with_shardings(abstract, shardings):
+    """Return a tree of shapes, each with its place: what a restore or a lowering is aimed at."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )
 
 
-def describe_device() -> str:
-    """Return the device in words, like "cpu" or "gpu: NVIDIA H200"."""
-    device = jax.devices()[0]
-    others = f", the first of {jax.device_count()}" if jax.device_count() > 1 else ""
-    kind = "" if device.device_kind == device.platform else f": {device.device_kind}"
-    return f"{device.platform}{kind}{others}"
+def abstract_state(config: TrainConfig) -> steps.TrainState:
+    """Return the shapes of a run's state."""
+    init = partial(steps.init_state, GPT(config.model), make_optimizer(config.optim, 1))
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def main(argv: list[str]) -> None:
+    """Print shape, placement and bytes a device of each array of the state."""
+    config = parse_train_config(argv, __doc__)
+    asked = [size for size in mesh_sizes(config.compute.mesh) if size > 0]
+    n_devices = max(jax.device_count(), math.prod(asked))
+    sizes = meshes.choose_sizes(config, n_devices)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    state = abstract_state(config)
+    shardings = tree_shardings(mesh, state)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    rows, total_bytes, device_bytes = [], 0, 0
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        here = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total_bytes += leaf.size * leaf.dtype.itemsize
+        device_bytes += here
+        spec = ", ".join(str(axis or "-") for axis in sharding.spec)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        rows.append((name, str(leaf.shape), f"({spec})", f"{here:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, shape, spec, here in rows:
+        print(f"{name:{widths[0]}}  {shape:{widths[1]}}  {spec:{widths[2]}}  {here:>{widths[3]}}")
+    print(
+        f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: of {total_bytes:,} bytes each "
+        f"device holds {device_bytes:,}, gradients ({device_bytes // 3:,}) and activations not "
+        "counted"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training.dynamic_scale import DynamicScale
 from jax import lax
 
 from nanogpt_jax.model import GPT
@@ -16,16 +17,19 @@ from nanogpt_jax.model import GPT
 class TrainState(NamedTuple):
     """All that changes while training; arrays only."""
 
-    step: jax.Array  # int32 scalar: updates done
+    step: jax.Array  # int32 scalar: updates done, skipped ones included
     params: dict  # float32, by GPT-2's names
     opt_state: optax.OptState
+    loss_scale: DynamicScale  # of float16, whose gradients underflow; 1 and unused otherwise
+    skipped: jax.Array  # int32 scalar: updates left out since a gradient overflowed float16
 
 
 class Metrics(NamedTuple):
-    """What one update reports, float32."""
+    """What one update reports."""
 
     loss: jax.Array  # mean cross-entropy of the update's batch, in nats a token, before the update
     grad_norm: jax.Array  # global norm of the gradient, before clipping
+    skipped: jax.Array  # updates skipped so far, this one included
 
 
 def stream_keys(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -40,25 +44,50 @@ def init_params(model: GPT, key) -> dict:
 
 
 def init_state(model: GPT, tx: optax.GradientTransformation, key) -> TrainState:
-    """Return the state before the first update."""
-    params = init_params(model, key)
-    return TrainState(jnp.int32(0), params, tx.init(params))
+    """Return the state before the first update, with new parameters."""
+    return first_state(tx, init_params(model, key))
+
+
+def first_state(tx: optax.GradientTransformation, params) -> TrainState:
+    """Return the state before the first update of these parameters."""
+    loss_scale = DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**16))
+    return TrainState(jnp.int32(0), params, tx.init(params), loss_scale, jnp.int32(0))
 
 
 def token_losses(model: GPT, params, batch_BT1, dropout_key=None):
     """Return loss_BT: the cross-entropy of each next token, in nats.
 
+    With loss_chunks > 1 head and loss are computed for one piece of the context after the other,
+    and again in the backward pass, so that of logits_BTV only a piece exists at any time.
+
     Args:
         batch_BT1: T + 1 token ids a row; the first T are read, the last T predicted.
         dropout_key: None for no dropout.
     """
-    logits_BTV, _ = model.apply(
-        {"params": params},
+    variables = {"params": params}
+    x_BTD, _ = model.apply(
+        variables,
         batch_BT1[:, :-1],
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="stream",
     )
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch_BT1[:, 1:])
+
+    def losses(x_BTD, targets_BT):
+        logits_BTV = model.apply(variables, x_BTD, method="head")
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+
+    n_chunks = model.compute.loss_chunks
+    if n_chunks == 1:
+        return losses(x_BTD, batch_BT1[:, 1:])
+
+    def in_chunks(x_BT):  # of the context, not of the rows: those lie on several devices
+        B, T = x_BT.shape[:2]
+        return jnp.moveaxis(x_BT.reshape(B, n_chunks, T // n_chunks, *x_BT.shape[2:]), 1, 0)
+
+    chunks = in_chunks(x_BTD), in_chunks(batch_BT1[:, 1:])
+    losses_CBT = lax.map(lambda chunk: jax.checkpoint(losses)(*chunk), chunks)
+    return jnp.moveaxis(losses_CBT, 0, 1).reshape(batch_BT1[:, 1:].shape)
 
 
 def train_step(
@@ -66,40 +95,67 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Make one update from A micro-batches, one after the other, so memory does not grow with A.
 
+    In float16 the loss is scaled up before its gradient is taken; where that overflows, the update
+    is skipped and the scale halved. Source: Micikevicius et al., "Mixed precision training", 2018.
+
     Args:
         batch_ABT1: int32 token ids.
         key: of the dropout stream; the step and the micro-batch are folded in here.
     """
     n_micro = batch_ABT1.shape[0]
     step_key = jax.random.fold_in(key, state.step)
+    is_scaled = model.compute.dtype == jnp.float16
 
     def mean_loss(params, batch_BT1, micro_key):
         return token_losses(model, params, batch_BT1, micro_key).mean()
 
-    def accumulate(total, micro):
+    def accumulate(carry, micro):
+        total, loss_scale, is_finite = carry
         batch_BT1, index = micro
-        micro_key = jax.random.fold_in(step_key, index)
-        loss_and_grads = jax.value_and_grad(mean_loss)(state.params, batch_BT1, micro_key)
-        return jax.tree.map(jnp.add, total, loss_and_grads), None
+        inputs = state.params, batch_BT1, jax.random.fold_in(step_key, index)
+        if is_scaled:
+            scaled = loss_scale.value_and_grad(mean_loss)(*inputs)
+            loss_scale, is_finite = scaled.dynamic_scale, is_finite & scaled.finite
+            loss_and_grads = scaled.aux, scaled.grad
+        else:
+            loss_and_grads = jax.value_and_grad(mean_loss)(*inputs)
+        return (jax.tree.map(jnp.add, total, loss_and_grads), loss_scale, is_finite), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-    total, _ = lax.scan(accumulate, zeros, (batch_ABT1, jnp.arange(n_micro)))
+    carry = zeros, state.loss_scale, jnp.array(True)
+    micros = batch_ABT1, jnp.arange(n_micro)
+    (total, loss_scale, is_finite), _ = lax.scan(accumulate, carry, micros)
     loss, grads = jax.tree.map(lambda x: x / n_micro, total)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), Metrics(loss, optax.tree.norm(grads))
+    if is_scaled:
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+    skipped = state.skipped + ~is_finite
+    metrics = Metrics(loss, optax.tree.norm(grads), skipped)
+    return TrainState(state.step + 1, params, opt_state, loss_scale, skipped), metrics
 
 
-def windows(tokens, offsets, length: int):
-    """Gather windows of ids: from offsets of shape (...) to int32 ids of shape (..., length)."""
-    flat = jax.vmap(lambda offset: lax.dynamic_slice(tokens, (offset,), (length,)))(
-        offsets.reshape(-1)
+def read_windows(corpus, places, length: int):
+    """Return windows of ids, int32 of shape (..., length).
+
+    Args:
+        corpus: ids, of shape (n_tokens,), or None.
+        places: where in it the windows begin, of shape (...); without a corpus, the windows.
+    """
+    if corpus is None:
+        return places.astype(jnp.int32)
+    flat = jax.vmap(lambda offset: lax.dynamic_slice(corpus, (offset,), (length,)))(
+        places.reshape(-1)
     )
-    return flat.astype(jnp.int32).reshape(*offsets.shape, length)
+    return flat.astype(jnp.int32).reshape(*places.shape, length)
 
 
 def train_steps(
-    model: GPT, tx: optax.GradientTransformation, state: TrainState, tokens, offsets_NAB, n, key
+    model: GPT, tx: optax.GradientTransformation, state: TrainState, corpus, places_NAB, n, key
 ) -> tuple[TrainState, Metrics]:
     """Make n <= N updates in one dispatch.
 
@@ -107,8 +163,7 @@ def train_steps(
     of steps, so a run stops exactly where an evaluation or its end is due.
 
     Args:
-        tokens: ids, of shape (n_tokens,), in which the windows lie.
-        offsets_NAB: where they begin.
+        corpus, places_NAB: the batches of N updates, see `read_windows`.
         n: int32 scalar.
 
     Returns:
@@ -118,11 +173,13 @@ def train_steps(
 
     def body(i, carry):
         state, metrics = carry
-        state, now = train_step(model, tx, state, windows(tokens, offsets_NAB[i], length), key)
+        batch_ABT1 = read_windows(corpus, places_NAB[i], length)
+        state, now = train_step(model, tx, state, batch_ABT1, key)
         return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics, now)
 
-    unfilled = jnp.zeros(offsets_NAB.shape[0])
-    return lax.fori_loop(0, n, body, (state, Metrics(unfilled, unfilled)))
+    unfilled = jnp.zeros(places_NAB.shape[0])
+    metrics = Metrics(unfilled, unfilled, unfilled.astype(jnp.int32))
+    return lax.fori_loop(0, n, body, (state, metrics))
 
 
 def eval_step(model: GPT, params, batch_BT1, counts_B):
@@ -133,12 +190,16 @@ def eval_step(model: GPT, params, batch_BT1, counts_B):
     return jnp.where(counted_BT, loss_BT, 0).sum(), counts_B.sum()
 
 
-def eval_steps(model: GPT, params, tokens, offsets_NB, counts_NB):
-    """Return (sums, counts), each of shape (N,): `eval_step` over N batches in one dispatch."""
+def eval_steps(model: GPT, params, corpus, places_NB, counts_NB):
+    """Return (sums, counts), each of shape (N,): `eval_step` over N batches in one dispatch.
+
+    Args:
+        corpus, places_NB: the batches, see `read_windows`.
+    """
     length = model.config.block_size + 1
 
     def body(_, batch):
-        offsets_B, counts_B = batch
-        return None, eval_step(model, params, windows(tokens, offsets_B, length), counts_B)
+        places_B, counts_B = batch
+        return None, eval_step(model, params, read_windows(corpus, places_B, length), counts_B)
 
-    return lax.scan(body, None, (offsets_NB, counts_NB))[1]
+    return lax.scan(body, None, (places_NB, counts_NB))[1]

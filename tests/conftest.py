@@ -56,7 +56,9 @@ def run(tmp_path):
 
     def run_script(script: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script)]
+        one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         kwargs = {"cwd": tmp_path, "text": True, "capture_output": True, "timeout": 300} | kwargs
+        kwargs = {"env": one_device} | kwargs
         return subprocess.run([*command, *map(str, argv)], check=False, **kwargs)
 
     return run_script

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from nanogpt_jax import steps
+from nanogpt_jax import sharding, steps
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
@@ -22,7 +22,7 @@ from nanogpt_jax.optim import make_optimizer
 @pytest.fixture
 def abstract(tiny_config):
     init = partial(steps.init_state, GPT(tiny_config.model), make_optimizer(tiny_config.optim, 60))
-    return jax.eval_shape(init, jax.random.key(0))
+    return sharding.on_one_device(jax.eval_shape(init, jax.random.key(0)))
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_a_missing_data_file_is_an_input_error(folder, abstract, state_at):
 @abandons_coroutines
 def test_parameters_of_another_shape_are_an_input_error(folder, abstract, state_at):
     save(folder, state_at(7))
-    wte = jax.ShapeDtypeStruct((11, 13), np.float32)
+    wte = sharding.on_one_device(jax.ShapeDtypeStruct((11, 13), np.float32))
     other = abstract._replace(params=abstract.params | {"wte": {"embedding": wte}})
     with refused(folder / "7"):
         restore(folder, other, 7)

@@ -87,63 +87,34 @@ def test_offsets_are_uniform():
 # Batches as the device takes them
 
 
-def test_a_small_corpus_lies_on_the_device_whole(tokens):
+def test_a_small_corpus_lies_on_the_device_whole(tokens, monkeypatch):
+    assert data.is_resident(tokens)
+    monkeypatch.setattr(data, "RESIDENT_BYTES", tokens.nbytes - 1)
+    assert not data.is_resident(tokens)
+
+
+def test_offsets_of_some_steps_are_those_of_each_step(tokens):
     batches = TrainBatches(tokens, 1337, 8, (2, 3), most_steps=5)
-    assert batches.resident
     assert batches.most_steps == 5
-    given, offsets_NAB = batches.read(10, 4)
-    assert given is tokens
+    offsets_NAB = batches.offsets(10, 4)
     assert offsets_NAB.shape == (5, 2, 3)
-    assert offsets_NAB.dtype == np.int32
     for i in range(4):
         expected = batch_offsets(1337, "train", 10 + i, len(tokens), 8, (2, 3))
         np.testing.assert_array_equal(offsets_NAB[i], expected)
     assert not offsets_NAB[4].any()
 
 
-def test_a_corpus_that_stays_a_file_gives_the_same_windows(tokens, monkeypatch):
-    resident = TrainBatches(tokens, 1337, 8, (2, 3), most_steps=5)
-    monkeypatch.setattr(data, "RESIDENT_BYTES", tokens.nbytes - 1)
-    streamed = TrainBatches(tokens, 1337, 8, (2, 3), most_steps=5)
-    assert not streamed.resident
-    streamed.most_steps = 5
-    windows = [gather(*b.read(7, 5), 9) for b in (resident, streamed)]
-    np.testing.assert_array_equal(windows[0], windows[1])
-    given, _ = streamed.read(7, 5)
-    assert given.shape == (5 * 2 * 3 * 9,)
-    assert not isinstance(given, np.memmap)
-
-
-def test_the_steps_gather_gives_the_same_windows_either_way(tokens, monkeypatch):
-    from nanogpt_jax.steps import windows
-
-    given, offsets_NAB = TrainBatches(tokens, 1, 8, (2, 3), most_steps=3).read(0, 3)
-    batch_NABT1 = np.asarray(windows(given, offsets_NAB, 9))
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
-    streamed = TrainBatches(tokens, 1, 8, (2, 3), most_steps=3)
-    for step in range(3):
-        now_NABT1 = np.asarray(windows(*streamed.read(step, 1), 9))
-        np.testing.assert_array_equal(now_NABT1[0], batch_NABT1[step])
-    np.testing.assert_array_equal(batch_NABT1, gather(tokens, offsets_NAB, 9))
-    assert batch_NABT1.dtype == np.int32
+def test_windows_are_read_where_they_begin(tokens):
+    offsets_NAB = TrainBatches(tokens, 1, 8, (2, 3), most_steps=3).offsets(0, 3)
+    windows_NABT1 = data.read_windows(tokens, offsets_NAB, 9)
+    np.testing.assert_array_equal(windows_NABT1, gather(tokens, offsets_NAB, 9))
+    assert not isinstance(windows_NABT1, np.memmap)
 
 
 def test_reading_steps_one_by_one_or_together_gives_the_same(tokens):
     batches = TrainBatches(tokens, 1, 8, (1, 4), most_steps=6)
-    _, together_NAB = batches.read(3, 6)
-    one_by_one = [batches.read(step, 1)[1][0] for step in range(3, 9)]
-    np.testing.assert_array_equal(together_NAB, one_by_one)
-
-
-def test_a_read_of_no_steps_has_the_shapes_of_any_other(tokens, monkeypatch):
-    """The step is compiled once, for the shapes of a read of 0 steps."""
-    for limit in (data.RESIDENT_BYTES, 0):
-        monkeypatch.setattr(data, "RESIDENT_BYTES", limit)
-        batches = TrainBatches(tokens, 1, 8, (2, 3), most_steps=4)
-        shapes = [
-            [(x.shape, x.dtype) for x in batches.read(5, n)] for n in range(batches.most_steps + 1)
-        ]
-        assert all(shape == shapes[0] for shape in shapes)
+    one_by_one = [batches.offsets(step, 1)[0] for step in range(3, 9)]
+    np.testing.assert_array_equal(batches.offsets(3, 6), one_by_one)
 
 
 def test_few_steps_are_read_at_once_where_windows_are_large(tokens, monkeypatch):
@@ -159,19 +130,13 @@ def test_few_steps_are_read_at_once_where_windows_are_large(tokens, monkeypatch)
 
 @pytest.mark.parametrize("block_size", [1, 2, 5, 8])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-@pytest.mark.parametrize("resident", [True, False])
-def test_an_evaluation_predicts_each_token_but_the_first_once(
-    block_size, batch_size, resident, monkeypatch
-):
-    if not resident:
-        monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
+def test_an_evaluation_predicts_each_token_but_the_first_once(block_size, batch_size):
     for n_tokens in range(block_size + 1, 4 * block_size + 4):
         ids = np.arange(n_tokens, dtype="<u2")  # an id is its own place
-        given, offsets_NB, counts_NB = eval_batches(ids, block_size, batch_size)
-        assert (given is ids) == resident
+        offsets_NB, counts_NB = eval_batches(ids, block_size, batch_size)
         assert offsets_NB.shape == counts_NB.shape
         assert offsets_NB.shape[1] == batch_size
-        windows_NBT1 = gather(given, offsets_NB, block_size + 1)
+        windows_NBT1 = gather(ids, offsets_NB, block_size + 1)
         counted = [
             place
             for window, count in zip(
@@ -186,7 +151,7 @@ def test_an_evaluation_predicts_each_token_but_the_first_once(
 
 def test_a_whole_evaluation_has_no_batch_that_counts_nothing():
     for n_tokens in range(9, 60):
-        _, _, counts_NB = eval_batches(np.zeros(n_tokens, "<u2"), 8, 3)
+        _, counts_NB = eval_batches(np.zeros(n_tokens, "<u2"), 8, 3)
         assert counts_NB.sum(axis=1).all()
 
 
@@ -195,14 +160,14 @@ def test_a_limited_evaluation_has_so_many_batches_and_is_fixed():
     first, again = (eval_batches(ids, 8, 3, n_batches=5) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
-    _, offsets_NB, counts_NB = first
+    offsets_NB, counts_NB = first
     assert offsets_NB.shape == (5, 3)
     assert counts_NB.sum() == 5 * 3 * 8
 
 
 def test_a_limited_evaluation_is_evenly_spread_from_the_first_window_to_the_last():
     ids = np.arange(1001, dtype="<u2")
-    _, offsets_NB, _ = eval_batches(ids, 8, 3, n_batches=5)
+    offsets_NB, _ = eval_batches(ids, 8, 3, n_batches=5)
     offsets = offsets_NB.ravel()
     assert offsets[0] == 0
     assert offsets[-1] + 9 == len(ids)

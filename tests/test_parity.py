@@ -59,7 +59,7 @@ def states_and_metrics(adamw) -> tuple[dict, steps.Metrics]:
     tx = make_optimizer(make_config(OptimConfig, adamw["optim"]), N_STEPS)
     train_step = jax.jit(partial(steps.train_step, model, tx))
     params = jax.tree.map(jax.numpy.asarray, adamw["params"]["0"])
-    state, metrics = steps.TrainState(jax.numpy.int32(0), params, tx.init(params)), []
+    state, metrics = steps.first_state(tx, params), []
     states = {}
     for batch_ABT1 in adamw["batches_NABT1"]:
         state, now = train_step(state, batch_ABT1, jax.random.key(0))

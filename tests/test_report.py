@@ -31,7 +31,7 @@ def train(report, begin, end, at_once=3, losses=LOSSES):
         n_steps = min(at_once, end - step, report.config.eval_interval - step % 10)
         filled = np.zeros(7, np.float32)
         filled[:n_steps] = losses[step : step + n_steps]
-        report.dispatched(step, n_steps, time.perf_counter(), Metrics(filled, filled))
+        report.dispatched(step, n_steps, time.perf_counter(), Metrics(filled, filled, np.zeros(7, int)))
         step += n_steps
     report.catch_up()
 
@@ -142,7 +142,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_its_parameters_are_sav
     tmp_path, config
 ):
     report = Report(tmp_path, config, None)
-    report.dispatched(0, 1, 0.0, Metrics(np.float32([2.0]), np.float32([np.inf])))
+    report.dispatched(0, 1, 0.0, Metrics(np.float32([2.0]), np.float32([np.inf]), [0]))
     with pytest.raises(Diverged, match="gradient norm inf at step 1"):
         report.catch_up()
     report.close()

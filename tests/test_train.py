@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanogpt_jax import data, run_folder, steps
+from nanogpt_jax import data, run_folder, sharding, steps
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
@@ -31,7 +31,7 @@ SHAPE = [
     "--config=tiny",
     *("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--dropout=0.1"),
     *("--batch_size=4", "--gradient_accumulation_steps=2", "--lr_decay_iters=200"),
-    *("--eval_interval=40", "--log_interval=10"),
+    *("--eval_interval=40", "--log_interval=10", "--mesh=data=1"),
 ]
 
 
@@ -87,7 +87,8 @@ def state_of(folder, step=None):
     init = partial(steps.init_state, GPT(config.model), make_optimizer(config.optim, 1))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     step = checkpoints.latest_step() if step is None else step
-    state = checkpoints.restore(jax.eval_shape(init, jax.random.key(0)), step)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    state = checkpoints.restore(sharding.on_one_device(abstract), step)
     checkpoints.close()
     return state
 

@@ -1,0 +1,113 @@
+"""What the chip can do: the type of its arithmetic and the kernel of its attention.
+
+The places that ask which platform this is are here; all else is told.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from nanogpt_jax.config import ComputeConfig, ModelConfig
+from nanogpt_jax.errors import InputError
+
+SPLASH_BLOCK = 128  # the splash kernel works on pieces of the context of this many positions
+
+
+class Compute(NamedTuple):
+    """How a program computes. Hashable, so it is a constant of the compiled program."""
+
+    dtype: Any = jnp.float32  # of activations and matrix products
+    attention: str = "xla"  # or cudnn, splash
+    remat: bool = False
+    loss_chunks: int = 1
+    mesh: Mesh | None = None  # None: one device
+
+
+def choose(
+    config: ComputeConfig, model: ModelConfig, device, mesh: Mesh | None = None
+) -> tuple[Compute, str]:
+    """Return what a device shall do, and why, in words for the log.
+
+    Args:
+        device: one of `jax.devices()`, or of a topology that is only compiled for.
+
+    Raises:
+        InputError: what was asked for by name cannot be.
+    """
+    dtype, reason = _choose_dtype(config.dtype, device)
+    attention, attention_reason = _choose_attention(config.attention, model, dtype, device)
+    compute = Compute(jnp.dtype(dtype), attention, config.remat, config.loss_chunks, mesh)
+    return compute, f"{dtype} ({reason}); attention by {attention} ({attention_reason})"
+
+
+def describe(mesh: Mesh) -> str:
+    """Return a mesh in words: "cpu", "gpu: NVIDIA H200", "8 x tpu: TPU v5 lite (data 8)"."""
+    device = mesh.devices.flat[0]
+    kind = "" if device.device_kind == device.platform else f": {device.device_kind}"
+    count = f"{mesh.size} x " if mesh.size > 1 else ""
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"{count}{device.platform}{kind}" + (f" ({axes})" if axes else "")
+
+
+def _capability(device) -> float:
+    """Return an NVIDIA GPU's compute capability, like 7.5 for a T4; 0 for all else."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):  # not a GPU; AMD's are named, like gfx942
+        return 0.0
+
+
+def _choose_dtype(asked: str, device) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, "as asked"
+    if device.platform == "tpu":
+        return "bfloat16", "a TPU's own type"
+    if device.platform != "gpu":
+        return "float32", f"the fastest on a {device.platform}"
+    capability = _capability(device)
+    if capability >= 8.0:
+        return "bfloat16", f"compute capability {capability} has it"
+    if capability:
+        why = f"compute capability {capability} has no bfloat16"
+        return "float32", f"{why}; --dtype float16 is faster here"
+    return "float32", "this GPU is not NVIDIA's; try --dtype bfloat16"
+
+
+def _choose_attention(asked: str, model: ModelConfig, dtype: str, device) -> tuple[str, str]:
+    if asked == "xla":
+        return "xla", "as asked"
+    if asked == "auto":
+        wanted = {"gpu": "cudnn", "tpu": "splash"}.get(device.platform)
+        if wanted is None:
+            return "xla", f"the only one on a {device.platform}"
+        lacking = _lacking(wanted, model, dtype, device)
+        return ("xla", f"{wanted} needs {lacking}") if lacking else (wanted, "made for this chip")
+    if lacking := _lacking(asked, model, dtype, device):
+        raise InputError(
+            f"attention {asked} needs {lacking}; --attention auto takes what fits here"
+        )
+    return asked, "as asked"
+
+
+def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
+    """Return what a kernel needs and does not have here; None if it can serve."""
+    head_size = model.n_embd // model.n_head
+    capability = _capability(device)
+    platform = {"cudnn": "gpu", "splash": "tpu"}[kernel]
+    largest = 256 if capability >= 9.0 else 128
+    if device.platform != platform:
+        return f"a {platform.upper()}, but this is a {device.platform}"
+    if model.dropout > 0:
+        return f"a dropout of 0, but it is {model.dropout}"
+    if kernel == "splash":
+        if model.block_size % SPLASH_BLOCK:
+            return f"a multiple of {SPLASH_BLOCK} as block_size, but it is {model.block_size}"
+        return None
+    if capability < 8.0:
+        return f"compute capability 8.0, but this is {capability or 'not an NVIDIA GPU'}"
+    if dtype == "float32":
+        return "a type of 16 bits, but this is float32"
+    if head_size % 8 or head_size > largest:
+        return f"a head size up to {largest} that is a multiple of 8, but it is {head_size}"
+    return None

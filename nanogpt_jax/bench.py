@@ -1,10 +1,13 @@
 """Speed, and its distance to the limit: python -m nanogpt_jax.bench --config small [--json]
 
 All of train.py's flags are understood. The step that is timed is the very one of train.py, on
-random tokens; FLOPs are those of its matrix products (accounting.py), and the limit is the fastest
-large product of float32 arrays that the same process reaches, so the share says what a better
-program could still win. Times are medians; on a shared machine, compare only what was run side by
-side.
+random tokens; FLOPs are those of its matrix products (accounting.py). Two limits stand beside
+it: the fastest large product that the same process reaches, of the same type, and what the chip's
+maker promises (MFU), where the chip is known. Times are medians; on a shared machine, compare only
+what was run side by side.
+
+    --memory     only compile the step, in variants, and show the bytes each needs on a device
+    --profile    also write a profiler trace of some steps, and show where their time goes
 
 What was tried for `small` on 2 CPU cores (AMD EPYC, jax 0.10.2; ms a step, prototypes of this
 model, one after the other; runs of one and the same variant differ by 1):
@@ -25,7 +28,6 @@ model, one after the other; runs of one and the same variant differ by 1):
         not taken: within the noise, and jax 0.7.2 does not know the option
 """
 
-import dataclasses
 import json
 import os
 import statistics
@@ -40,36 +42,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax import accounting, corpora, data, generate, sharding, steps
+from nanogpt_jax import accounting, chips, corpora, data, devices, generate, profiling, steps
+from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import run_command
 from nanogpt_jax.model import GPT
-from nanogpt_jax.optim import make_optimizer
-from nanogpt_jax.presets import parse_train_config
+from nanogpt_jax.presets import parse_train_config, with_vocab_size
+from nanogpt_jax.programs import Programs, make_programs
 
 CORPUS_TOKENS = 1_000_000
 SAMPLE_TOKENS = 500
 REPEATS = 5
+PROFILE = Path("out", "profile")
+SWITCHES = {"--json", "--memory", "--profile"}
 
 
 def main(argv: list[str]) -> None:
     """Measure, and print a table or, with --json, one JSON object."""
-    config = parse_train_config([word for word in argv if word != "--json"], __doc__)
-    vocab_size = config.model.vocab_size or 65
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, vocab_size=vocab_size)
-    )
-    starts = start_figures(argv)  # first: once this process holds a TPU, no other can
+    switches, argv = SWITCHES & {*argv}, [word for word in argv if word not in SWITCHES]
+    config = with_vocab_size(parse_train_config(argv, __doc__))
+    # First: once this process holds a TPU, no other can.
+    starts = {} if "--memory" in switches else start_figures(argv)
+    mesh = meshes.make_mesh(meshes.choose_sizes(config, jax.device_count()))
+    compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
     figures = {
         "config": config.config,
-        "device": sharding.describe_device(),
+        "device": devices.describe(mesh),
+        "compute": how,
         "jax": jax.__version__,
         "cores": os.cpu_count(),
-        **starts,
     }
-    figures |= training_figures(config)
-    figures |= sampling_figures(config)
-    if "--json" in argv:
+    if "--memory" in switches:
+        figures |= memory_of_variants(config, compute, mesh)
+    else:
+        figures |= starts
+        figures |= training_figures(config, compute, mesh, "--profile" in switches)
+        figures |= sampling_figures(config, compute)
+    if "--json" in switches:
         print(json.dumps(figures))
         return
     for name, value in figures.items():
@@ -86,48 +95,61 @@ def median_s(work) -> float:
     return statistics.median(times_s[1:])
 
 
-def matmul_peak_flops() -> float:
-    """Return the FLOP/s of the best large matrix product of float32 arrays, of a few sizes."""
+def matmul_peak_flops(dtype) -> float:
+    """Return the FLOP/s of the best large matrix product on one device, of a few sizes."""
     best, times = 0.0, 8  # products in one measurement, so that the dispatch does not count
     product = jax.jit(jnp.matmul)
     for size in (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
-        matrix = jax.random.normal(jax.random.key(0), (size, size))
+        matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
         seconds = median_s(lambda m=matrix: [product(m, m) for _ in range(times)])
         best = max(best, times * 2 * size**3 / seconds)
     return best
 
 
-def training_figures(config: TrainConfig) -> dict:
-    """Time train.py's step, some of them in a dispatch of about a second."""
-    model, tx = GPT(config.model), make_optimizer(config.optim, config.max_iters)
-    weights_key, dropout_key = steps.stream_keys(config.seed)
-    state = jax.jit(partial(steps.init_state, model, tx))(weights_key)
-    corpus = np.random.default_rng(0).integers(config.model.vocab_size, size=CORPUS_TOKENS)
-    batches = data.TrainBatches(
-        corpus.astype(np.uint16 if config.model.vocab_size <= 2**16 else np.uint32),
-        config.seed,
-        config.model.block_size,
-        (config.gradient_accumulation_steps, config.batch_size),
-        1024,
+def step_inputs(config: TrainConfig, programs: Programs, mesh) -> tuple:
+    """Return what `train_steps` is given beside the state and n, of random tokens: (corpus,
+    places_NAB, dropout_key)."""
+    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=CORPUS_TOKENS)
+    tokens = tokens.astype(np.uint16 if config.model.vocab_size <= 2**16 else np.uint32)
+    shape = config.gradient_accumulation_steps, config.batch_size
+    batches = data.TrainBatches(tokens, config.seed, config.model.block_size, shape, 1024)
+    places_NAB = meshes.put_places(
+        tokens,
+        batches.offsets(0, batches.most_steps),
+        config.model.block_size + 1,
+        meshes.by_rows(mesh, axis=2),
     )
-    tokens, offsets_NAB = jax.device_put(batches.read(0, batches.most_steps))
-    train_steps = jax.jit(partial(steps.train_steps, model, tx), donate_argnames="state")
+    return meshes.put_corpus(tokens, mesh), places_NAB, steps.stream_keys(config.seed)[1]
+
+
+def training_figures(config: TrainConfig, compute: devices.Compute, mesh, profile: bool) -> dict:
+    """Time train.py's step, some of them in a dispatch of about a second."""
+    programs = make_programs(config, compute, mesh)
+    state = programs.init_state(steps.stream_keys(config.seed)[0])
+    corpus, places_NAB, key = step_inputs(config, programs, mesh)
+    lowered = programs.train_steps.lower(state, corpus, places_NAB, np.int32(0), key)
     begun_s = time.perf_counter()
-    compiled = train_steps.lower(state, tokens, offsets_NAB, np.int32(0), dropout_key).compile()
+    train_steps = lowered.compile()
     compile_s = time.perf_counter() - begun_s
 
     def dispatch(n_steps: int):
         nonlocal state
-        state, metrics = compiled(state, tokens, offsets_NAB, np.int32(n_steps), dropout_key)
+        state, metrics = train_steps(state, corpus, places_NAB, np.int32(n_steps), key)
         return metrics
 
-    few = min(batches.most_steps, 5)
+    most = places_NAB.shape[0]
+    few = min(most, 5)
     few_s = median_s(lambda: dispatch(few)) / few
-    n_steps = int(min(batches.most_steps, max(1, 1 / few_s)))
+    n_steps = int(min(most, max(1, 1 / few_s)))
     step_s = median_s(lambda: dispatch(n_steps)) / n_steps
     memory = memory_figures()  # before the products below count in it
-    peak = matmul_peak_flops()
+    if profile:
+        with jax.profiler.trace(str(PROFILE)):
+            jax.block_until_ready(dispatch(few))
+        profiling.print_table(PROFILE, few)
+    peak = mesh.size * matmul_peak_flops(compute.dtype)
     achieved = accounting.train_flops_per_token(config.model) * config.tokens_per_iter / step_s
+    chip = chips.find(jax.devices()[0].device_kind)
     return {
         "parameters": sum(accounting.parameter_counts(config.model).values()),
         "compile_s": compile_s,
@@ -137,13 +159,49 @@ def training_figures(config: TrainConfig) -> dict:
         "train_flops_per_s": achieved,
         "matmul_peak_flops_per_s": peak,
         "share_of_matmul_peak": achieved / peak,
+        "chip": chip.name if chip else None,
+        "mfu": achieved / (mesh.size * chip.flops) if chip else None,
         **memory,
+        "train_compiled_bytes": compiled_bytes(train_steps),
     }
 
 
-def sampling_figures(config: TrainConfig) -> dict:
+def compiled_bytes(compiled) -> int | None:
+    """Return the bytes that a compiled program needs on each device, its inputs included."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes  # donated: the output lies where the input lay
+    )
+
+
+def memory_of_variants(config: TrainConfig, compute: devices.Compute, mesh) -> dict:
+    """Return the bytes a device that the step needs, as configured and with each way to save."""
+    chunks = next((n for n in (8, 4, 2) if config.model.block_size % n == 0), 1)
+    variants = {
+        "as_configured": compute,
+        "plain": compute._replace(remat=False, loss_chunks=1),
+        "loss_chunks": compute._replace(remat=False, loss_chunks=chunks),
+        "remat": compute._replace(remat=True, loss_chunks=1),
+        "remat_loss_chunks": compute._replace(remat=True, loss_chunks=chunks),
+    }
+    figures = {}
+    for name, variant in variants.items():
+        programs = make_programs(config, variant, mesh)
+        corpus, places_NAB, key = step_inputs(config, programs, mesh)
+        arguments = programs.abstract_state, corpus, places_NAB, np.int32(0), key
+        compiled = programs.train_steps.lower(*arguments).compile()
+        figures[f"train_compiled_bytes_{name}"] = compiled_bytes(compiled)
+    return figures
+
+
+def sampling_figures(config: TrainConfig, compute: devices.Compute) -> dict:
     """Time cached decoding: one and ten streams in one program, and one dispatch for each token."""
-    model = GPT(config.model)
+    model = GPT(config.model, devices.Compute(compute.dtype))
     params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
     write = jax.jit(partial(generate.generate, model), static_argnames=("n_tokens", "sampling"))
     sampling = generate.Sampling(temperature=0.8, top_k=200)
@@ -209,8 +267,7 @@ def start_figures(argv: list[str]) -> dict:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONUNBUFFERED": "1",
         }
-        flags = [word for word in argv if word != "--json"]
-        flags += ["--dataset", "pydocs", "--data_dir", folder]
+        flags = [*argv, "--dataset", "pydocs", "--data_dir", folder]
         corpora.prepare("pydocs", Path(folder))
         figures = {}
         for name in ("first_step_cold_s", "first_step_warm_cache_s"):

@@ -1,0 +1,42 @@
+"""Published figures of chips that GPTs are trained on. No JAX."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One chip, as JAX counts devices (a TPU v2 or v3 chip is two)."""
+
+    name: str
+    pattern: str  # of JAX's `device_kind`
+    flops: float  # dense products of 16-bit numbers summed in 32 bits, FLOP/s
+    memory_bytes: float
+    bandwidth: float  # of that memory, bytes/s
+
+
+GB = 1e9
+# The first whose pattern is found counts. Sources: for GPUs NVIDIA's data sheets and architecture
+# whitepapers (dense rates, without sparsity), for TPUs cloud.google.com/tpu/docs.
+CHIPS = (
+    Chip("T4", r"\bT4\b", 65e12, 16 * GB, 320e9),
+    Chip("RTX 3070 Ti", r"RTX 3070 Ti", 43.5e12, 8 * GB, 608e9),
+    Chip("RTX 4090", r"RTX 4090(?! D)", 165.2e12, 24 * GB, 1008e9),
+    Chip("L4", r"\bL4\b", 121e12, 24 * GB, 300e9),
+    Chip("A100 80GB", r"A100.*80GB", 312e12, 80 * GB, 2039e9),
+    Chip("A100 40GB", r"A100.*40GB", 312e12, 40 * GB, 1555e9),
+    Chip("H100 PCIe", r"H100 PCIe", 756e12, 80 * GB, 2000e9),
+    Chip("H100", r"H100 80GB HBM3", 989.4e12, 80 * GB, 3350e9),
+    Chip("H200", r"H200\b(?! NVL)", 989.4e12, 141 * GB, 4800e9),
+    Chip("TPU v2 core", r"TPU v2\b", 22.5e12, 8 * GB, 350e9),
+    Chip("TPU v3 core", r"TPU v3\b", 61.5e12, 16 * GB, 450e9),
+    Chip("TPU v4", r"TPU v4$", 275e12, 32 * GB, 1228e9),
+    Chip("TPU v5e", r"TPU v5( lite|e)", 197e12, 16 * GB, 819e9),
+    Chip("TPU v5p", r"TPU v5p?$", 459e12, 95 * GB, 2765e9),
+    Chip("TPU v6e", r"TPU v6( lite|e)", 918e12, 32 * GB, 1640e9),
+)
+
+
+def find(device_kind: str) -> Chip | None:
+    """Return the chip that JAX names so; None of one that is not in the table."""
+    return next((chip for chip in CHIPS if re.search(chip.pattern, device_kind)), None)

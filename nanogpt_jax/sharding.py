@@ -6,8 +6,9 @@ largest axis that is left and can be divided is shared out over `fsdp`. What bel
 its gradient and AdamW's two averages, lies where it lies. The print needs no such devices.
 """
 
+import collections
 import math
-import sys
+import re
 from functools import partial
 
 import jax
@@ -19,7 +20,7 @@ from nanogpt_jax.config import MESH_AXES, TrainConfig, mesh_sizes
 from nanogpt_jax.errors import run_command
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
-from nanogpt_jax.presets import parse_train_config
+from nanogpt_jax.presets import parse_train_config, with_vocab_size
 
 # Each pair of products is split so that only its result is summed over the devices: columns of the
 # first (whole heads, hidden features), the rows of the second. Source: Shoeybi et al.,
@@ -90,29 +91,36 @@ def abstract_state(config: TrainConfig) -> steps.TrainState:
 
 def main(argv: list[str]) -> None:
     """Print shape, placement and bytes a device of each array of the state."""
-    config = parse_train_config(argv, __doc__)
+    config = with_vocab_size(parse_train_config(argv, __doc__))
     asked = [size for size in mesh_sizes(config.compute.mesh) if size > 0]
-    n_devices = max(jax.device_count(), math.prod(asked))
-    sizes = meshes.choose_sizes(config, n_devices)
+    sizes = meshes.choose_sizes(config, max(jax.device_count(), math.prod(asked)))
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     state = abstract_state(config)
-    shardings = tree_shardings(mesh, state)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    rows, total_bytes, device_bytes = [], 0, 0
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-        here = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    rows = collections.Counter()  # layers are alike: one line for all
+    total_bytes = device_bytes = 0
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree.leaves(tree_shardings(mesh, state)),
+        strict=True,
+    ):
+        bytes_here = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total_bytes += leaf.size * leaf.dtype.itemsize
-        device_bytes += here
-        spec = ", ".join(str(axis or "-") for axis in sharding.spec)
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        rows.append((name, str(leaf.shape), f"({spec})", f"{here:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, shape, spec, here in rows:
-        print(f"{name:{widths[0]}}  {shape:{widths[1]}}  {spec:{widths[2]}}  {here:>{widths[3]}}")
+        device_bytes += bytes_here
+        name = re.sub(r"h_\d+", "h_*", jax.tree_util.keystr(path, simple=True, separator="."))
+        placement = ", ".join(str(axis or "-") for axis in sharding.spec)
+        rows[name, str(leaf.shape), f"({placement})", f"{bytes_here:,}"] += 1
+    table = [("array", "shape", "placement", "bytes a device", ""), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(4)]
+    for row, count in [(table[0], 1), *rows.items()]:
+        name, shape, placement, size = row[:4]
+        times = f"  x {count}" if count > 1 else ""
+        print(
+            f"{name:{widths[0]}}  {shape:{widths[1]}}  {placement:{widths[2]}}  "
+            f"{size:>{widths[3]}}{times}"
+        )
     print(
-        f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: of {total_bytes:,} bytes each "
-        f"device holds {device_bytes:,}, gradients ({device_bytes // 3:,}) and activations not "
-        "counted"
+        f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: of the state's {total_bytes:,} "
+        f"bytes each device holds {device_bytes:,}; gradients and activations come on top"
     )
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(nanogpt_jax.__file__).parent
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "tokenizer", "data", "chips"},
+    {"config", "tokenizer", "data", "chips", "profiling"},
     {"command_line", "corpora", "run_folder", "accounting", "optim", "startup"}
     | {"devices", "mesh", "attention"},
     {"presets", "model"},

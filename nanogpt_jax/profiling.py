@@ -1,0 +1,50 @@
+"""Where the time of a program goes: JAX's profiler trace, summed by kind of operation."""
+
+import collections
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+
+# Not operations, but what surrounds them: nested events would count twice.
+_NOT_OPERATIONS = re.compile(r"^(end: |Thunk|Threadpool|SlinkyThread|while|call|conditional|\$|jit_)")
+
+
+def time_by_operation(folder: Path) -> dict[str, float]:
+    """Return the seconds of each kind of operation in the newest trace of a folder, largest first.
+
+    Numbers at the end of a name are cut off, so that equal operations of all layers come together.
+    On a CPU several threads work at once, so the sum can exceed the time that passed.
+
+    Raises:
+        FileNotFoundError: there is no trace.
+    """
+    traces = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not traces:
+        raise FileNotFoundError(f"{folder} holds no trace")
+    planes = list(jax.profiler.ProfileData.from_file(str(traces[-1])).planes)
+    on_device = [plane for plane in planes if plane.name.startswith("/device:")]
+    lines = [line for plane in on_device or planes for line in plane.lines]
+    # A TPU has one line of operations, a GPU one for each stream, a CPU one for each thread.
+    wanted = [line for line in lines if line.name == "XLA Ops"]
+    wanted = wanted or [line for line in lines if line.name.startswith(("Stream", "tf_XLA"))]
+    seconds: collections.Counter[str] = collections.Counter()
+    for line in wanted:
+        for event in line.events:
+            if not _NOT_OPERATIONS.match(event.name):
+                seconds[re.sub(r"[.\d]+$", "", event.name)] += 1e-9 * event.duration_ns
+    return dict(seconds.most_common())
+
+
+def print_table(folder: Path, n_steps: int, n_rows: int = 15) -> None:
+    """Print the operations that take most of the time of n_steps steps, on standard error."""
+    say = partial(print, file=sys.stderr)  # standard output may be for JSON
+    seconds = time_by_operation(folder)
+    total_s = sum(seconds.values())
+    say(f"{'operation':40} {'ms a step':>10} {'share':>7}    (trace in {folder})")
+    rows = list(seconds.items())
+    rest_s = sum(s for _, s in rows[n_rows:])
+    for name, s in [*rows[:n_rows], ("all others", rest_s)]:
+        say(f"{name[:40]:40} {1e3 * s / n_steps:10.3f} {s / max(total_s, 1e-12):7.1%}")

@@ -32,6 +32,10 @@ def main(argv: list[str]) -> int:
     """Check all that was asked, before anything is written and before JAX is loaded; then train."""
     start_s = time.perf_counter()
     config = parse_train_config(argv, __doc__)
+    if config.compile_for:
+        from nanogpt_jax import tpu
+
+        return tpu.compile_for(config, config.compile_for)
     if config.out_dir is not None:
         run_folder.check_usable(Path(config.out_dir))
     min_tokens = config.model.block_size + 1

@@ -3,13 +3,14 @@
 Array names end in their shape; the letters are explained in model.py.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config import ROW_AXES, ModelConfig
 
 
 class KVCache(NamedTuple):
@@ -57,18 +58,46 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(v_BSHK.dtype), v_BSHK)
 
 
-def fused_attention(q_BTHK, k_BTHK, v_BTHK, kernel: str, mesh: Mesh | None = None):
-    """Return what `attention` does for a whole sequence without dropout, by one fused kernel.
+def fused_attention(
+    q_BTHK, k_BTHK, v_BTHK, kernel: str, mesh: Mesh | None = None, interpret: bool = False
+):
+    """Return what `attention` does for whole sequences without dropout, by one fused kernel.
 
-    The scores never lie in memory, so it needs less of it and takes less time.
+    Its scores never lie in memory, so it needs less of it and takes less time.
 
     Args:
         kernel: cudnn (NVIDIA) or splash (TPU).
-        mesh: over which rows and heads are shared out.
+        mesh: over which rows and heads are shared out; the compiler cannot do that by itself.
+        interpret: run splash without a TPU, slowly.
     """
-    if kernel == "cudnn":
-        return jax.nn.dot_product_attention(
-            q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
-        )
-    assert kernel == "splash", kernel
-    return None
+    work = {"cudnn": _cudnn, "splash": partial(_splash, interpret=interpret)}[kernel]
+    if mesh is not None:
+        spec = PartitionSpec(ROW_AXES, None, "tensor")
+        # Pallas kernels do not say how their outputs vary over the mesh, so that is not checked.
+        work = jax.shard_map(work, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return work(q_BTHK, k_BTHK, v_BTHK)
+
+
+def _cudnn(q_BTHK, k_BTHK, v_BTHK):
+    return jax.nn.dot_product_attention(
+        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
+    )
+
+
+def _splash(q_BTHK, k_BTHK, v_BTHK, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second
+
+    _, T, H, K = q_BTHK.shape
+    # The larger a piece of the context, the less is done twice; but blocks of a piece's size
+    # that are wholly masked are skipped.
+    size = next(size for size in (512, 384, 256, 128) if T % size == 0)
+    sizes = splash.BlockSizes(
+        **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), size),
+        **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), size),
+        **dict.fromkeys(("block_q_dq", "block_kv_dq"), size),
+    )
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    y_BHTK = jax.vmap(kernel)(q_BHTK * jnp.asarray(K**-0.5, q_BHTK.dtype), k_BHTK, v_BHTK)
+    return y_BHTK.swapaxes(1, 2)

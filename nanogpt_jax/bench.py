@@ -160,7 +160,7 @@ def training_figures(config: TrainConfig, compute: devices.Compute, mesh, profil
         "matmul_peak_flops_per_s": peak,
         "share_of_matmul_peak": achieved / peak,
         "chip": chip.name if chip else None,
-        "mfu": achieved / (mesh.size * chip.flops) if chip else None,
+        "mfu": achieved / (mesh.size * chip.device_flops) if chip else None,
         **memory,
         "train_compiled_bytes": compiled_bytes(train_steps),
     }

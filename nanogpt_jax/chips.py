@@ -6,16 +6,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One chip, as JAX counts devices (a TPU v2 or v3 chip is two)."""
+    """What the maker publishes of one chip."""
 
     name: str
     pattern: str  # of JAX's `device_kind`
     flops: float  # dense products of 16-bit numbers summed in 32 bits, FLOP/s
     memory_bytes: float
     bandwidth: float  # of that memory, bytes/s
+    devices: int = 1  # as JAX counts them
+
+    @property
+    def device_flops(self) -> float:
+        """FLOP/s of what JAX calls a device."""
+        return self.flops / self.devices
 
 
-GB = 1e9
+GB, GiB = 10**9, 2**30
 # The first whose pattern is found counts. Sources: for GPUs NVIDIA's data sheets and architecture
 # whitepapers (dense rates, without sparsity), for TPUs cloud.google.com/tpu/docs.
 CHIPS = (
@@ -28,12 +34,12 @@ CHIPS = (
     Chip("H100 PCIe", r"H100 PCIe", 756e12, 80 * GB, 2000e9),
     Chip("H100", r"H100 80GB HBM3", 989.4e12, 80 * GB, 3350e9),
     Chip("H200", r"H200\b(?! NVL)", 989.4e12, 141 * GB, 4800e9),
-    Chip("TPU v2 core", r"TPU v2\b", 22.5e12, 8 * GB, 350e9),
-    Chip("TPU v3 core", r"TPU v3\b", 61.5e12, 16 * GB, 450e9),
-    Chip("TPU v4", r"TPU v4$", 275e12, 32 * GB, 1228e9),
-    Chip("TPU v5e", r"TPU v5( lite|e)", 197e12, 16 * GB, 819e9),
-    Chip("TPU v5p", r"TPU v5p?$", 459e12, 95 * GB, 2765e9),
-    Chip("TPU v6e", r"TPU v6( lite|e)", 918e12, 32 * GB, 1640e9),
+    Chip("TPU v2", r"TPU v2\b", 45e12, 16 * GiB, 700e9, devices=2),
+    Chip("TPU v3", r"TPU v3\b", 123e12, 32 * GiB, 900e9, devices=2),
+    Chip("TPU v4", r"TPU v4$", 275e12, 32 * GiB, 1228e9),
+    Chip("TPU v5e", r"TPU v5( lite|e)", 197e12, 16 * GiB, 819e9),
+    Chip("TPU v5p", r"TPU v5p?$", 459e12, 95 * GiB, 2765e9),
+    Chip("TPU v6e", r"TPU v6( lite|e)", 918e12, 32 * GiB, 1640e9),
 )
 
 

@@ -101,6 +101,10 @@ def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
     if model.dropout > 0:
         return f"a dropout of 0, but it is {model.dropout}"
     if kernel == "splash":
+        if device.device_kind in ("TPU v2", "TPU v3"):
+            return "a TPU v4 or newer"
+        if dtype == "float16":
+            return "bfloat16 or float32, but this is float16"
         if model.block_size % SPLASH_BLOCK:
             return f"a multiple of {SPLASH_BLOCK} as block_size, but it is {model.block_size}"
         return None

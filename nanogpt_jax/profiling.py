@@ -8,10 +8,6 @@ from pathlib import Path
 
 import jax
 
-# Not operations, but what surrounds them: nested events would count twice.
-_NOT_OPERATIONS = re.compile(r"^(end: |Thunk|Threadpool|SlinkyThread|while|call|conditional|\$|jit_)")
-
-
 def time_by_operation(folder: Path) -> dict[str, float]:
     """Return the seconds of each kind of operation in the newest trace of a folder, largest first.
 
@@ -27,14 +23,16 @@ def time_by_operation(folder: Path) -> dict[str, float]:
     planes = list(jax.profiler.ProfileData.from_file(str(traces[-1])).planes)
     on_device = [plane for plane in planes if plane.name.startswith("/device:")]
     lines = [line for plane in on_device or planes for line in plane.lines]
-    # A TPU has one line of operations, a GPU one for each stream, a CPU one for each thread.
-    wanted = [line for line in lines if line.name == "XLA Ops"]
-    wanted = wanted or [line for line in lines if line.name.startswith(("Stream", "tf_XLA"))]
+    # A TPU has one line of operations; a GPU one for each stream, a CPU one for each thread, where
+    # the operations are those events that name one.
+    operations = [line for line in lines if line.name == "XLA Ops"]
     seconds: collections.Counter[str] = collections.Counter()
-    for line in wanted:
+    for line in operations or lines:
         for event in line.events:
-            if not _NOT_OPERATIONS.match(event.name):
+            if operations or "hlo_op" in dict(event.stats):
                 seconds[re.sub(r"[.\d]+$", "", event.name)] += 1e-9 * event.duration_ns
+    for around in ("while", "call", "conditional"):  # what lies in them is counted by itself
+        seconds.pop(around, None)
     return dict(seconds.most_common())
 
 

@@ -1,0 +1,151 @@
+"""Compile a run's step for TPUs that are not there: python train.py --compile_for v5e:4x4
+
+The TPU's compiler runs on any machine: it tells whether the very training step fits into the
+chips' memory, and what it moves. From the chip's published rates follows the least time that a
+step can take (the roofline): what the arithmetic or the memory takes at their best, whichever is
+longer; exchange between chips is not in it. Needs the tpu extra, but no TPU.
+"""
+
+import math
+import os
+import re
+import time
+
+# Before JAX is loaded: there is no TPU to ask, and other compilations may run beside this one.
+os.environ.update(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_LOG_DIR="disabled",
+    JAX_PLATFORMS="cpu",
+)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from nanogpt_jax import accounting, chips, data, devices
+from nanogpt_jax import mesh as meshes
+from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.presets import with_vocab_size
+from nanogpt_jax.programs import Programs, make_programs
+
+CORPUS_TOKENS = 1_000_000  # of a character corpus, which lies on the chip; a larger one does not
+ADAMW_BYTES = 8 * 4  # a parameter: read it, its gradient (twice) and two averages, write three
+
+
+def compile_for(config: TrainConfig, topology: str) -> int:
+    """Compile the step for a topology like "v5e:4x4", print what it needs, return the exit code.
+
+    Raises:
+        InputError: there is no such topology, or no TPU compiler.
+    """
+    config = with_vocab_size(config)
+    tpus = topology_devices(topology)
+    mesh = meshes.make_mesh(meshes.choose_sizes(config, len(tpus), n_processes=2), tpus)
+    compute, how = devices.choose(config.compute, config.model, tpus[0], mesh)
+    print(f"{config.config} on {topology}: {devices.describe(mesh)}: {how}")
+    begun_s = time.perf_counter()
+    try:
+        compiled = lower_step(config, make_programs(config, compute, mesh), mesh).compile()
+    except Exception as error:  # the class differs between versions of JAX, the text does not
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(f"does not fit: {reason}")
+        print("less: --remat, a larger --loss_chunks, a smaller --batch_size, --mesh fsdp=-1")
+        return 1
+    compile_s = time.perf_counter() - begun_s
+    chip = chips.find(tpus[0].device_kind)
+    share = math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2]))) / len(tpus)
+    n_micro = config.gradient_accumulation_steps
+    needed_bytes = compiled.memory_analysis().peak_memory_in_bytes
+    # The compiler counts what is in a loop once: the update's micro-batches.
+    counted_bytes = compiled.cost_analysis()["bytes accessed"]
+    n_params = sum(accounting.parameter_counts(config.model).values())
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    update_bytes = min(counted_bytes, ADAMW_BYTES * n_params / shards)
+    moved_bytes = n_micro * (counted_bytes - update_bytes) + update_bytes
+    passes = 4 if compute.remat else 3  # forward, backward (as two), and forward again
+    flops = passes * accounting.forward_flops_per_token(config.model) * config.tokens_per_iter
+    flops /= mesh.size
+    print(f"compiled in        {compile_s:10.1f} s")
+    print(f"memory a device    {needed_bytes / 2**30:10.2f} GiB", end="")
+    if chip is None:
+        print(f"\n{tpus[0].device_kind} is not in chips.py: no rates, so no roofline")
+        return 0
+    memory_bytes = chip.memory_bytes * share
+    arithmetic_s = flops / (chip.flops * share)
+    movement_s = moved_bytes / (chip.bandwidth * share)
+    roofline_s = max(arithmetic_s, movement_s)
+    fits = needed_bytes <= memory_bytes
+    print(f" of {memory_bytes / 2**30:.0f} GiB: {'fits' if fits else 'does not fit'}")
+    print(f"FLOPs a step       {flops:10.3g} a device: {1e3 * arithmetic_s:.1f} ms at its peak")
+    print(f"bytes a step       {moved_bytes:10.3g} a device: {1e3 * movement_s:.1f} ms at its peak")
+    print(
+        f"roofline           {1e3 * roofline_s:10.1f} ms a step, "
+        f"{config.tokens_per_iter / roofline_s:,.0f} tokens/s, before any exchange between chips"
+    )
+    return 0 if fits else 1
+
+
+def topology_devices(topology: str) -> list:
+    """Return the devices of a topology.
+
+    Raises:
+        InputError: there is no such topology, or no TPU compiler.
+    """
+    shape = re.fullmatch(r"(v\d+[a-z]?):(\d+)x(\d+)(x\d+)?", topology)
+    if not shape:
+        raise InputError(f"compile_for must look like v5e:4x4 or v4:2x2x1, got {topology!r}")
+    options = {}
+    if topology.endswith(":1x1"):  # one chip, where the compiler expects hosts of four
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        return list(
+            topologies.get_topology_desc(
+                platform="tpu", topology_name=topology, **options
+            ).devices
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if "not installed" in reason:
+            raise InputError(
+                "compile_for needs the TPU's compiler: pip install -e '.[tpu]' (no TPU needed)"
+            ) from None
+        raise InputError(f"compile_for: the compiler knows no {topology!r} ({reason})") from None
+
+
+def lower_step(config: TrainConfig, programs: Programs, mesh) -> jax.stages.Lowered:
+    """Return train.py's step, lowered for a mesh, of which no array is needed."""
+    # A model whose vocabulary is given has its corpus in files; windows of it are sent.
+    is_large = config.model.vocab_size > 2**10
+    tokens = np.broadcast_to(np.uint16(0), 2**40 if is_large else CORPUS_TOKENS)
+    block_size, shape = (
+        config.model.block_size,
+        (config.gradient_accumulation_steps, config.batch_size),
+    )
+    batches = data.TrainBatches(tokens, config.seed, block_size, shape, 1024)
+    by_rows, everywhere = meshes.by_rows(mesh, axis=2), meshes.replicated(mesh)
+    places_shape = (batches.most_steps, *shape)
+
+    def array(shape, dtype, sharding=everywhere):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    if data.is_resident(tokens):
+        corpus = array(tokens.shape, jnp.uint16)
+        places_NAB = array(places_shape, jnp.int32, by_rows)
+    else:
+        corpus = None
+        places_NAB = array((*places_shape, block_size + 1), jnp.uint16, by_rows)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return programs.train_steps.lower(
+        programs.abstract_state,
+        corpus,
+        places_NAB,
+        array((), jnp.int32),
+        array(key.shape, key.dtype),
+    )

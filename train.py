@@ -3,6 +3,7 @@
 Run it again to go on where it stopped. The run lies in out/NAME; python sample.py writes text.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -16,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 import nanogpt_jax
-from nanogpt_jax import corpora, data, run_folder, tokenizer
+from nanogpt_jax import corpora, data, run_folder, startup, tokenizer
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.presets import PRESETS, parse_train_config
+from nanogpt_jax.startup import Processes
 
 SECONDS_PER_DISPATCH = 1.0  # progress shows about this often
 MOST_STEPS_PER_DISPATCH = 1024
@@ -36,10 +38,12 @@ def main(argv: list[str]) -> int:
         from nanogpt_jax import tpu
 
         return tpu.compile_for(config, config.compile_for)
+    processes = startup.join_processes(config)
     if config.out_dir is not None:
         run_folder.check_usable(Path(config.out_dir))
     min_tokens = config.model.block_size + 1
-    dataset_folder = corpora.resolve(config.dataset, Path(config.data_dir), min_tokens)
+    prepare = partial(corpora.resolve, config.dataset, Path(config.data_dir), min_tokens)
+    dataset_folder = processes.first_alone(prepare, "prepared")
     corpus = corpora.open_corpus(dataset_folder, min_tokens, config.model.vocab_size)
     usual = PRESETS[config.config]().dataset if config.config in PRESETS else None
     folder = run_folder.choose(config, corpus.name, usual or corpora.SHAKESPEARE)
@@ -51,17 +55,20 @@ def main(argv: list[str]) -> int:
         ),
     )
     if config.overwrite and not config.eval_only:
-        run_folder.delete(folder)
+        if processes.is_first:
+            run_folder.delete(folder)
         config = dataclasses.replace(config, overwrite=False)  # done; nothing to be repeated
+    processes.wait("deleted")
     if not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
         raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
-    if config.eval_only:
-        return train(config, corpus, folder, start_s)
-    with run_folder.locked(folder):
-        return train(config, corpus, folder, start_s)
+    writes = processes.is_first and not config.eval_only
+    with run_folder.locked(folder) if writes else contextlib.nullcontext():
+        return train(config, corpus, folder, processes, start_s)
 
 
-def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> int:
+def train(
+    config: TrainConfig, corpus: Corpus, folder: Path, processes: Processes, start_s: float
+) -> int:
     """Train, or go on with, the run in `folder`; return the exit code."""
     signals = []
     if not config.eval_only:  # there is nothing to save
@@ -71,15 +78,21 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
 
-    from nanogpt_jax import devices, generate, startup, steps
+    from nanogpt_jax import devices, generate, steps
     from nanogpt_jax import mesh as meshes
     from nanogpt_jax.accounting import parameter_counts
     from nanogpt_jax.checkpoint import Checkpoints
+    from nanogpt_jax.model import GPT
     from nanogpt_jax.programs import make_programs
     from nanogpt_jax.report import Diverged, Report
 
     startup.use_compile_cache(config.compile_cache)
-    mesh_sizes = meshes.choose_sizes(config, jax.device_count(), jax.process_count())
+    if jax.process_count() != processes.count:
+        raise InputError(
+            f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "
+            "each of them, with --coordinator_address auto"
+        )
+    mesh_sizes = meshes.choose_sizes(config, jax.device_count(), processes.count)
     mesh = meshes.make_mesh(mesh_sizes)
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
 
@@ -93,18 +106,21 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     print(f"jax {jax.__version__} on {devices.describe(mesh)}: {how}")
     if mesh.size < jax.device_count():
         print(f"{jax.device_count() - mesh.size} devices are idle: --batch_size does not divide")
-    if not config.eval_only:
+    if processes.is_first and not config.eval_only:
         made_with = {"nanogpt_jax": nanogpt_jax.__version__, "python": platform.python_version()}
         made_with |= {name: importlib.metadata.version(name) for name in LIBRARIES}
         made_with |= {"device": devices.describe(mesh), "compute": how}
         run_folder.begin(folder, config, corpus.fingerprint, made_with)
         if corpus.tokenizer:
             tokenizer.save(corpus.tokenizer, folder)
+    processes.wait("begun")
+    if not (folder / run_folder.CONFIG).exists():
+        raise InputError(f"out_dir must be shared by all processes, but {folder} is not here")
 
     # The state: as a checkpoint has it, or new.
     programs = make_programs(config, compute, mesh)
     weights_key, dropout_key = steps.stream_keys(config.seed)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=config.eval_only)
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.eval_only, processes.is_first)
     begun_at = checkpoints.latest_step()
     if begun_at is None:
         state = programs.init_state(weights_key)
@@ -157,9 +173,10 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     train_steps = programs.train_steps.lower(
         state, train_corpus, read_batches(0, 0), np.int32(0), dropout_key
     ).compile()
+    processes.wait("compiled")
 
     step, saved_at = begun_at or 0, begun_at
-    report = Report(folder, config, begun_at, int(state.skipped))
+    report = Report(folder, config, begun_at, int(state.skipped), processes.is_first)
     try:
         while True:
             if report.evaluation_due(step) and step != begun_at:
@@ -169,14 +186,15 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
                 if step > 0:
                     checkpoints.save(state, val_loss)
                     saved_at = step
-            if step == config.max_iters or signals:
-                break
             n_steps = min(
                 max(1, int(report.steps_per_s * SECONDS_PER_DISPATCH)),
                 batches.most_steps,
                 config.max_iters - step,
                 config.eval_interval - step % config.eval_interval,
             )
+            n_steps, stop = processes.agree(n_steps, signals[0] if signals else 0)
+            if step == config.max_iters or stop:
+                break
             # Read while the device is still busy with the dispatch before this one.
             places_NAB = read_batches(step, n_steps)
             launched_s = time.perf_counter()
@@ -189,7 +207,7 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
                 report.say(f"first step done {time.perf_counter() - start_s:.1f} s after the start")
             step += n_steps
         report.catch_up()
-        if signals and saved_at != step:
+        if stop and saved_at != step:
             checkpoints.save(state)
     except Diverged as error:
         print(
@@ -206,12 +224,12 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
-    if signals and step < config.max_iters:
+    if stop and step < config.max_iters:
         print(
             f"stopped at step {step}, and saved: the same command goes on from there, "
             "without --overwrite"
         )
-        return 128 + signals[0]
+        return 128 + stop
     best_loss, best_step = report.best
     where = "" if folder.parent == run_folder.OUT else f" --out_dir {folder}"
     print(
@@ -221,7 +239,11 @@ def train(config: TrainConfig, corpus: Corpus, folder: Path, start_s: float) -> 
     )
     if corpus.tokenizer:
         window_BS, length = generate.start_window(corpus.tokenizer, None, 1, block_size)
-        write = jax.jit(partial(generate.generate, programs.model), static_argnames=("n_tokens", "sampling"))
+        write = jax.jit(
+            partial(generate.generate, GPT(config.model, devices.Compute(compute.dtype))),
+            static_argnames=("n_tokens", "sampling"),
+            out_shardings=meshes.replicated(mesh),
+        )
         new_tokens_BN = write(
             state.params,
             window_BS,

@@ -44,9 +44,7 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """
     (_, T, _, K), S = q_BTHK.shape, k_BSHK.shape[1]
-    scores_BHTS = jnp.einsum(
-        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
-    )
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     scores_BHTS = scores_BHTS / K**0.5
     visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
     hidden = jnp.finfo(scores_BHTS.dtype).min

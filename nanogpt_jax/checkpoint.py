@@ -28,11 +28,12 @@ class Checkpoints:
 
     Args:
         read_only: nothing is written or cleaned up; a training may be saving there meanwhile.
+        is_first: of several processes, all of which save and restore, one cleans up.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False):
+    def __init__(self, folder: Path, read_only: bool = False, is_first: bool = True):
         self.folder = Path(folder).absolute()  # Orbax fails on relative paths, and late
-        if not read_only:
+        if is_first and not read_only:
             for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)  # left by a kill or a full disk
         keep_best = preservation_policy.BestN(

@@ -117,7 +117,7 @@ class ComputeConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and of matrix products; auto: bfloat16 where the chip has it, else
-    float32. Parameters, optimizer and loss are always float32. float16 scales its loss by itself."""
+    float32. Parameters, optimizer and loss are float32; float16 scales its loss by itself."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Kernel of attention: cuDNN's for NVIDIA, the splash kernel for TPU, plain XLA for all; auto:
     what the chip and the model allow."""
@@ -173,7 +173,8 @@ class TrainConfig:
     compile_for: str = ""
     """Compile the step for TPUs that are not there, like v5e:4x4, and say whether it fits."""
     coordinator_address: str = ""
-    """Of several processes: HOST:PORT of the first, the same for all; empty: found by JAX."""
+    """Of several processes: HOST:PORT of the first, the same for all, or auto on a Cloud TPU pod;
+    empty: one process, or as Slurm says."""
     num_processes: int = 0
     """Of several processes: how many; 0: found by JAX."""
     process_id: int = -1
@@ -195,7 +196,10 @@ class TrainConfig:
         block = f"a divisor of block_size={self.model.block_size}"
         _require(divides, self.compute, "loss_chunks", block)
         _require(self.heartbeat_timeout_s >= 1, self, "heartbeat_timeout_s", "at least 1")
-        given = self.coordinator_address != "", self.num_processes > 0, self.process_id >= 0
+        address = self.coordinator_address
+        ok = address in ("", "auto") or re.fullmatch(r".+:\d{1,5}", address)
+        _require(bool(ok), self, "coordinator_address", "HOST:PORT or auto")
+        given = address not in ("", "auto"), self.num_processes > 0, self.process_id >= 0
         if any(given) and not all(given):
             raise InputError(
                 "coordinator_address, num_processes and process_id must be given together, like "

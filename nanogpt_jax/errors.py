@@ -2,7 +2,9 @@
 
 import difflib
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 
@@ -16,6 +18,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
+# What JAX's backends say when another process of the run is gone.
+_PEER_DIED = re.compile(r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer")
+
+
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's `main(argv)` and exit: 0 done, 2 wrong input (one line, no traceback)."""
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows could not take every character
@@ -23,23 +29,45 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2, f"error: {error}")
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(128 + 2)  # SIGINT; an orderly exit crashes where JAX still compiles in a thread
+        # SIGINT; an orderly exit crashes where JAX still compiles in a thread.
+        _leave(128 + 2, "", at_once=True)
     except BrokenPipeError:  # the reader left, as in `python sample.py --stream | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)  # SIGPIPE
+        _leave(128 + 13)  # SIGPIPE
     except Exception as error:
         # The class differs between versions of JAX, the text does not.
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _leave(
+                1,
+                "error: the device's memory does not suffice. In training take a smaller "
+                "--batch_size with more --gradient_accumulation_steps, --remat, or a larger "
+                "--loss_chunks; in sampling fewer --num_samples or --stream",
+            )
+        elif _is_one_of_several() and _PEER_DIED.search(str(error)):
+            _leave(
+                1,
+                "error: another process of this run is gone. Start all of them again: they go on "
+                f"from the newest checkpoint ({str(error).splitlines()[0]})",
+            )
+        elif _is_one_of_several():
+            _leave(1, traceback.format_exc())
+        else:
             raise
-        print(
-            "error: the device's memory does not suffice. In training take a smaller --batch_size "
-            "with more --gradient_accumulation_steps, in sampling fewer --num_samples or --stream",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+
+
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _leave(code: int, message: str | None = None, at_once: bool = False) -> None:
+    if message is not None:
+        print(message, file=sys.stderr)
+    if at_once or _is_one_of_several():
+        # An orderly exit would wait for the other processes, and they for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

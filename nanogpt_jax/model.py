@@ -162,16 +162,17 @@ class GPT(nn.Module):
         assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
         start = 0 if cache is None else cache.length
         x_BTD = self.wte(tokens_BT) + self.wpe(start + jnp.arange(T))[None]
-        x_BTD = keep_rows_apart(self.dropout(x_BTD, deterministic), self.compute.mesh)
+        x_BTD = self.dropout(x_BTD, deterministic)
         new_kv = []
         for i, block in enumerate(self.h):
             layer_cache = None if cache is None else (start, cache.k_BSHK[i], cache.v_BSHK[i])
+            x_BTD = keep_rows_apart(x_BTD, self.compute.mesh)
             x_BTD, kv = block(x_BTD, layer_cache, deterministic)
             new_kv.append(kv)
         if cache is not None:
             ks, vs = zip(*new_kv, strict=True)
             cache = KVCache(start + T, ks, vs)
-        return self.ln_f(x_BTD), cache
+        return self.ln_f(keep_rows_apart(x_BTD, self.compute.mesh)), cache
 
     def head(self, x_BTD):
         """Return logits_BTV; the head's weights are the token embedding's, transposed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+
 def time_by_operation(folder: Path) -> dict[str, float]:
     """Return the seconds of each kind of operation in the newest trace of a folder, largest first.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -23,9 +24,22 @@ class Diverged(ArithmeticError):
 
 
 class Report:
-    """Reports a run's dispatches one behind, so that the device never waits for the host."""
+    """Reports a run's dispatches one behind, so that the device never waits for the host.
 
-    def __init__(self, folder: Path, config: TrainConfig, begun_at: int | None, skipped: int = 0):
+    Args:
+        begun_at: the step of the checkpoint that the run goes on from; None of a new run.
+        skipped: updates skipped until then.
+        is_first: of several processes one writes files and shows the bar.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        begun_at: int | None,
+        skipped: int = 0,
+        is_first: bool = True,
+    ):
         self.folder, self.config = folder, config
         self.steps_per_s = 0.0  # of the last dispatch that was reported
         self.train_loss = None
@@ -34,10 +48,13 @@ class Report:
         # A run that was killed may have logged past the checkpoint it goes on from.
         start_step = -1 if begun_at is None else begun_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        partial = folder / f"{METRICS}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(folder / METRICS)
-        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._is_first = is_first
+        if is_first:
+            partial = folder / f"{METRICS}.partial"
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            partial.replace(folder / METRICS)
+        path = folder / METRICS if is_first else Path(os.devnull)
+        self._file = path.open("a", encoding="utf-8")
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
         self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
@@ -49,7 +66,8 @@ class Report:
             initial=begun_at or 0,
             total=config.max_iters,
             unit="step",
-            disable=None,  # no bar where standard error is a file: there the lines below serve
+            # No bar where standard error is a file: there the lines below serve.
+            disable=None if is_first else True,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
             "[{elapsed}, {remaining} left{postfix}]",
@@ -142,6 +160,8 @@ class Report:
         return f", {self.skipped} updates skipped" if self.skipped else ""
 
     def _draw(self) -> None:
+        if not self._is_first:
+            return
         try:
             draw(self.folder, self.config.config)
         except OSError as error:  # a full disk; no reason to lose the run
@@ -153,7 +173,9 @@ class Report:
             row["train_loss"] = self.train_loss
         if val_loss is not None:
             row["val_loss"] = val_loss
-        row["lr"] = float(self._learning_rates[max(0, step - 1 - self.skipped)])  # of the update before
+        row["lr"] = float(
+            self._learning_rates[max(0, step - 1 - self.skipped)]
+        )  # of the update before
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)

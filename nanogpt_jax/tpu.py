@@ -106,9 +106,7 @@ def topology_devices(topology: str) -> list:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         return list(
-            topologies.get_topology_desc(
-                platform="tpu", topology_name=topology, **options
-            ).devices
+            topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]

@@ -3,13 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from nanogpt_jax import data, devices, presets, steps
 from nanogpt_jax import mesh as meshes
-from nanogpt_jax.config import ComputeConfig, ModelConfig
+from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.programs import make_programs
 
 N_STEPS = 50

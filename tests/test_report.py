@@ -31,7 +31,9 @@ def train(report, begin, end, at_once=3, losses=LOSSES):
         n_steps = min(at_once, end - step, report.config.eval_interval - step % 10)
         filled = np.zeros(7, np.float32)
         filled[:n_steps] = losses[step : step + n_steps]
-        report.dispatched(step, n_steps, time.perf_counter(), Metrics(filled, filled, np.zeros(7, int)))
+        report.dispatched(
+            step, n_steps, time.perf_counter(), Metrics(filled, filled, np.zeros(7, int))
+        )
         step += n_steps
     report.catch_up()
 

@@ -6,6 +6,7 @@ Run it again to go on where it stopped. The run lies in out/NAME; python sample.
 import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import os
 import platform
 import signal
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> int:
 
         return tpu.compile_for(config, config.compile_for)
     processes = startup.join_processes(config)
+    # Joined: who takes part is no part of the run, which may go on elsewhere.
+    config = dataclasses.replace(config, coordinator_address="", num_processes=0, process_id=-1)
     if config.out_dir is not None:
         run_folder.check_usable(Path(config.out_dir))
     min_tokens = config.model.block_size + 1
@@ -83,7 +86,7 @@ def train(
     from nanogpt_jax.accounting import parameter_counts
     from nanogpt_jax.checkpoint import Checkpoints
     from nanogpt_jax.model import GPT
-    from nanogpt_jax.programs import make_programs
+    from nanogpt_jax.programs import make_programs, needed_bytes
     from nanogpt_jax.report import Diverged, Report
 
     startup.use_compile_cache(config.compile_cache)
@@ -173,6 +176,13 @@ def train(
     train_steps = programs.train_steps.lower(
         state, train_corpus, read_batches(0, 0), np.int32(0), dropout_key
     ).compile()
+    needed = needed_bytes(train_steps)
+    limit = devices.memory_bytes(jax.local_devices()[0]) or math.inf
+    memory = f"a step needs {needed / 2**20:,.0f} of {limit / 2**20:,.0f} MiB on each device"
+    print(memory)
+    if needed > limit:
+        checkpoints.close()
+        raise MemoryError(memory)
     processes.wait("compiled")
 
     step, saved_at = begun_at or 0, begun_at

@@ -48,7 +48,7 @@ from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import run_command
 from nanogpt_jax.model import GPT
 from nanogpt_jax.presets import parse_train_config, with_vocab_size
-from nanogpt_jax.programs import Programs, make_programs
+from nanogpt_jax.programs import Programs, make_programs, needed_bytes
 
 CORPUS_TOKENS = 1_000_000
 SAMPLE_TOKENS = 500
@@ -162,21 +162,8 @@ def training_figures(config: TrainConfig, compute: devices.Compute, mesh, profil
         "chip": chip.name if chip else None,
         "mfu": achieved / (mesh.size * chip.device_flops) if chip else None,
         **memory,
-        "train_compiled_bytes": compiled_bytes(train_steps),
+        "train_compiled_bytes": needed_bytes(train_steps),
     }
-
-
-def compiled_bytes(compiled) -> int | None:
-    """Return the bytes that a compiled program needs on each device, its inputs included."""
-    sizes = compiled.memory_analysis()
-    if sizes is None:
-        return None
-    return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        + sizes.temp_size_in_bytes
-        - sizes.alias_size_in_bytes  # donated: the output lies where the input lay
-    )
 
 
 def memory_of_variants(config: TrainConfig, compute: devices.Compute, mesh) -> dict:
@@ -195,7 +182,7 @@ def memory_of_variants(config: TrainConfig, compute: devices.Compute, mesh) -> d
         corpus, places_NAB, key = step_inputs(config, programs, mesh)
         arguments = programs.abstract_state, corpus, places_NAB, np.int32(0), key
         compiled = programs.train_steps.lower(*arguments).compile()
-        figures[f"train_compiled_bytes_{name}"] = compiled_bytes(compiled)
+        figures[f"train_compiled_bytes_{name}"] = needed_bytes(compiled)
     return figures
 
 

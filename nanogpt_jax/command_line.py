@@ -44,8 +44,7 @@ def read_settings(path: Path, cls: type) -> dict[str, str]:
 NANOGPT_FLAGS = {
     "device": "JAX finds the GPU or TPU by itself; JAX_PLATFORMS=cpu in front forces the CPU",
     "compile": "leave it out: JAX always compiles",
-    "dtype": "leave it out: arrays are float32 so far",
-    "backend": "leave it out: there is no torch.distributed here",
+    "backend": "leave it out: all devices are used; several machines join by --coordinator_address",
     "init_from": "leave it out: a run is resumed, or sampled, by itself; --out_dir names another "
     "(GPT-2's weights cannot be loaded yet)",
     "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",

@@ -3,6 +3,7 @@
 The places that ask which platform this is are here; all else is told.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -48,6 +49,15 @@ def describe(mesh: Mesh) -> str:
     count = f"{mesh.size} x " if mesh.size > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{count}{device.platform}{kind}" + (f" ({axes})" if axes else "")
+
+
+def memory_bytes(device) -> int | None:
+    """Return the memory that programs can have on a device; None where nothing tells."""
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return limit
+    if device.platform != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _capability(device) -> float:

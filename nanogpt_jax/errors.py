@@ -38,10 +38,11 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         _leave(128 + 13)  # SIGPIPE
     except Exception as error:
         # The class differs between versions of JAX, the text does not.
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            what = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""
             _leave(
                 1,
-                "error: the device's memory does not suffice. In training take a smaller "
+                f"error: the device's memory does not suffice{what}. In training take a smaller "
                 "--batch_size with more --gradient_accumulation_steps, --remat, or a larger "
                 "--loss_chunks; in sampling fewer --num_samples or --stream",
             )

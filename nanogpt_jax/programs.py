@@ -47,3 +47,15 @@ def make_programs(config: TrainConfig, compute: Compute, mesh: Mesh) -> Programs
         ),
         eval_steps=jax.jit(partial(steps.eval_steps, model), out_shardings=everywhere),
     )
+
+
+def needed_bytes(compiled) -> int:
+    """Return the bytes that a compiled program needs on each device, its inputs included."""
+    sizes = compiled.memory_analysis()
+    at_once = (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes  # donated: the output lies where the input lay
+    )
+    return max(at_once, sizes.peak_memory_in_bytes)  # a CPU does not know its peak, a TPU does

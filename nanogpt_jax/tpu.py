@@ -31,7 +31,7 @@ from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.presets import with_vocab_size
-from nanogpt_jax.programs import Programs, make_programs
+from nanogpt_jax.programs import Programs, make_programs, needed_bytes
 
 CORPUS_TOKENS = 1_000_000  # of a character corpus, which lies on the chip; a larger one does not
 ADAMW_BYTES = 8 * 4  # a parameter: read it, its gradient (twice) and two averages, write three
@@ -62,7 +62,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     chip = chips.find(tpus[0].device_kind)
     share = math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2]))) / len(tpus)
     n_micro = config.gradient_accumulation_steps
-    needed_bytes = compiled.memory_analysis().peak_memory_in_bytes
+    needed_bytes = needed_bytes(compiled)
     # The compiler counts what is in a loop once: the update's micro-batches.
     counted_bytes = compiled.cost_analysis()["bytes accessed"]
     n_params = sum(accounting.parameter_counts(config.model).values())

@@ -5,6 +5,7 @@ import pytest
 from nanogpt_jax import presets, run_folder
 from nanogpt_jax.command_line import NANOGPT_FLAGS, parse_args, read_settings, split_settings
 from nanogpt_jax.config import (
+    ComputeConfig,
     ModelConfig,
     OptimConfig,
     SampleConfig,
@@ -236,10 +237,10 @@ def test_values_at_the_edge_of_what_is_allowed_are_allowed():
 
 
 def test_flat_names_do_not_collide():
-    """`config.model` and `config.optim` are merged into one namespace."""
+    """`config.model`, `config.optim` and `config.compute` are merged into one namespace."""
     flat = to_flat_dict(TrainConfig())
-    parts = [vars(TrainConfig()), vars(ModelConfig()), vars(OptimConfig())]
-    assert len(flat) == sum(map(len, parts)) - 2
+    classes = TrainConfig, ModelConfig, OptimConfig, ComputeConfig
+    assert len(flat) == sum(len(vars(cls())) for cls in classes) - 3
     assert flat.keys() == field_types(TrainConfig).keys()
 
 

@@ -16,7 +16,7 @@ CHARACTERS = ADAMW | {
 }  # fmt: skip
 GPT2 = ADAMW | {
     "learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "beta2": 0.95,
-    "max_iters": 600_000, "batch_size": 12, "gradient_accumulation_steps": 40, "block_size": 1024,
+    "max_iters": 600_000, "batch_size": 16, "gradient_accumulation_steps": 30, "block_size": 1024,
     "vocab_size": 50304, "dropout": 0.0, "eval_interval": 1000, "eval_iters": 200,
     "dataset": "openwebtext", "activation": "gelu", "seed": 1337,
 }  # fmt: skip
@@ -34,6 +34,10 @@ OF_NANOGPT = {
     "gpt2-large": GPT2 | {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": GPT2 | {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }  # fmt: skip
+
+
+def test_gpt2_updates_from_as_many_sequences_as_nanogpts():
+    assert GPT2["batch_size"] * GPT2["gradient_accumulation_steps"] == 12 * 40
 
 
 @pytest.mark.parametrize("name", OF_NANOGPT)

@@ -62,7 +62,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     chip = chips.find(tpus[0].device_kind)
     share = math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2]))) / len(tpus)
     n_micro = config.gradient_accumulation_steps
-    needed_bytes = needed_bytes(compiled)
+    needed = needed_bytes(compiled)
     # The compiler counts what is in a loop once: the update's micro-batches.
     counted_bytes = compiled.cost_analysis()["bytes accessed"]
     n_params = sum(accounting.parameter_counts(config.model).values())
@@ -73,7 +73,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     flops = passes * accounting.forward_flops_per_token(config.model) * config.tokens_per_iter
     flops /= mesh.size
     print(f"compiled in        {compile_s:10.1f} s")
-    print(f"memory a device    {needed_bytes / 2**30:10.2f} GiB", end="")
+    print(f"memory a device    {needed / 2**30:10.2f} GiB", end="")
     if chip is None:
         print(f"\n{tpus[0].device_kind} is not in chips.py: no rates, so no roofline")
         return 0
@@ -81,7 +81,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     arithmetic_s = flops / (chip.flops * share)
     movement_s = moved_bytes / (chip.bandwidth * share)
     roofline_s = max(arithmetic_s, movement_s)
-    fits = needed_bytes <= memory_bytes
+    fits = needed <= memory_bytes
     print(f" of {memory_bytes / 2**30:.0f} GiB: {'fits' if fits else 'does not fit'}")
     print(f"FLOPs a step       {flops:10.3g} a device: {1e3 * arithmetic_s:.1f} ms at its peak")
     print(f"bytes a step       {moved_bytes:10.3g} a device: {1e3 * movement_s:.1f} ms at its peak")

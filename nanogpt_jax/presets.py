@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from nanogpt_jax.command_line import parse_args, read_settings, split_settings
-from nanogpt_jax.config import ModelConfig, OptimConfig, TrainConfig, field_types
+from nanogpt_jax.config import ComputeConfig, ModelConfig, OptimConfig, TrainConfig, field_types
 from nanogpt_jax.errors import InputError, did_you_mean
 
 
@@ -67,6 +67,7 @@ def gpt2(config: str = "gpt2", n_layer=12, n_head=12, n_embd=768) -> TrainConfig
             n_embd=n_embd,
         ),
         optim=OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95),
+        compute=ComputeConfig(loss_chunks=8),  # the logits of a batch would take 3.3 GB
     )
 
 

@@ -157,7 +157,7 @@ class Report:
         self._draw()
 
     def _skips(self) -> str:
-        return f", {self.skipped} updates skipped" if self.skipped else ""
+        return f", skipped updates: {self.skipped}" if self.skipped else ""
 
     def _draw(self) -> None:
         if not self._is_first:

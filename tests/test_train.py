@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanogpt_jax import data, run_folder, sharding, steps
+from nanogpt_jax import data, devices, run_folder, sharding, steps
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
@@ -295,6 +295,41 @@ def test_another_rhythm_of_evaluations_leaves_the_updates_alone(straight, start,
     assert rows[200] == numbers(straight)[-1]
     assert rows[160]["train_loss"] == numbers(straight)[16]["train_loss"]
     jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path), state_of(straight))
+
+
+def test_a_run_may_go_on_on_any_mesh_and_in_any_type(straight, start, tmp_path, capsys):
+    start(tmp_path, "--max_iters=40")
+    start(tmp_path, "--max_iters=80", "--mesh=data=2,fsdp=2")
+    rows, expected = ({r["step"]: r for r in read_metrics(f)} for f in (tmp_path, straight))
+    for step in range(50, 90, 10):
+        assert rows[step]["train_loss"] == pytest.approx(expected[step]["train_loss"], abs=1e-5)
+    assert rows[80]["val_loss"] == pytest.approx(expected[80]["val_loss"], abs=1e-5)
+    start(tmp_path, "--max_iters=120", "--mesh=fsdp=4", "--dtype=float16")
+    last = read_metrics(tmp_path)[-1]
+    assert last["val_loss"] == pytest.approx(expected[120]["val_loss"], abs=0.02)
+    told = capsys.readouterr().out
+    assert "4 x cpu (data 2, fsdp 2): float32" in told
+    assert "4 x cpu (fsdp 4): float16 (as asked)" in told
+
+
+def test_float16_goes_on_bit_for_bit_with_its_loss_scale(start, tmp_path):
+    float16 = "--dtype=float16", "--learning_rate=0.01", "--log_interval=1"
+    start(tmp_path / "straight", "--max_iters=60", *float16)
+    start(tmp_path / "resumed", "--max_iters=40", *float16)
+    start(tmp_path / "resumed", "--max_iters=60", *float16)
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+    state = state_of(tmp_path / "straight")
+    rows = read_metrics(tmp_path / "straight")
+    assert rows[-1]["skipped_updates"] == state.skipped
+    updates = {int(x) for x in jax.tree.leaves(state.opt_state) if x.ndim == 0}
+    assert updates == {60 - int(state.skipped)}
+
+
+def test_a_step_that_does_not_fit_is_refused_before_it_is_made(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "memory_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"a step needs .* of 0 MiB on each device"):
+        start(tmp_path, "--max_iters=40")
+    assert not saved_steps(tmp_path)
 
 
 def test_what_lies_on_the_disk_is_the_state_of_its_step(start, tmp_path):

@@ -2,8 +2,9 @@
 
 Two rules, both from outside the model. Tensor parallelism goes by name: a short table says which
 axis of a parameter is shared out over the mesh's axis `tensor`. Full sharding goes by shape: the
-largest axis that is left and can be divided is shared out over `fsdp`. What belongs to a parameter,
-its gradient and AdamW's two averages, lies where it lies. The print needs no such devices.
+largest axis that is left and can be divided is shared out over `fsdp`; of an embedding only its
+rows. What belongs to a parameter, its gradient and AdamW's two averages, lies where it lies. The
+print needs no such devices.
 """
 
 import collections
@@ -50,6 +51,8 @@ def partition_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> 
             spec[axis] = "tensor"
     if len(shape) >= 2 and sizes["fsdp"] > 1:  # vectors are too small to be worth the exchange
         free = [i for i, n in enumerate(shape) if spec[i] is None and n % sizes["fsdp"] == 0]
+        if name.endswith("embedding"):  # a lookup in columns would spread the stream over D
+            free = [i for i in free if i == 0]
         if free:
             spec[max(free, key=lambda i: shape[i])] = "fsdp"
     return PartitionSpec(*spec)

@@ -1,11 +1,15 @@
 """Attention against loops over plain numbers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
-from nanogpt_jax.attention import attention, init_cache
+from nanogpt_jax import mesh as meshes
+from nanogpt_jax.attention import attention, fused_attention, init_cache
 
 
 def random_qkv(B=2, T=5, S=5, H=3, K=4):
@@ -107,3 +111,71 @@ def test_an_empty_cache_has_room_for_the_block_in_every_layer(model_config):
     assert cache.length == 0
     assert [k_BSHK.shape for k_BSHK in cache.k_BSHK] == 2 * [(3, 8, 2, 6)]
     assert [v_BSHK.shape for v_BSHK in cache.v_BSHK] == 2 * [(3, 8, 2, 6)]
+
+
+# Arrays of 16 bits
+
+
+def test_in_bfloat16_the_result_is_that_of_float32():
+    qkv = random_qkv(T=64, S=64, K=16)
+    y_BTHK = attention(*(jnp.asarray(x_BTHK, jnp.bfloat16) for x_BTHK in qkv))
+    assert y_BTHK.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y_BTHK.astype(jnp.float32), attention(*qkv), atol=2e-2)
+
+
+@pytest.mark.parametrize(("dtype", "large"), [("bfloat16", 32), ("float16", 512)])
+def test_scores_are_float32_even_where_the_arrays_are_not(dtype, large):
+    """1024 and 1025 are the same number in bfloat16, and 512 * 512 is infinite in float16."""
+    q_BTHK = jnp.array([[large, 1], [large, 1]], dtype)[None, :, None]
+    k_BSHK = jnp.array([[large, 0], [large, 1]], dtype)[None, :, None]
+    v_BSHK = jnp.array([[0, 0], [1, 1]], dtype)[None, :, None]
+    second = 1 / (1 + np.exp(-1 / np.sqrt(2)))
+    y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK).astype(jnp.float32)
+    np.testing.assert_allclose(y_BTHK[0, :, 0, 0], [0, second], atol=2e-2)
+
+
+# Fused kernels
+
+
+def value_and_grads(work, qkv, weights_BTHK):
+    """(y_BTHK, gradients by q, k and v), of a sum of the results that tells them all apart."""
+
+    def loss(*qkv):
+        y_BTHK = work(*qkv).astype(jnp.float32)
+        return (y_BTHK * weights_BTHK).sum(), y_BTHK
+
+    (_, y_BTHK), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*qkv)
+    return y_BTHK, *(grad_BTHK.astype(jnp.float32) for grad_BTHK in grads)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 1, 2)], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    ("dtype", "T", "K", "atol"), [("float32", 128, 32, 1e-5), ("bfloat16", 256, 64, 2e-2)]
+)
+def test_splash_equals_plain_attention_in_values_and_gradients(dtype, T, K, atol, sizes):
+    qkv = random_qkv(T=T, S=T, H=2, K=K)
+    weights_BTHK = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
+    expected = value_and_grads(attention, qkv, weights_BTHK)
+    mesh = sizes and meshes.make_mesh(sizes)
+    splash = partial(fused_attention, kernel="splash", mesh=mesh, interpret=True)
+    qkv = [jnp.asarray(x_BTHK, dtype) for x_BTHK in qkv]
+    for got_BTHK, expected_BTHK in zip(
+        value_and_grads(splash, qkv, weights_BTHK), expected, strict=True
+    ):
+        np.testing.assert_allclose(got_BTHK, expected_BTHK, atol=atol)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 1, 2)], ids=["one device", "mesh"])
+def test_cudnn_is_called_forward_and_backward(sizes, monkeypatch):
+    """Seen in the program for an NVIDIA GPU, which can be made without one."""
+    mesh = sizes and meshes.make_mesh(sizes)
+
+    def loss(*qkv):
+        return fused_attention(*qkv, kernel="cudnn", mesh=mesh).astype(jnp.float32).sum()
+
+    x_BTHK = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(x_BTHK, x_BTHK, x_BTHK)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in text
+    assert "__cudnn$fmhaSoftmaxBackward(" in text

@@ -1,7 +1,9 @@
 """Updates and evaluations: one dispatch against many, micro-batches against one batch."""
 
 import dataclasses
+import functools
 import math
+import re
 from functools import partial
 
 import jax
@@ -12,6 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nanogpt_jax import data, steps
+from nanogpt_jax.config import ModelConfig, OptimConfig
+from nanogpt_jax.devices import Compute
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 
@@ -219,3 +223,160 @@ def test_four_devices_compute_what_one_does(dropout_model):
     )
     assert len(on_four[1].loss.devices()) == 4
     assert_close(on_four, on_one, rtol=1e-6, atol=1e-6)
+
+
+# Other ways to compute the same
+
+
+def computed(model, **compute):
+    """The same model, computed so."""
+    return GPT(model.config, Compute(**compute))
+
+
+def with_loss_scale(state, scale):
+    return state._replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(scale)))
+
+
+def losses_and_grads(model, params, batch_BT1, key=None):
+    """(losses_BT, gradients), of a sum of the losses that tells them all apart."""
+    weights_BT = np.random.default_rng(5).normal(size=(batch_BT1.shape[0], T))
+
+    def weighted_loss(params):
+        losses_BT = steps.token_losses(model, params, batch_BT1, key)
+        return (losses_BT * weights_BT).sum(), losses_BT
+
+    (_, losses_BT), grads = jax.jit(jax.value_and_grad(weighted_loss, has_aux=True))(params)
+    return losses_BT, grads
+
+
+@pytest.mark.parametrize("n_chunks", [2, 4, 8])
+def test_chunks_of_the_context_give_the_same_losses_and_gradients(model, n_chunks):
+    params, batch_BT1 = new_params(model), random_ids(3, T + 1)
+    whole = losses_and_grads(model, params, batch_BT1)
+    in_chunks = losses_and_grads(computed(model, loss_chunks=n_chunks), params, batch_BT1)
+    assert_close(in_chunks, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_chunks", [1, 4])
+def test_logits_exist_only_for_a_chunk_at_a_time(model_config, n_chunks):
+    B, V = 9, 57  # a number that is no other size here
+    model = GPT(dataclasses.replace(model_config, vocab_size=V), Compute(loss_chunks=n_chunks))
+    tx = optax.sgd(1.0)
+    state = jax.eval_shape(partial(steps.init_state, model, tx), KEY)
+    batch_ABT1 = jax.ShapeDtypeStruct((1, B, T + 1), jnp.int32)
+    text = jax.jit(partial(steps.train_step, model, tx)).lower(state, batch_ABT1, KEY).as_text()
+    shapes = [[int(n) for n in shape.split("x")] for shape in re.findall(r"<([\dx]+)xf32>", text)]
+    assert max(math.prod(shape) for shape in shapes if V in shape) == B * T * V / n_chunks
+
+
+def test_remat_gives_the_same_losses_and_gradients(dropout_model):
+    """With dropout: the second time the same weights are dropped."""
+    params, batch_BT1 = new_params(dropout_model), random_ids(3, T + 1)
+    key = jax.random.key(3, impl="rbg")  # of this kind for its quick compilation
+    plain = losses_and_grads(dropout_model, params, batch_BT1, key)
+    again = losses_and_grads(computed(dropout_model, remat=True), params, batch_BT1, key)
+    assert_close(again, plain, rtol=1e-6, atol=1e-6)
+
+
+def test_remat_keeps_less_for_the_backward_pass(model_config):
+    """The more layers, the less: of each only its input."""
+
+    def kept_bytes(n_layer, remat):
+        model = GPT(dataclasses.replace(model_config, n_layer=n_layer), Compute(remat=remat))
+        params = jax.eval_shape(partial(steps.init_params, model), KEY)
+        batch_BT1 = jax.ShapeDtypeStruct((64, T + 1), jnp.int32)
+
+        def backward(params, batch_BT1):
+            return jax.vjp(lambda p: steps.token_losses(model, p, batch_BT1), params)[1]
+
+        kept = jax.tree.leaves(jax.eval_shape(backward, params, batch_BT1))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+
+    params_bytes = 4 * (12 * 12**2 + 2 * 12)
+    inputs_bytes = 4 * 64 * T * 12
+    more_bytes = kept_bytes(3, remat=True) - kept_bytes(2, remat=True)
+    assert inputs_bytes <= more_bytes <= inputs_bytes + 2 * params_bytes
+    assert kept_bytes(3, remat=True) < 0.2 * kept_bytes(3, remat=False)
+
+
+N_STEPS = 30
+PLAIN = GPT(ModelConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=12))
+ADAMW = make_optimizer(OptimConfig(learning_rate=1e-2, warmup_iters=0), N_STEPS)
+
+
+@pytest.fixture(scope="module")
+def train():
+    """train(n, dtype, loss_scale) makes n <= 30 steps: (state before, state, metrics)."""
+    tokens = (np.arange(200) % V).astype(np.uint16)
+    offsets_NAB = np.random.default_rng(1).integers(0, 200 - T, (N_STEPS, 2, 4), np.int32)
+
+    @functools.cache
+    def program(dtype):
+        model = computed(PLAIN, dtype=jnp.dtype(dtype))
+        return jax.jit(partial(steps.train_steps, model, ADAMW))
+
+    @functools.cache
+    def train(n, dtype, loss_scale=2**16):
+        before = with_loss_scale(steps.first_state(ADAMW, new_params(PLAIN)), loss_scale)
+        return before, *program(dtype)(before, tokens, offsets_NAB, np.int32(n), KEY)
+
+    return train
+
+
+class TestSixteenBits:
+    """Activations of 16 bits; parameters, optimizer and metrics stay float32."""
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_a_run_is_that_of_float32_within_two_percent(self, train, dtype):
+        _, _, exact = train(N_STEPS, "float32")
+        _, after, metrics = train(N_STEPS, dtype)
+        np.testing.assert_allclose(metrics.loss, exact.loss, rtol=0.02)
+        assert (metrics.loss != exact.loss).any()
+        assert metrics.loss[-1] < metrics.loss[0] - 0.2
+        assert after.skipped == 0
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(after)} == {"float32", "int32"}
+        assert {leaf.dtype.name for leaf in metrics} == {"float32", "int32"}
+
+    def test_a_step_whose_gradient_overflows_changes_nothing_but_the_scale(self, train):
+        before, after, metrics = train(1, "float16", loss_scale=1e38)
+        assert_equal(after.params, before.params)
+        assert_equal(after.opt_state, before.opt_state)
+        assert after.loss_scale.scale == np.float32(1e38) / 4  # halved by each micro-batch
+        assert (after.step, after.skipped, metrics.skipped[0]) == (1, 1, 1)
+        assert np.isfinite(metrics.loss[0])
+
+    def test_after_an_overflow_the_run_recovers(self, train):
+        _, after, metrics = train(N_STEPS, "float16", loss_scale=2**30)
+        is_skipped = np.diff(metrics.skipped, prepend=0) == 1
+        assert 2 <= is_skipped.sum() == after.skipped <= 15
+        assert is_skipped[:2].all()
+        np.testing.assert_array_equal(np.isfinite(metrics.grad_norm), ~is_skipped)
+        assert after.opt_state[1][0].count == N_STEPS - after.skipped
+        assert metrics.loss[-1] < metrics.loss[0] - 0.2
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_the_scale_is_of_no_account_in_other_types(self, train, dtype):
+        before, after, _ = train(2, dtype, loss_scale=1e38)
+        assert_equal(after.loss_scale, before.loss_scale)
+        assert after.skipped == 0
+        assert_equal(after.params, train(2, dtype)[1].params)
+
+    def test_one_micro_batch_that_overflows_skips_the_whole_update(self):
+        state = steps.first_state(ADAMW, new_params(PLAIN))
+        model = computed(PLAIN, dtype=jnp.float16)
+        step = jax.jit(partial(steps.train_step, model, ADAMW))
+
+        def after(scale, *micro_batches):
+            return step(with_loss_scale(state, scale), np.stack(micro_batches), KEY)[0]
+
+        mild, steep = random_ids(4, T + 1), np.full((4, T + 1), 3)  # all gradients of one sign
+        scale = next(
+            2.0**n
+            for n in range(10, 40)
+            if after(2.0**n, *3 * [steep]).skipped and not after(2.0**n, *3 * [mild]).skipped
+        )
+        for micro_batches in ((steep, mild, mild), (mild, steep, mild), (mild, mild, steep)):
+            skipping = after(scale, *micro_batches)
+            assert_equal(skipping.params, state.params)
+            assert_equal(skipping.opt_state, state.opt_state)
+            assert (skipping.skipped, skipping.loss_scale.scale) == (1, scale / 2)

@@ -1,0 +1,150 @@
+"""Precision and attention kernel, chosen for devices that are not there."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nanogpt_jax import mesh as meshes
+from nanogpt_jax.config import ComputeConfig, ModelConfig
+from nanogpt_jax.devices import choose, describe
+from nanogpt_jax.errors import InputError
+
+
+def gpu(device_kind, compute_capability):
+    return SimpleNamespace(
+        platform="gpu", device_kind=device_kind, compute_capability=compute_capability
+    )
+
+
+def tpu(device_kind):
+    return SimpleNamespace(platform="tpu", device_kind=device_kind)
+
+
+def model(head_size=64, **fields):
+    """GPT-2's shape, but for these fields."""
+    return ModelConfig(vocab_size=50304, n_embd=12 * head_size, **fields)
+
+
+T4 = gpu("Tesla T4", "7.5")
+A100 = gpu("NVIDIA A100-SXM4-40GB", "8.0")
+L4 = gpu("NVIDIA L4", "8.9")
+H100 = gpu("NVIDIA H100 80GB HBM3", "9.0")
+H200 = gpu("NVIDIA H200", "9.0")
+MI300X = gpu("AMD Instinct MI300X", "gfx942")
+V5E = tpu("TPU v5 lite")
+GPT2 = model()
+
+
+def chosen(device, model=GPT2, **asked):
+    compute, _ = choose(ComputeConfig(**asked), model, device)
+    return compute.dtype.name, compute.attention
+
+
+def reason(device, model=GPT2, **asked):
+    return choose(ComputeConfig(**asked), model, device)[1]
+
+
+@pytest.mark.parametrize("device", [A100, L4, H100, H200], ids=lambda device: device.device_kind)
+def test_nvidia_from_ampere_on_computes_in_bfloat16_with_cudnn(device):
+    assert chosen(device) == ("bfloat16", "cudnn")
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite"])
+def test_a_tpu_computes_in_bfloat16_with_splash(kind):
+    assert chosen(tpu(kind)) == ("bfloat16", "splash")
+
+
+def test_a_t4_computes_in_float32_and_the_reason_says_what_is_faster():
+    assert chosen(T4) == ("float32", "xla")
+    assert "7.5" in reason(T4)
+    assert "--dtype float16" in reason(T4)
+    assert chosen(T4, dtype="float16") == ("float16", "xla")
+
+
+def test_a_cpu_computes_in_float32():
+    assert chosen(jax.devices()[0]) == ("float32", "xla")
+    assert chosen(jax.devices()[0], dtype="bfloat16") == ("bfloat16", "xla")
+
+
+def test_a_gpu_that_is_not_nvidias_computes_in_float32():
+    assert chosen(MI300X) == ("float32", "xla")
+    assert chosen(MI300X, dtype="bfloat16") == ("bfloat16", "xla")
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "asked", "because"),
+    [
+        (A100, model(dropout=0.1), {}, "dropout"),
+        (A100, model(head_size=60), {}, "60"),
+        (A100, model(head_size=136), {}, "136"),
+        (H100, model(head_size=264), {}, "264"),
+        (H100, GPT2, {"dtype": "float32"}, "float32"),
+        (V5E, model(dropout=0.1), {}, "dropout"),
+        (V5E, model(block_size=250), {}, "250"),
+        (V5E, GPT2, {"dtype": "float16"}, "float16"),
+        (tpu("TPU v2"), GPT2, {}, "v4"),
+        (tpu("TPU v3"), GPT2, {}, "v4"),
+    ],
+    ids=lambda part: getattr(part, "device_kind", None),
+)
+def test_a_kernel_that_does_not_fit_is_left_out_and_the_reason_says_why(
+    device, model, asked, because
+):
+    assert chosen(device, model, **asked)[1] == "xla"
+    attention_reason = reason(device, model, **asked).partition(";")[2]
+    assert because in attention_reason
+
+
+def test_a_large_head_fits_from_hopper_on():
+    assert chosen(H100, model(head_size=136))[1] == "cudnn"
+    assert chosen(H100, model(head_size=256))[1] == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "lacking"),
+    [
+        (T4, {"attention": "cudnn", "dtype": "float16"}, "capability 8.0, but this is 7.5"),
+        (MI300X, {"attention": "cudnn", "dtype": "bfloat16"}, "not an NVIDIA GPU"),
+        (jax.devices()[0], {"attention": "cudnn"}, "a GPU, but this is a cpu"),
+        (A100, {"attention": "cudnn", "dtype": "float32"}, "16 bits, but this is float32"),
+        (V5E, {"attention": "cudnn"}, "a GPU, but this is a tpu"),
+        (A100, {"attention": "splash"}, "a TPU, but this is a gpu"),
+        (V5E, {"attention": "splash", "dtype": "float16"}, "but this is float16"),
+        (tpu("TPU v3"), {"attention": "splash"}, "TPU v4 or newer"),
+    ],
+    ids=lambda part: getattr(part, "device_kind", None),
+)
+def test_a_kernel_asked_for_by_name_that_cannot_be_is_refused(device, asked, lacking):
+    with pytest.raises(InputError, match=lacking):
+        chosen(device, **asked)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [
+        (A100, {"attention": "cudnn", "dtype": "float16"}, ("float16", "cudnn")),
+        (A100, {"attention": "xla"}, ("bfloat16", "xla")),
+        (V5E, {"attention": "splash", "dtype": "float32"}, ("float32", "splash")),
+        (V5E, {"attention": "xla", "dtype": "float32"}, ("float32", "xla")),
+        (H200, {"dtype": "float32"}, ("float32", "xla")),
+    ],
+    ids=lambda part: getattr(part, "device_kind", None),
+)
+def test_what_is_asked_for_by_name_and_can_be_is_taken(device, asked, expected):
+    assert chosen(device, **asked) == expected
+    assert "as asked" in reason(device, **asked)
+
+
+def test_the_rest_of_what_was_asked_goes_through():
+    mesh = meshes.make_mesh((4, 1, 1))
+    compute, _ = choose(ComputeConfig(remat=True, loss_chunks=8), GPT2, jax.devices()[0], mesh)
+    assert (compute.remat, compute.loss_chunks, compute.mesh) == (True, 8, mesh)
+    assert compute.dtype == jnp.float32
+
+
+def test_a_mesh_in_words():
+    assert describe(meshes.make_mesh((1, 1, 1))) == "cpu"
+    assert describe(meshes.make_mesh((4, 1, 1))) == "4 x cpu (data 4)"
+    assert describe(meshes.make_mesh((1, 2, 2))) == "4 x cpu (fsdp 2, tensor 2)"

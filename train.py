@@ -81,7 +81,7 @@ def train(
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
 
-    from nanogpt_jax import devices, generate, steps
+    from nanogpt_jax import devices, generate, sharding, steps
     from nanogpt_jax import mesh as meshes
     from nanogpt_jax.accounting import parameter_counts
     from nanogpt_jax.checkpoint import Checkpoints
@@ -122,6 +122,8 @@ def train(
 
     # The state: as a checkpoint has it, or new.
     programs = make_programs(config, compute, mesh)
+    if (whole := sharding.whole_share(mesh, programs.abstract_state.params)) > 0.05:
+        print(sharding.WHOLE.format(whole, mesh_sizes[1]))
     weights_key, dropout_key = steps.stream_keys(config.seed)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.eval_only, processes.is_first)
     begun_at = checkpoints.latest_step()

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanogpt_jax.attention import KVCache, attention, fused_attention
+from nanogpt_jax.attention import KVCache, attention, drop, fused_attention
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.devices import Compute
 from nanogpt_jax.mesh import keep_rows_apart
@@ -58,6 +58,18 @@ def _layer_norm(config: ModelConfig, dtype, name: str) -> nn.LayerNorm:
     )
 
 
+class Dropout(nn.Module):
+    """Drop elements at a rate; nothing where it is deterministic."""
+
+    rate: float
+
+    def __call__(self, x_BTD, deterministic: bool):
+        """Return x_BTD."""
+        if deterministic or self.rate == 0:
+            return x_BTD
+        return drop(x_BTD, self.rate, self.make_rng("dropout"))
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention, each position over itself and those before it."""
 
@@ -87,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         # The residual stream sums 2 n_layer such outputs: its variance shall not grow with depth.
         std = INIT_STD / (2 * config.n_layer) ** 0.5
         y_BTD = _dense(config, compute.dtype, D, "c_proj", std)(y_BTHK.reshape(B, T, D))
-        return nn.Dropout(config.dropout)(y_BTD, deterministic), (k_BSHK, v_BSHK)
+        return Dropout(config.dropout)(y_BTD, deterministic), (k_BSHK, v_BSHK)
 
 
 class MLP(nn.Module):
@@ -105,7 +117,7 @@ class MLP(nn.Module):
         x_BTF = jax.nn.gelu(x_BTF, approximate=config.activation == "gelu_tanh")
         std = INIT_STD / (2 * config.n_layer) ** 0.5
         y_BTD = _dense(config, dtype, D, "c_proj", std)(x_BTF)
-        return nn.Dropout(config.dropout)(y_BTD, deterministic)
+        return Dropout(config.dropout)(y_BTD, deterministic)
 
 
 class Block(nn.Module):
@@ -134,9 +146,10 @@ class GPT(nn.Module):
     def setup(self):
         config, dtype = self.config, self.compute.dtype
         init = nn.initializers.normal(INIT_STD)
-        self.wte = nn.Embed(config.vocab_size, config.n_embd, dtype, embedding_init=init)
-        self.wpe = nn.Embed(config.block_size, config.n_embd, dtype, embedding_init=init)
-        self.dropout = nn.Dropout(config.dropout)
+        # Rows are looked up in float32: a frequent token's gradient is a sum of very many.
+        self.wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init)
+        self.wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init)
+        self.dropout = Dropout(config.dropout)
         # With remat a block keeps its input only; argument 3 of its __call__ is deterministic.
         block = nn.remat(Block, static_argnums=(3,)) if self.compute.remat else Block
         self.h = [block(config, self.compute) for _ in range(config.n_layer)]
@@ -162,7 +175,7 @@ class GPT(nn.Module):
         assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
         start = 0 if cache is None else cache.length
         x_BTD = self.wte(tokens_BT) + self.wpe(start + jnp.arange(T))[None]
-        x_BTD = self.dropout(x_BTD, deterministic)
+        x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
         new_kv = []
         for i, block in enumerate(self.h):
             layer_cache = None if cache is None else (start, cache.k_BSHK[i], cache.v_BSHK[i])

@@ -36,6 +36,8 @@ TENSOR_AXIS = {
     "mlp.c_proj.kernel": 0,
 }
 
+WHOLE = "{:.0%} of the parameters have no axis that fsdp={} divides: a smaller fsdp saves more"
+
 
 def partition_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
     """Return how an array is laid over the mesh.
@@ -70,6 +72,19 @@ def tree_shardings(mesh: Mesh | AbstractMesh, abstract):
         return NamedSharding(mesh, partition_spec(name, leaf.shape, dict(mesh.shape)))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def whole_share(mesh: Mesh | AbstractMesh, params) -> float:
+    """Return the share of the parameters that every device along `fsdp` has in whole."""
+    if mesh.shape["fsdp"] == 1:
+        return 0.0
+    leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(tree_shardings(mesh, params))
+    whole = sum(
+        leaf.size
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+        if "fsdp" not in sharding.spec
+    )
+    return whole / sum(leaf.size for leaf in leaves)
 
 
 def on_one_device(abstract):
@@ -125,6 +140,8 @@ def main(argv: list[str]) -> None:
         f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: of the state's {total_bytes:,} "
         f"bytes each device holds {device_bytes:,}; gradients and activations come on top"
     )
+    if (share := whole_share(mesh, state.params)) > 0.05:
+        print(WHOLE.format(share, sizes[1]))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def device_bytes(state, mesh):
 @pytest.mark.parametrize(
     ("name", "shape", "over_tensor", "over_both"),
     [
-        ("wte.embedding", (64, 12), ("tensor", None), ("tensor", "fsdp")),
-        ("wpe.embedding", (8, 12), (None, None), (None, "fsdp")),
+        ("wte.embedding", (64, 12), ("tensor", None), ("tensor", None)),
+        ("wpe.embedding", (8, 12), (None, None), ("fsdp", None)),
         ("h_0.attn.c_attn.kernel", (12, 36), (None, "tensor"), ("fsdp", "tensor")),
         ("h_0.attn.c_attn.bias", (36,), ("tensor",), ("tensor",)),
         ("h_10.attn.c_proj.kernel", (12, 12), ("tensor", None), ("tensor", "fsdp")),
@@ -81,9 +81,10 @@ def test_fsdp_takes_the_largest_axis_that_divides_and_leaves_vectors_whole(shape
     assert partition_spec("params.any", shape, FSDP) == PartitionSpec(*spec)
 
 
-def test_an_odd_vocabulary_is_not_shared_out():
-    assert partition_spec("params.wte.embedding", (65, 12), TENSOR) == PartitionSpec(None, None)
-    assert partition_spec("params.wte.embedding", (65, 12), BOTH) == PartitionSpec(None, "fsdp")
+def test_of_an_embedding_only_rows_are_shared_out_and_of_an_odd_vocabulary_none():
+    for sizes in (TENSOR, FSDP, BOTH):
+        assert partition_spec("params.wte.embedding", (65, 128), sizes) == PartitionSpec(None, None)
+    assert partition_spec("params.wte.embedding", (64, 128), FSDP) == PartitionSpec("fsdp", None)
 
 
 def test_every_leaf_has_a_place_and_the_averages_lie_where_their_parameter_lies():
@@ -98,17 +99,17 @@ def test_every_leaf_has_a_place_and_the_averages_lie_where_their_parameter_lies(
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_every_matrix_of_every_preset_is_shared_out_over_eight_devices(preset):
-    """So each holds an eighth of the state, vectors and scalars aside. Nothing is allocated."""
-    state = sharding.abstract_state(with_vocab_size(PRESETS[preset]()))
+    """So each holds an eighth of the state, vectors aside, and the embedding of 65 characters."""
+    config = with_vocab_size(PRESETS[preset]())
+    state = sharding.abstract_state(config)
     mesh = abstract_mesh(1, 8, 1)
     places = dict(names_and_leaves(sharding.tree_shardings(mesh, state)))
-    matrices = [name for name, leaf in names_and_leaves(state) if leaf.ndim >= 2]
-    assert len(matrices) == 3 * (2 + 4 * PRESETS[preset]().model.n_layer)
-    assert not [name for name in matrices if "fsdp" not in places[name].spec]
-    vectors = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim < 2]
-    vector_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in vectors)
-    whole_bytes = device_bytes(state, abstract_mesh(8, 1, 1))
-    assert device_bytes(state, mesh) == (whole_bytes - vector_bytes) / 8 + vector_bytes
+    in_whole = {name: leaf for name, leaf in names_and_leaves(state) if not any(places[name].spec)}
+    matrices = {name.split(".")[-2] for name, leaf in in_whole.items() if leaf.ndim >= 2}
+    assert matrices == ({"wte"} if config.model.vocab_size == 65 else set())
+    bytes_in_whole = sum(leaf.size * leaf.dtype.itemsize for leaf in in_whole.values())
+    all_bytes = device_bytes(state, abstract_mesh(8, 1, 1))
+    assert device_bytes(state, mesh) == (all_bytes - bytes_in_whole) / 8 + bytes_in_whole
 
 
 def test_arrays_really_lie_as_the_rules_say():

@@ -22,24 +22,25 @@ class Chip:
 
 
 GB, GiB = 10**9, 2**30
-# The first whose pattern is found counts. Sources: for GPUs NVIDIA's data sheets and architecture
-# whitepapers (dense rates, without sparsity), for TPUs cloud.google.com/tpu/docs.
+# Each pattern goes to the end of the name: laptops' chips and slices of a chip are named after the
+# chip, and slower. Sources: for GPUs NVIDIA's data sheets and architecture whitepapers (dense
+# rates, without sparsity), for TPUs cloud.google.com/tpu/docs.
 CHIPS = (
-    Chip("T4", r"\bT4\b", 65e12, 16 * GB, 320e9),
-    Chip("RTX 3070 Ti", r"RTX 3070 Ti", 43.5e12, 8 * GB, 608e9),
-    Chip("RTX 4090", r"RTX 4090(?! D)", 165.2e12, 24 * GB, 1008e9),
-    Chip("L4", r"\bL4\b", 121e12, 24 * GB, 300e9),
-    Chip("A100 80GB", r"A100.*80GB", 312e12, 80 * GB, 2039e9),
-    Chip("A100 40GB", r"A100.*40GB", 312e12, 40 * GB, 1555e9),
-    Chip("H100 PCIe", r"H100 PCIe", 756e12, 80 * GB, 2000e9),
-    Chip("H100", r"H100 80GB HBM3", 989.4e12, 80 * GB, 3350e9),
-    Chip("H200", r"H200\b(?! NVL)", 989.4e12, 141 * GB, 4800e9),
-    Chip("TPU v2", r"TPU v2\b", 45e12, 16 * GiB, 700e9, devices=2),
-    Chip("TPU v3", r"TPU v3\b", 123e12, 32 * GiB, 900e9, devices=2),
+    Chip("T4", r"\bT4$", 65e12, 16 * GB, 320e9),
+    Chip("RTX 3070 Ti", r"RTX 3070 Ti$", 43.5e12, 8 * GB, 608e9),
+    Chip("RTX 4090", r"RTX 4090$", 165.2e12, 24 * GB, 1008e9),
+    Chip("L4", r"\bL4$", 121e12, 24 * GB, 300e9),
+    Chip("A100 80GB", r"\bA100.*80GB( PCIe)?$", 312e12, 80 * GB, 2039e9),
+    Chip("A100 40GB", r"\bA100.*40GB$", 312e12, 40 * GB, 1555e9),
+    Chip("H100 PCIe", r"\bH100 PCIe$", 756e12, 80 * GB, 2000e9),
+    Chip("H100", r"\bH100 80GB HBM3$", 989.4e12, 80 * GB, 3350e9),
+    Chip("H200", r"\bH200$", 989.4e12, 141 * GB, 4800e9),
+    Chip("TPU v2", r"TPU v2$", 45e12, 16 * GiB, 700e9, devices=2),
+    Chip("TPU v3", r"TPU v3$", 123e12, 32 * GiB, 900e9, devices=2),
     Chip("TPU v4", r"TPU v4$", 275e12, 32 * GiB, 1228e9),
-    Chip("TPU v5e", r"TPU v5( lite|e)", 197e12, 16 * GiB, 819e9),
+    Chip("TPU v5e", r"TPU v5( lite|e)$", 197e12, 16 * GiB, 819e9),
     Chip("TPU v5p", r"TPU v5p?$", 459e12, 95 * GiB, 2765e9),
-    Chip("TPU v6e", r"TPU v6( lite|e)", 918e12, 32 * GiB, 1640e9),
+    Chip("TPU v6e", r"TPU v6( lite|e)$", 918e12, 32 * GiB, 1640e9),
 )
 
 

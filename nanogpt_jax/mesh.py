@@ -31,7 +31,8 @@ def choose_sizes(config: TrainConfig, n_devices: int, n_processes: int = 1) -> t
     sizes = tuple(size if size > 0 else max(1, n_devices // given) for size in sizes)
     count = math.prod(sizes)
     if count > n_devices or (-1 in mesh_sizes(asked) and count < n_devices):
-        raise InputError(f"mesh {asked} needs a multiple of {given} devices, but has {n_devices}")
+        number = f"a multiple of {given}" if -1 in mesh_sizes(asked) else given
+        raise InputError(f"mesh {asked} needs {number} devices, but has {n_devices}")
     if n_processes > 1 and count < n_devices:
         raise InputError(
             f"mesh {asked} takes {count} devices, but all processes together have {n_devices}, "
@@ -56,9 +57,9 @@ def choose_sizes(config: TrainConfig, n_devices: int, n_processes: int = 1) -> t
 def _suggestion(config: TrainConfig, rows: int) -> str:
     """Return the flags of the same update, or of one about as large, whose rows can be shared."""
     sequences = config.batch_size * config.gradient_accumulation_steps
-    n_micro = max(1, round(sequences / (rows * math.ceil(config.batch_size / rows))))
-    while n_micro > 1 and sequences % (rows * n_micro):
-        n_micro -= 1
+    most = max(1, round(sequences / (rows * math.ceil(config.batch_size / rows))))
+    exact = [n for n in range(most, 0, -1) if sequences % (rows * n) == 0]
+    n_micro = exact[0] if exact else most
     batch_size = rows * max(1, round(sequences / (rows * n_micro)))
     flags = f"--batch_size {batch_size} --gradient_accumulation_steps {n_micro}"
     same = "makes the same update" if batch_size * n_micro == sequences else "comes near"

@@ -24,8 +24,8 @@ from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.presets import parse_train_config, with_vocab_size
 
 # Each pair of products is split so that only its result is summed over the devices: columns of the
-# first (whole heads, hidden features), the rows of the second. Source: Shoeybi et al.,
-# "Megatron-LM", 2019, section 3.
+# first, rows of the second. The columns of c_attn are q, k and v side by side, so their parts are
+# exchanged once before attention. Source: Shoeybi et al., "Megatron-LM", 2019, section 3.
 TENSOR_AXIS = {
     "wte.embedding": 0,
     "attn.c_attn.kernel": 1,

@@ -136,9 +136,10 @@ def topology_devices(topology: str) -> list:
     Raises:
         InputError: there is no such topology, or no TPU compiler.
     """
-    shape = re.fullmatch(r"(v\d+[a-z]?):(\d+)x(\d+)(x\d+)?", topology)
-    if not shape:
-        raise InputError(f"compile_for must look like v5e:4x4 or v4:2x2x1, got {topology!r}")
+    if not re.fullmatch(r"v\d+[a-z]?:\d+x\d+(x\d+)?", topology):
+        raise InputError(f"compile_for must look like v5e:4x4 or v5p:2x2x1, got {topology!r}")
+    if topology.startswith("v4:"):  # run, a v4 chip is one device; compiled for like this, two
+        raise InputError("compile_for: v4 cannot be compiled for, but v2, v3, v5e, v5p and v6e")
     options = {}
     if topology.endswith(":1x1"):  # one chip, where the compiler expects hosts of four
         options["chips_per_host_bounds"] = [1, 1, 1]

@@ -80,10 +80,6 @@ def test_a_broken_entry_only_warns(compile_something):
     assert "Error reading persistent compilation cache entry" in second.stderr
 
 
-def with_flags(config, **flags):
-    return dataclasses.replace(config, **flags)
-
-
 def test_alone_nothing_is_joined_and_nobody_waited_for(tiny_config, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "here")
@@ -101,7 +97,7 @@ def test_a_port_that_is_taken_is_said_before_jax_crashes_on_it(tiny_config):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        config = with_flags(
+        config = dataclasses.replace(
             tiny_config, coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=0
         )
         with pytest.raises(InputError, match=f"port {port} must be free"):
@@ -123,4 +119,4 @@ def test_a_port_that_is_taken_is_said_before_jax_crashes_on_it(tiny_config):
 )
 def test_flags_that_do_not_fit_are_refused(tiny_config, flags, message):
     with pytest.raises(InputError, match=message):
-        with_flags(tiny_config, **flags)
+        dataclasses.replace(tiny_config, **flags)

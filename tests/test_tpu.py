@@ -38,6 +38,12 @@ def test_what_is_no_topology_is_answered_with_an_example(run, topology):
     assert "compile_for must look like v5e:4x4" in line
 
 
+def test_v4_is_refused_since_the_compiler_takes_its_cores_apart(run):
+    result = run("train.py", "--config=tiny", "--compile_for=v4:2x2x1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: compile_for: v4 cannot be compiled for")
+
+
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v99:2x2", "v5e:3x5"])
 def test_a_topology_that_does_not_exist_is_answered_in_one_line(run, topology):
@@ -52,7 +58,7 @@ def test_a_topology_that_does_not_exist_is_answered_in_one_line(run, topology):
     ("topology", "words"),
     [
         ("v5e:2x2", "4 x tpu: TPU v5 lite (data 4)"),
-        ("v4:2x2x1", "tpu: TPU v4"),
+        ("v5p:2x2x1", "4 x tpu: TPU v5 (data 4)"),
         ("v5e:1x1", "tpu: TPU v5 lite"),
     ],
 )

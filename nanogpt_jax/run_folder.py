@@ -122,6 +122,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        with contextlib.suppress(OSError):  # nothing was written: leave nothing behind
+            folder.rmdir()
 
 
 def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) -> None:

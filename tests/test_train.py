@@ -312,6 +312,14 @@ def test_a_run_may_go_on_on_any_mesh_and_in_any_type(straight, start, tmp_path, 
     assert "4 x cpu (fsdp 4): float16 (as asked)" in told
 
 
+def test_a_mesh_that_cannot_be_is_refused_and_nothing_written(start, tmp_path):
+    with pytest.raises(InputError, match="batch_size must be a multiple of data x fsdp = 3"):
+        start(tmp_path / "run", "--mesh=data=1,fsdp=3")
+    with pytest.raises(InputError, match="attention cudnn needs a GPU, but this is a cpu"):
+        start(tmp_path / "run", "--attention=cudnn")
+    assert not (tmp_path / "run").exists()
+
+
 def test_float16_goes_on_bit_for_bit_with_its_loss_scale(start, tmp_path):
     float16 = "--dtype=float16", "--learning_rate=0.01", "--log_interval=1"
     start(tmp_path / "straight", "--max_iters=60", *float16)

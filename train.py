@@ -6,7 +6,6 @@ Run it again to go on where it stopped. The run lies in out/NAME; python sample.
 import contextlib
 import dataclasses
 import importlib.metadata
-import math
 import os
 import platform
 import signal
@@ -58,11 +57,8 @@ def main(argv: list[str]) -> int:
         ),
     )
     if config.overwrite and not config.eval_only:
-        if processes.is_first:
-            run_folder.delete(folder)
-        config = dataclasses.replace(config, overwrite=False)  # done; nothing to be repeated
-    processes.wait("deleted")
-    if not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
+        run_folder.check_usable(folder)
+    elif not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
         raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
     writes = processes.is_first and not config.eval_only
     with run_folder.locked(folder) if writes else contextlib.nullcontext():
@@ -89,13 +85,13 @@ def train(
     from nanogpt_jax.programs import make_programs, needed_bytes
     from nanogpt_jax.report import Diverged, Report
 
-    startup.use_compile_cache(config.compile_cache)
+    startup.use_compile_cache(config.compile_cache, processes.count)
     if jax.process_count() != processes.count:
         raise InputError(
             f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "
             "each of them, with --coordinator_address auto"
         )
-    mesh_sizes = meshes.choose_sizes(config, jax.device_count(), processes.count)
+    mesh_sizes = meshes.choose_sizes(config, jax.device_count(), use_all=processes.count > 1)
     mesh = meshes.make_mesh(mesh_sizes)
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
 
@@ -107,8 +103,16 @@ def train(
         f"{corpus.vocab_size})"
     )
     print(f"jax {jax.__version__} on {devices.describe(mesh)}: {how}")
-    if mesh.size < jax.device_count():
-        print(f"{jax.device_count() - mesh.size} devices are idle: --batch_size does not divide")
+    if idle := jax.device_count() - mesh.size:
+        why = "as --mesh says" if config.compute.mesh else "since they do not divide --batch_size"
+        print(f"{idle} of {jax.device_count()} devices are idle, {why}")
+    # From here on all is known to be possible; so now, and not before, something may be deleted.
+    overwrites = config.overwrite and not config.eval_only
+    config = dataclasses.replace(config, overwrite=False)  # nothing to be repeated
+    same = dataclasses.replace(config, out_dir=None, data_dir="", dataset=None)
+    processes.check_same(f"{same} {corpus.fingerprint} {jax.__version__}")
+    if processes.is_first and overwrites:
+        run_folder.delete(folder)
     if processes.is_first and not config.eval_only:
         made_with = {"nanogpt_jax": nanogpt_jax.__version__, "python": platform.python_version()}
         made_with |= {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -117,8 +121,7 @@ def train(
         if corpus.tokenizer:
             tokenizer.save(corpus.tokenizer, folder)
     processes.wait("begun")
-    if not (folder / run_folder.CONFIG).exists():
-        raise InputError(f"out_dir must be shared by all processes, but {folder} is not here")
+    run_folder.wait_until_seen(folder)
 
     # The state: as a checkpoint has it, or new.
     programs = make_programs(config, compute, mesh)
@@ -179,10 +182,11 @@ def train(
         state, train_corpus, read_batches(0, 0), np.int32(0), dropout_key
     ).compile()
     needed = needed_bytes(train_steps)
-    limit = devices.memory_bytes(jax.local_devices()[0]) or math.inf
-    memory = f"a step needs {needed / 2**20:,.0f} of {limit / 2**20:,.0f} MiB on each device"
+    limit = devices.memory_bytes(jax.local_devices()[0])
+    of_limit = f" of {limit / 2**20:,.0f}" if limit else ""
+    memory = f"a step needs {needed / 2**20:,.0f}{of_limit} MiB on each device"
     print(memory)
-    if needed > limit:
+    if limit and needed > limit:
         checkpoints.close()
         raise MemoryError(memory)
     processes.wait("compiled")
@@ -207,7 +211,8 @@ def train(
             n_steps, stop = processes.agree(n_steps, signals[0] if signals else 0)
             if step == config.max_iters or stop:
                 break
-            # Read while the device is still busy with the dispatch before this one.
+            # Read while the device is still busy with the dispatch before this one (of several
+            # processes not quite: to agree, they wait for it).
             places_NAB = read_batches(step, n_steps)
             launched_s = time.perf_counter()
             state, metrics = train_steps(

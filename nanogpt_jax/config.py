@@ -197,7 +197,8 @@ class TrainConfig:
         _require(divides, self.compute, "loss_chunks", block)
         _require(self.heartbeat_timeout_s >= 1, self, "heartbeat_timeout_s", "at least 1")
         address = self.coordinator_address
-        ok = address in ("", "auto") or re.fullmatch(r".+:\d{1,5}", address)
+        port = re.fullmatch(r".+:(\d{1,5})", address)
+        ok = address in ("", "auto") or (port and 1 <= int(port[1]) <= 65535)
         _require(bool(ok), self, "coordinator_address", "HOST:PORT or auto")
         given = address not in ("", "auto"), self.num_processes > 0, self.process_id >= 0
         if any(given) and not all(given):

@@ -19,7 +19,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 # What JAX's backends say when another process of the run is gone.
-_PEER_DIED = re.compile(r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer")
+_PEER_DIED = re.compile(
+    r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer|DEADLINE_EXCEEDED"
+)
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:

@@ -4,11 +4,13 @@ Its three axes: over `data` and `fsdp` a batch's rows are shared out, over `fsdp
 too, over `tensor` the heads, the hidden layer and the vocabulary. On one device all are 1.
 """
 
+import contextlib
 import math
 
 import jax
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanogpt_jax import data
@@ -16,30 +18,45 @@ from nanogpt_jax.config import MESH_AXES, ROW_AXES, TrainConfig, mesh_sizes
 from nanogpt_jax.errors import InputError
 
 
-def choose_sizes(config: TrainConfig, n_devices: int, n_processes: int = 1) -> tuple[int, int, int]:
-    """Return the sizes of the axes data, fsdp and tensor.
+def resolve_sizes(asked: str, n_devices: int) -> tuple[int, int, int]:
+    """Return the sizes of the axes data, fsdp and tensor: -1 is what the others leave.
+
+    Raises:
+        InputError: there are not so many devices.
+    """
+    sizes = mesh_sizes(asked)
+    given = math.prod(size for size in sizes if size > 0)
+    count = given * max(1, n_devices // given) if -1 in sizes else given
+    if count > n_devices or (-1 in sizes and count < n_devices):
+        number = f"a multiple of {given}" if -1 in sizes else given
+        raise InputError(f"mesh {asked} needs {number} devices, but has {n_devices}")
+    data, fsdp, tensor = (size if size > 0 else count // given for size in sizes)
+    return data, fsdp, tensor
+
+
+def choose_sizes(
+    config: TrainConfig, n_devices: int, use_all: bool = False
+) -> tuple[int, int, int]:
+    """Return the sizes of the axes data, fsdp and tensor for a run.
 
     Where no mesh is asked for and batch_size cannot be divided by the number of devices, as many
-    are used as it can be divided by; but several processes always use all.
+    are used as it can be divided by.
+
+    Args:
+        use_all: all devices must take part, since they are those of several processes.
 
     Raises:
         InputError: not so many devices, or the batch or the heads cannot be shared out.
     """
     asked = config.compute.mesh
-    sizes = mesh_sizes(asked)
-    given = math.prod(size for size in sizes if size > 0)
-    sizes = tuple(size if size > 0 else max(1, n_devices // given) for size in sizes)
-    count = math.prod(sizes)
-    if count > n_devices or (-1 in mesh_sizes(asked) and count < n_devices):
-        number = f"a multiple of {given}" if -1 in mesh_sizes(asked) else given
-        raise InputError(f"mesh {asked} needs {number} devices, but has {n_devices}")
-    if n_processes > 1 and count < n_devices:
+    sizes = resolve_sizes(asked, n_devices)
+    if use_all and math.prod(sizes) < n_devices:
         raise InputError(
-            f"mesh {asked} takes {count} devices, but all processes together have {n_devices}, "
-            "and each must take part"
+            f"mesh {asked} takes {math.prod(sizes)} devices, but all {n_devices} of several hosts "
+            "must take part"
         )
     rows, tensor = sizes[0] * sizes[1], sizes[2]
-    if config.batch_size % rows and not asked and n_processes == 1:
+    if config.batch_size % rows and not asked and not use_all:
         rows = next(n for n in range(rows, 0, -1) if config.batch_size % n == 0)
         sizes = (rows, 1, 1)
     if config.batch_size % rows:
@@ -72,11 +89,15 @@ def make_mesh(sizes: tuple[int, int, int], devices=None) -> Mesh:
     Args:
         devices: of `jax.devices()` (the default) or of a topology.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = (jax.devices() if devices is None else devices)[: math.prod(sizes)]
+    grid = np.array(devices).reshape(sizes)  # those of a host lie side by side
+    if devices[0].platform == "tpu":
+        # Neighbours in the mesh shall be neighbours in the pod. Where that cannot be, as with some
+        # devices left out or several pods, any order computes the same.
+        with contextlib.suppress(ValueError, NotImplementedError, AssertionError):
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # Auto axes: the compiler shares the work out, told only where inputs and outputs lie.
-    return jax.make_mesh(
-        sizes, MESH_AXES, (AxisType.Auto,) * 3, devices=devices[: math.prod(sizes)]
-    )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

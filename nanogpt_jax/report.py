@@ -16,7 +16,7 @@ from nanogpt_jax.run_folder import METRICS, PICTURE
 from nanogpt_jax.steps import Metrics
 
 REDRAW_S = 60
-MOST_SKIPPED = 50  # updates in a row: the loss scale has then fallen by 2 ** 50
+MOST_SKIPPED = 50  # updates in a row: the loss scale was halved each time
 
 
 class Diverged(ArithmeticError):

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,9 +122,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(descriptor)
         with contextlib.suppress(OSError):  # nothing was written: leave nothing behind
             folder.rmdir()
+        os.close(descriptor)
 
 
 def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) -> None:
@@ -134,6 +135,19 @@ def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) 
     partial = folder / f"{CONFIG}.partial"
     partial.write_text(content + "\n", encoding="utf-8")
     partial.replace(folder / CONFIG)
+
+
+def wait_until_seen(folder: Path, seconds: float = 60) -> None:
+    """Wait until a folder that the first process has begun is seen here too.
+
+    Raises:
+        InputError: it is not, within a time in which a network's file system notices.
+    """
+    deadline_s = time.monotonic() + seconds
+    while not (folder / CONFIG).exists():
+        if time.monotonic() > deadline_s:
+            raise InputError(f"out_dir must be shared by all processes, but {folder} is not here")
+        time.sleep(0.5)
 
 
 def delete(folder: Path) -> None:

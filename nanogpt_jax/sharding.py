@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     """Print shape, placement and bytes a device of each array of the state."""
     config = with_vocab_size(parse_train_config(argv, __doc__))
     asked = [size for size in mesh_sizes(config.compute.mesh) if size > 0]
-    sizes = meshes.choose_sizes(config, max(jax.device_count(), math.prod(asked)))
+    sizes = meshes.resolve_sizes(config.compute.mesh, max(jax.device_count(), math.prod(asked)))
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     state = abstract_state(config)
     rows = collections.Counter()  # layers are alike: one line for all

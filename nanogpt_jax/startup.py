@@ -6,8 +6,10 @@ arrays. The first alone writes files and prints; the others follow it.
 
 import os
 import platform
+import signal
 import socket
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,23 @@ class Processes:
         self.wait(place)
         return result if self.is_first else work()
 
+    def check_same(self, what: str) -> None:
+        """Check that every process was given the same.
+
+        Raises:
+            InputError: they were not.
+        """
+        if self.count == 1:
+            return
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        told = multihost_utils.process_allgather(np.uint32(zlib.crc32(what.encode())))
+        if len(set(told.tolist())) > 1:
+            raise InputError(
+                "all processes must have the same flags, versions and dataset, but some differ"
+            )
+
     def agree(self, proposal: int, signal: int) -> tuple[int, int]:
         """Return the first process's proposal and the highest signal that any process had."""
         if self.count == 1:
@@ -63,7 +82,7 @@ def join_processes(config: TrainConfig) -> Processes:
     Handlers of signals must be set after this: joining sets its own.
 
     Raises:
-        InputError: the coordinator's port is taken.
+        InputError: the coordinator's port is taken, or joining fails.
     """
     address = config.coordinator_address
     if not address and not _environment_says_several():
@@ -81,7 +100,12 @@ def join_processes(config: TrainConfig) -> Processes:
             "process_id": config.process_id,
             "cluster_detection_method": "deactivate",
         }
-    jax.distributed.initialize(**options)
+    try:
+        jax.distributed.initialize(**options)
+    except Exception as error:  # of many kinds: it asks the cluster, the network, the file system
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"the processes cannot join at {address or 'Slurm'}: {reason}") from error
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would swallow it
     processes = Processes(jax.process_index(), jax.process_count())
     if not processes.is_first:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -114,7 +138,7 @@ def _check_free(port: int) -> None:
             ) from None
 
 
-def use_compile_cache(asked: str) -> None:
+def use_compile_cache(asked: str, n_processes: int = 1) -> None:
     """Keep compiled programs on disk, so that the next start need not compile them again.
 
     Private to the user, since a compiled program is code that will be run; and apart for each
@@ -124,13 +148,15 @@ def use_compile_cache(asked: str) -> None:
     Args:
         asked: a folder; "off"; or "" for one in the user's cache, unless JAX's own variable
             JAX_COMPILATION_CACHE_DIR names one.
+        n_processes: several share a cache or have none: only the first writes, and one that finds
+            its program would wait for those that do not.
     """
     import jax
 
     if asked == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if not asked and jax.config.jax_compilation_cache_dir:
+    if not asked and (jax.config.jax_compilation_cache_dir or n_processes > 1):
         return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(asked) if asked else caches / "nanogpt_jax" / platform.node()

@@ -111,25 +111,29 @@ def train_step(
         return token_losses(model, params, batch_BT1, micro_key).mean()
 
     def accumulate(carry, micro):
-        total, loss_scale, is_finite = carry
+        total, is_finite = carry
         batch_BT1, index = micro
         inputs = state.params, batch_BT1, jax.random.fold_in(step_key, index)
         if is_scaled:
-            scaled = loss_scale.value_and_grad(mean_loss)(*inputs)
-            loss_scale, is_finite = scaled.dynamic_scale, is_finite & scaled.finite
+            scaled = state.loss_scale.value_and_grad(mean_loss)(*inputs)
+            is_finite &= scaled.finite
             loss_and_grads = scaled.aux, scaled.grad
         else:
             loss_and_grads = jax.value_and_grad(mean_loss)(*inputs)
-        return (jax.tree.map(jnp.add, total, loss_and_grads), loss_scale, is_finite), None
+        return (jax.tree.map(jnp.add, total, loss_and_grads), is_finite), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-    carry = zeros, state.loss_scale, jnp.array(True)
+    carry = zeros, jnp.array(True)
     micros = batch_ABT1, jnp.arange(n_micro)
-    (total, loss_scale, is_finite), _ = lax.scan(accumulate, carry, micros)
+    (total, is_finite), _ = lax.scan(accumulate, carry, micros)
     loss, grads = jax.tree.map(lambda x: x / n_micro, total)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    loss_scale = state.loss_scale
     if is_scaled:
+        # It adjusts itself by the gradient that it sees: once an update, one as finite as all were.
+        seen = jnp.where(is_finite, 1.0, jnp.nan)
+        loss_scale = loss_scale.value_and_grad(lambda x: x * seen)(jnp.float32(0)).dynamic_scale
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old),
             (params, opt_state),

@@ -67,7 +67,8 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     """
     config = with_vocab_size(config)
     tpus = topology_devices(topology)
-    mesh = meshes.make_mesh(meshes.choose_sizes(config, len(tpus), n_processes=2), tpus)
+    several_hosts = len({device.process_index for device in tpus}) > 1
+    mesh = meshes.make_mesh(meshes.choose_sizes(config, len(tpus), several_hosts), tpus)
     compute, how = devices.choose(config.compute, config.model, tpus[0], mesh)
     print(f"{config.config} on {topology}: {devices.describe(mesh)}: {how}")
     begun_s = time.perf_counter()

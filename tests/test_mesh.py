@@ -30,7 +30,7 @@ def asked(mesh="", batch_size=8, gradient_accumulation_steps=1):
 def suggestion_of(config, rows):
     """The configuration that the error suggests, and the error."""
     with pytest.raises(InputError, match=f"multiple of data x fsdp = {rows} devices") as error:
-        meshes.choose_sizes(config, rows, n_processes=2)
+        meshes.choose_sizes(config, rows, use_all=True)
     flags = re.search(r"--batch_size (\d+) --gradient_accumulation_steps (\d+)", str(error.value))
     batch_size, n_micro = map(int, flags.groups())
     fields = {"batch_size": batch_size, "gradient_accumulation_steps": n_micro}
@@ -96,9 +96,9 @@ def test_as_many_devices_are_used_as_share_the_batch_where_nothing_is_asked(batc
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error_where_all_devices_must_work():
-    for config, n_processes in ((asked("fsdp=-1", 12), 1), (asked(batch_size=12), 2)):
+    for config, use_all in ((asked("fsdp=-1", 12), False), (asked(batch_size=12), True)):
         with pytest.raises(InputError, match="multiple of data x fsdp = 8 devices, but is 12"):
-            meshes.choose_sizes(config, 8, n_processes)
+            meshes.choose_sizes(config, 8, use_all)
 
 
 def test_the_tensor_axis_takes_no_rows():
@@ -112,8 +112,8 @@ def test_more_devices_than_there_are_is_an_error():
 
 
 def test_no_process_may_be_left_without_work():
-    with pytest.raises(InputError, match=r"mesh data=2 takes 2 devices.* have 4"):
-        meshes.choose_sizes(asked("data=2"), 4, n_processes=2)
+    with pytest.raises(InputError, match=r"mesh data=2 takes 2 devices, but all 4 of several hosts"):
+        meshes.choose_sizes(asked("data=2"), 4, use_all=True)
 
 
 def test_heads_that_cannot_be_shared_are_an_error():
@@ -137,7 +137,7 @@ def test_a_batch_as_suggested_can_be_shared_and_the_same_update_has_as_many_sequ
     for batch_size, n_micro, rows in SUGGESTIONS_ASKED_FOR:
         config = asked("", batch_size, n_micro)
         suggested, error = suggestion_of(config, rows)
-        assert meshes.choose_sizes(suggested, rows, n_processes=2) == (rows, 1, 1)
+        assert meshes.choose_sizes(suggested, rows, use_all=True) == (rows, 1, 1)
         is_same = suggested.tokens_per_iter == config.tokens_per_iter
         assert is_same == error.endswith("makes the same update") != error.endswith("comes near")
         assert is_same == (config.batch_size * n_micro % rows == 0)

@@ -39,13 +39,14 @@ def start(folder, book, *more, n_devices=1, variables=None):
     )
 
 
-def start_two(folder, book, *more):
+def start_two(folder, book, *more, second=()):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     together = ("--mesh=data=2,fsdp=2", f"--coordinator_address=127.0.0.1:{port}")
     together += ("--num_processes=2", "--heartbeat_timeout_s=10", *more)
-    return [start(folder, book, *together, f"--process_id={i}", n_devices=2) for i in range(2)]
+    own = ["--process_id=0"], ["--process_id=1", *second]
+    return [start(folder, book, *together, *flags, n_devices=2) for flags in own]
 
 
 def finish(*processes, timeout=240):
@@ -144,6 +145,14 @@ def test_one_that_is_killed_makes_the_other_leave_with_a_message(tmp_path, book,
     # Ours, or that of JAX's runtime, which may be the first to see it.
     assert re.search("another process of this run is gone|Terminating process because", errors)
     assert saved_steps(folder)[0] >= 20
+
+
+def test_flags_that_differ_are_refused(tmp_path, book):
+    both = start_two(tmp_path / "run", book, second=["--seed=1"])
+    for code, _, errors in finish(*both, timeout=60):
+        assert code not in (0, None)
+        assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_slurm_is_found_without_a_flag(tmp_path, book, alone):

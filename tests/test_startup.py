@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from nanogpt_jax import startup
@@ -104,12 +105,32 @@ def test_a_port_that_is_taken_is_said_before_jax_crashes_on_it(tiny_config):
             startup.join_processes(config)
 
 
+def test_several_processes_keep_no_programs_unless_they_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        startup.use_compile_cache("", n_processes=2)
+        assert jax.config.jax_compilation_cache_dir is None
+        startup.use_compile_cache(str(tmp_path / "shared"), n_processes=2)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "shared")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_nowhere_to_join_is_an_input_error(tiny_config):
+    config = dataclasses.replace(tiny_config, coordinator_address="auto")
+    with pytest.raises(InputError, match="the processes cannot join at auto: "):
+        startup.join_processes(config)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"coordinator_address": "10.0.0.1:8476"}, "given together"),
         ({"num_processes": 2, "process_id": 0}, "given together"),
         ({"coordinator_address": "10.0.0.1"}, "HOST:PORT or auto"),
+        ({"coordinator_address": "10.0.0.1:99999"}, "HOST:PORT or auto"),
         (
             {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
             "process_id must be below num_processes=2, got 2",

@@ -341,7 +341,8 @@ class TestSixteenBits:
         before, after, metrics = train(1, "float16", loss_scale=1e38)
         assert_equal(after.params, before.params)
         assert_equal(after.opt_state, before.opt_state)
-        assert after.loss_scale.scale == np.float32(1e38) / 4  # halved by each micro-batch
+        # Once, though both micro-batches overflow.
+        assert after.loss_scale.scale == np.float32(1e38) / 2
         assert (after.step, after.skipped, metrics.skipped[0]) == (1, 1, 1)
         assert np.isfinite(metrics.loss[0])
 

@@ -72,6 +72,13 @@ def test_a_small_model_fits_and_leaves_nothing_behind(run, tmp_path, topology, w
 
 
 @needs_compiler
+def test_chips_that_do_not_divide_the_batch_stay_idle(run):
+    """Three of four chips are no rectangle, which JAX's own make_mesh asks for."""
+    printed = figures(run("train.py", "--config=tiny", "--batch_size=6", "--compile_for=v5e:2x2"))
+    assert "3 x tpu: TPU v5 lite (data 3)" in printed["first"]
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_remat_takes_less_memory(run):
     shape = "--config=gpt2", "--n_layer=3", "--vocab_size=512", "--compile_for=v5e:1x1"

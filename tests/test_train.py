@@ -320,6 +320,15 @@ def test_a_mesh_that_cannot_be_is_refused_and_nothing_written(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_overwrite_keeps_the_old_run_where_the_new_one_cannot_be(start, tmp_path):
+    start(tmp_path, "--max_iters=2")
+    before = content(tmp_path)
+    for flag in ("--mesh=data=8", "--attention=splash"):
+        with pytest.raises(InputError, match="needs"):
+            start(tmp_path, "--max_iters=2", "--overwrite", flag)
+    assert content(tmp_path) == before
+
+
 def test_float16_goes_on_bit_for_bit_with_its_loss_scale(start, tmp_path):
     float16 = "--dtype=float16", "--learning_rate=0.01", "--log_interval=1"
     start(tmp_path / "straight", "--max_iters=60", *float16)

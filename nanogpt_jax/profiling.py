@@ -21,17 +21,20 @@ def time_by_operation(folder: Path) -> dict[str, float]:
     traces = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not traces:
         raise FileNotFoundError(f"{folder} holds no trace")
-    planes = list(jax.profiler.ProfileData.from_file(str(traces[-1])).planes)
-    on_device = [plane for plane in planes if plane.name.startswith("/device:")]
-    lines = [line for plane in on_device or planes for line in plane.lines]
-    # A TPU has one line of operations; a GPU one for each stream, a CPU one for each thread, where
-    # the operations are those events that name one.
-    operations = [line for line in lines if line.name == "XLA Ops"]
+    profile = jax.profiler.ProfileData.from_file(str(traces[-1]))
+    on_device = any(plane.name.startswith("/device:") for plane in profile.planes)
     seconds: collections.Counter[str] = collections.Counter()
-    for line in operations or lines:
-        for event in line.events:
-            if operations or "hlo_op" in dict(event.stats):
-                seconds[re.sub(r"[.\d]+$", "", event.name)] += 1e-9 * event.duration_ns
+    # A TPU has one line of operations; a GPU one for each stream, a CPU one for each thread, which
+    # also names what its runtime does: methods, like ThunkExecutor::Execute, and ends.
+    for plane in profile.planes:
+        if on_device and not plane.name.startswith("/device:"):
+            continue
+        has_own_line = any(line.name == "XLA Ops" for line in plane.lines)
+        for line in plane.lines:
+            wanted = ("XLA Ops",) if has_own_line else ("Stream", "tf_XLA")
+            for event in line.events if line.name.startswith(wanted) else ():
+                if "::" not in event.name and not event.name.startswith("end: "):
+                    seconds[re.sub(r"[.\d]+$", "", event.name)] += 1e-9 * event.duration_ns
     for around in ("while", "call", "conditional"):  # what lies in them is counted by itself
         seconds.pop(around, None)
     return dict(seconds.most_common())

@@ -112,7 +112,9 @@ def test_more_devices_than_there_are_is_an_error():
 
 
 def test_no_process_may_be_left_without_work():
-    with pytest.raises(InputError, match=r"mesh data=2 takes 2 devices, but all 4 of several hosts"):
+    with pytest.raises(
+        InputError, match=r"mesh data=2 takes 2 devices, but all 4 of several hosts"
+    ):
         meshes.choose_sizes(asked("data=2"), 4, use_all=True)
 
 

@@ -6,16 +6,15 @@ folder that already has `train.bin` and `val.bin`, made by nanoGPT or by anythin
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from nanogpt_jax import download
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.data import SPLITS, check_whole, open_tokens
 from nanogpt_jax.errors import InputError, did_you_mean
@@ -23,22 +22,7 @@ from nanogpt_jax.tokenizer import CharTokenizer
 
 SHAKESPEARE, PYDOCS = "shakespeare_char", "pydocs"
 NAMES = (SHAKESPEARE, PYDOCS)
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_URLS = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
-    "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
-)
-TIMEOUT_S = 10
 TRAIN_FRACTION = 0.9
-
-
-class Unavailable(InputError):
-    """A corpus that exists, but cannot be downloaded from here, for `reason`."""
-
-    def __init__(self, message: str, reason: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -65,13 +49,13 @@ def resolve(dataset: str | None, data_dir: Path, min_tokens: int) -> Path:
 
     Raises:
         InputError: an unknown name, a text that cannot be read, is empty or too short.
-        Unavailable: a dataset that was named and cannot be downloaded.
+        download.Unavailable: a dataset that was named and cannot be downloaded.
     """
     if dataset is not None:
         return prepare(dataset, data_dir, min_tokens)
     try:
         return prepare(SHAKESPEARE, data_dir, min_tokens)
-    except Unavailable as error:
+    except download.Unavailable as error:
         folder = prepare(PYDOCS, data_dir, min_tokens)
         stars = "*" * 88
         print(
@@ -79,7 +63,7 @@ def resolve(dataset: str | None, data_dir: Path, min_tokens: int) -> Path:
             "  THIS WILL NOT BE SHAKESPEARE: it could not be downloaded. Training goes on with\n"
             "  `pydocs`, the manual that ships inside every Python, so the model will write\n"
             "  Python prose, and its losses are not those of the README.\n"
-            f"  To train on Shakespeare, save\n    {SHAKESPEARE_URLS[0]}\n"
+            f"  To train on Shakespeare, save\n    {download.SHAKESPEARE_URLS[0]}\n"
             f"  as\n    {Path(data_dir, SHAKESPEARE, 'input.txt')}\n"
             f"  and run the same command again. What went wrong: {error.reason}\n{stars}\n",
             flush=True,
@@ -98,7 +82,7 @@ def prepare(dataset: str, data_dir: Path, min_tokens: int = 1) -> Path:
         if not source.exists() and (folder / "train.bin").exists():
             return folder  # prepared elsewhere, and brought here without its text
         if not source.exists():
-            _download_shakespeare(source)
+            _store_shakespeare(source)
         return _write_splits(_read_text(source), folder, str(source), min_tokens)
     if dataset == PYDOCS:
         from pydoc_data.topics import topics
@@ -165,29 +149,14 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
     return Corpus(folder.name, splits, size, tokenizer, fingerprint)
 
 
-def _download_shakespeare(path: Path) -> None:
-    reasons = {}  # a dict, to say one reason once
-    for url in SHAKESPEARE_URLS:
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-                content = response.read()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons[str(getattr(error, "reason", error))] = url
-            continue
-        if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _write_atomically(path, content)
-            except OSError as error:
-                raise InputError(f"{path}: must be writable, but: {error.strerror}") from None
-            print(f"downloaded tiny Shakespeare to {path}")
-            return
-        reasons[f"{url} sent another text, its sha256 differs"] = url
-    reason = "; ".join(reasons)
-    raise Unavailable(
-        f"{SHAKESPEARE} could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as {path}",
-        reason,
-    )
+def _store_shakespeare(path: Path) -> None:
+    content = download.tiny_shakespeare(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(path, content)
+    except OSError as error:
+        raise InputError(f"{path}: must be writable, but: {error.strerror}") from None
+    print(f"downloaded tiny Shakespeare to {path}")
 
 
 def _read_text(path: Path) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_jax import corpora
-from nanogpt_jax.corpora import Unavailable, open_corpus, prepare, resolve
+from nanogpt_jax import corpora, download
+from nanogpt_jax.corpora import open_corpus, prepare, resolve
+from nanogpt_jax.download import Unavailable
 from nanogpt_jax.errors import InputError
 
 PLAY = "".join(f"Citizen {i}:\nBefore we proceed any further, hear me speak.\n" for i in range(200))
@@ -26,8 +27,8 @@ def data_dir(tmp_path) -> Path:
 def serve(monkeypatch):
     """Mirrors of tiny Shakespeare on loopback: serve(text or status, ...) -> the paths asked."""
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
-    monkeypatch.setattr(corpora, "TIMEOUT_S", 5)
+    monkeypatch.setattr(download, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
+    monkeypatch.setattr(download, "TIMEOUT_S", 5)
     asked = []
     with contextlib.ExitStack() as stack:
 
@@ -56,7 +57,7 @@ def serve(monkeypatch):
             stack.callback(server.shutdown)
             place = f"http://127.0.0.1:{server.server_port}"
             urls = tuple(f"{place}/{i}" for i in range(len(answers)))
-            monkeypatch.setattr(corpora, "SHAKESPEARE_URLS", urls)
+            monkeypatch.setattr(download, "SHAKESPEARE_URLS", urls)
             return asked
 
         yield start
@@ -66,7 +67,7 @@ def serve(monkeypatch):
 def no_network(serve, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    monkeypatch.setattr(corpora, "SHAKESPEARE_URLS", (f"http://127.0.0.1:{port}/input.txt",))
+    monkeypatch.setattr(download, "SHAKESPEARE_URLS", (f"http://127.0.0.1:{port}/input.txt",))
 
 
 def read_ids(folder: Path, split: str, dtype: str = "<u2") -> np.ndarray:
@@ -500,7 +501,7 @@ def test_a_named_dataset_that_cannot_be_downloaded_is_an_error(data_dir, no_netw
     with pytest.raises(Unavailable) as error:
         resolve("shakespeare_char", data_dir, 9)
     place = data_dir / "shakespeare_char" / "input.txt"
-    assert f"save {corpora.SHAKESPEARE_URLS[0]} as {place}" in str(error.value)
+    assert f"save {download.SHAKESPEARE_URLS[0]} as {place}" in str(error.value)
     assert "refused" in str(error.value)
     assert "\n" not in str(error.value)
     assert not data_dir.exists()
@@ -519,7 +520,7 @@ def test_where_no_dataset_was_named_the_manual_stands_in_with_a_notice(
     assert resolve(None, data_dir, 9) == data_dir / "pydocs"
     said = capsys.readouterr().out
     assert "THIS WILL NOT BE SHAKESPEARE" in said
-    assert corpora.SHAKESPEARE_URLS[0] in said
+    assert download.SHAKESPEARE_URLS[0] in said
     assert str(data_dir / "shakespeare_char" / "input.txt") in said
     assert "refused" in said
     assert {name.split("/")[0] for name in files_below(data_dir)} == {"pydocs"}

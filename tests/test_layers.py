@@ -13,7 +13,7 @@ PACKAGE = Path(nanogpt_jax.__file__).parent
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "tokenizer", "data", "chips", "profiling"},
+    {"config", "tokenizer", "data", "download", "chips", "profiling"},
     {"command_line", "corpora", "run_folder", "accounting", "optim", "startup"}
     | {"devices", "mesh", "attention"},
     {"presets", "model"},
@@ -23,7 +23,7 @@ LAYERS = (
     {"bench", "tpu"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "chips", "startup"}
+WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "accounting"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]

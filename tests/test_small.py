@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from nanogpt_jax import corpora
+from nanogpt_jax import corpora, download
 
 SEEDS = (1337, 1, 2)
 
@@ -25,7 +25,7 @@ def shakespeare(tmp_path_factory) -> Path:
             return data_dir
     try:
         corpora.prepare(corpora.SHAKESPEARE, data_dir)
-    except corpora.Unavailable as error:
+    except download.Unavailable as error:
         pytest.skip(str(error))
     return data_dir
 

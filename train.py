@@ -91,8 +91,8 @@ def train(
             f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "
             "each of them, with --coordinator_address auto"
         )
-    mesh_sizes = meshes.choose_sizes(config, jax.device_count(), use_all=processes.count > 1)
-    mesh = meshes.make_mesh(mesh_sizes)
+    use_all = processes.count > 1
+    mesh = meshes.make_mesh(meshes.choose_sizes(config, jax.device_count(), use_all))
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
 
     counts = parameter_counts(config.model)
@@ -125,8 +125,7 @@ def train(
 
     # The state: as a checkpoint has it, or new.
     programs = make_programs(config, compute, mesh)
-    if (whole := sharding.whole_share(mesh, programs.abstract_state.params)) > 0.05:
-        print(sharding.WHOLE.format(whole, mesh_sizes[1]))
+    print(sharding.whole_note(mesh, programs.abstract_state.params), end="")
     weights_key, dropout_key = steps.stream_keys(config.seed)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.eval_only, processes.is_first)
     begun_at = checkpoints.latest_step()

@@ -173,9 +173,8 @@ class Report:
             row["train_loss"] = self.train_loss
         if val_loss is not None:
             row["val_loss"] = val_loss
-        row["lr"] = float(
-            self._learning_rates[max(0, step - 1 - self.skipped)]
-        )  # of the update before
+        last_update = max(0, step - 1 - self.skipped)
+        row["lr"] = float(self._learning_rates[last_update])
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)

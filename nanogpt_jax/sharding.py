@@ -36,8 +36,6 @@ TENSOR_AXIS = {
     "mlp.c_proj.kernel": 0,
 }
 
-WHOLE = "{:.0%} of the parameters have no axis that fsdp={} divides: a smaller fsdp saves more"
-
 
 def partition_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
     """Return how an array is laid over the mesh.
@@ -74,17 +72,22 @@ def tree_shardings(mesh: Mesh | AbstractMesh, abstract):
     return jax.tree_util.tree_map_with_path(sharding, abstract)
 
 
-def whole_share(mesh: Mesh | AbstractMesh, params) -> float:
-    """Return the share of the parameters that every device along `fsdp` has in whole."""
-    if mesh.shape["fsdp"] == 1:
-        return 0.0
+def whole_note(mesh: Mesh | AbstractMesh, params) -> str:
+    """Return a line about parameters that `fsdp` leaves whole, "" where they are few."""
+    fsdp = mesh.shape["fsdp"]
     leaves, shardings = jax.tree.leaves(params), jax.tree.leaves(tree_shardings(mesh, params))
     whole = sum(
         leaf.size
         for leaf, sharding in zip(leaves, shardings, strict=True)
         if "fsdp" not in sharding.spec
     )
-    return whole / sum(leaf.size for leaf in leaves)
+    share = whole / sum(leaf.size for leaf in leaves)
+    if fsdp == 1 or share <= 0.05:
+        return ""
+    return (
+        f"{share:.0%} of the parameters have no axis that fsdp={fsdp} divides: "
+        "a smaller fsdp saves more\n"
+    )
 
 
 def on_one_device(abstract):
@@ -140,8 +143,7 @@ def main(argv: list[str]) -> None:
         f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: of the state's {total_bytes:,} "
         f"bytes each device holds {device_bytes:,}; gradients and activations come on top"
     )
-    if (share := whole_share(mesh, state.params)) > 0.05:
-        print(WHOLE.format(share, sizes[1]))
+    print(whole_note(mesh, state.params), end="")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar: updates done, skipped ones included
     params: dict  # float32, by GPT-2's names
     opt_state: optax.OptState
-    loss_scale: DynamicScale  # of float16, whose gradients underflow; 1 and unused otherwise
+    loss_scale: DynamicScale  # of float16, whose gradients underflow; unused otherwise
     skipped: jax.Array  # int32 scalar: updates left out since a gradient overflowed float16
 
 

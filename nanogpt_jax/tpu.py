@@ -53,7 +53,7 @@ from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.presets import with_vocab_size
 from nanogpt_jax.programs import Programs, make_programs, needed_bytes
-from nanogpt_jax.sharding import WHOLE, whole_share
+from nanogpt_jax.sharding import whole_note
 
 CORPUS_TOKENS = 1_000_000  # of a character corpus, which lies on the chip; a larger one does not
 ADAMW_BYTES = 8 * 4  # a parameter: read it, its gradient (clipped: twice) and averages, write three
@@ -74,8 +74,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     begun_s = time.perf_counter()
     try:
         programs = make_programs(config, compute, mesh)
-        if (whole := whole_share(mesh, programs.abstract_state.params)) > 0.05:
-            print(WHOLE.format(whole, mesh.shape["fsdp"]))
+        print(whole_note(mesh, programs.abstract_state.params), end="")
         compiled = lower_step(config, programs, mesh).compile()
     except Exception as error:  # the class differs between versions of JAX, the text does not
         if "RESOURCE_EXHAUSTED" not in str(error):

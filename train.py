@@ -83,7 +83,7 @@ def train(
     from nanogpt_jax.checkpoint import Checkpoints
     from nanogpt_jax.model import GPT
     from nanogpt_jax.programs import make_programs, needed_bytes
-    from nanogpt_jax.report import Diverged, Report
+    from nanogpt_jax.progress import Diverged, Progress
 
     startup.use_compile_cache(config.compile_cache, processes.count)
     if jax.process_count() != processes.count:
@@ -191,18 +191,18 @@ def train(
     processes.wait("compiled")
 
     step, saved_at = begun_at or 0, begun_at
-    report = Report(folder, config, begun_at, int(state.skipped), processes.is_first)
+    progress = Progress(folder, config, begun_at, int(state.skipped), processes.is_first)
     try:
         while True:
-            if report.evaluation_due(step) and step != begun_at:
-                report.catch_up()
+            if progress.evaluation_due(step) and step != begun_at:
+                progress.catch_up()
                 val_loss = evaluate(state.params)
-                report.evaluated(step, val_loss)
+                progress.evaluated(step, val_loss)
                 if step > 0:
                     checkpoints.save(state, val_loss)
                     saved_at = step
             n_steps = min(
-                max(1, int(report.steps_per_s * SECONDS_PER_DISPATCH)),
+                max(1, int(progress.steps_per_s * SECONDS_PER_DISPATCH)),
                 batches.most_steps,
                 config.max_iters - step,
                 config.eval_interval - step % config.eval_interval,
@@ -217,12 +217,14 @@ def train(
             state, metrics = train_steps(
                 state, train_corpus, places_NAB, np.int32(n_steps), dropout_key
             )
-            report.dispatched(step, n_steps, launched_s, metrics)
+            progress.dispatched(step, n_steps, launched_s, metrics)
             if step == (begun_at or 0):
-                report.catch_up()
-                report.say(f"first step done {time.perf_counter() - start_s:.1f} s after the start")
+                progress.catch_up()
+                progress.say(
+                    f"first step done {time.perf_counter() - start_s:.1f} s after the start"
+                )
             step += n_steps
-        report.catch_up()
+        progress.catch_up()
         if stop and saved_at != step:
             checkpoints.save(state)
     except Diverged as error:
@@ -236,7 +238,7 @@ def train(
         try:
             checkpoints.close()
         finally:
-            report.close()
+            progress.close()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
@@ -246,10 +248,10 @@ def train(
             "without --overwrite"
         )
         return 128 + stop
-    best_loss, best_step = report.best
+    best_loss, best_step = progress.best
     where = "" if folder.parent == run_folder.OUT else f" --out_dir {folder}"
     print(
-        f"{step} steps in {report.elapsed_s():.0f} s of training, best val loss {best_loss:.4f} "
+        f"{step} steps in {progress.elapsed_s():.0f} s of training, best val loss {best_loss:.4f} "
         f"at step {best_step}. The run lies in {folder}: loss.png shows it, "
         f"`python sample.py{where}` writes more:"
     )

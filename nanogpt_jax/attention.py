@@ -13,6 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nanogpt_jax.config import ROW_AXES, ModelConfig
 
+WEIGHTS = "attention_weights"  # the Flax collection in which models leave them when it is asked for
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far; goes into the model and comes out of it."""
@@ -39,18 +41,14 @@ def drop(array, rate: float, key):
     return jnp.where(keep, array / (1 - rate), 0)
 
 
-def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropout_key=None):
-    """Return softmax(q k^T / sqrt(K)) v, each query seeing the keys up to its own position.
+def attention_weights(q_BTHK, k_BSHK, start=0):
+    """Return weights_BHTS = softmax(q k^T / sqrt(K)), each query seeing the keys up to its own.
 
-    The softmax is in float32, whatever the type of the arrays.
+    In float32, whatever the type of the arrays.
 
     Args:
         start: position of the first query among the keys; the query in row t sees keys 0 to
             start + t, so what a cache holds past that is never read.
-        dropout_rate: rate at which weights are dropped, where a dropout_key is given.
-
-    Returns:
-        y_BTHK.
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """
@@ -60,7 +58,17 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
     visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
     hidden = jnp.finfo(scores_BHTS.dtype).min
     scores_BHTS = jnp.where(visible_TS[None, None], scores_BHTS, hidden)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
+    return jax.nn.softmax(scores_BHTS, axis=-1)
+
+
+def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropout_key=None):
+    """Return y_BTHK: at each position the values, averaged with its `attention_weights`.
+
+    Args:
+        start: see `attention_weights`.
+        dropout_rate: rate at which weights are dropped, where a dropout_key is given.
+    """
+    weights_BHTS = attention_weights(q_BTHK, k_BSHK, start)
     if dropout_key is not None and dropout_rate > 0:
         weights_BHTS = drop(weights_BHTS, dropout_rate, dropout_key)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(v_BSHK.dtype), v_BSHK)

@@ -104,15 +104,17 @@ def prefill(model: GPT, params, window_BS, length, exact_window: bool = False) -
     return Generation(window_BS, jnp.int32(length), jnp.int32(0), logits_BV, cache)
 
 
-def decode(
-    model: GPT, params, generation: Generation, keys_B, sampling: Sampling
-) -> tuple[Generation, jax.Array]:
-    """Draw the next token of each row and read it: (generation, tokens_B)."""
-    window_BS, length, made, logits_BV, cache = generation
+def draw(generation: Generation, keys_B, sampling: Sampling):
+    """Draw the next token of each row: tokens_B."""
+    token_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, generation.made)
+    return sample_token(generation.logits_BV, token_keys_B, sampling).astype(jnp.int32)
+
+
+def read(model: GPT, params, generation: Generation, tokens_B) -> Generation:
+    """Append a token to each row, so that `draw` can draw the next one."""
+    window_BS, length, made, _, cache = generation
     S = model.config.block_size
-    token_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, made)
-    tokens_B = sample_token(logits_BV, token_keys_B, sampling)
-    tokens_B1 = tokens_B.astype(jnp.int32)[:, None]
+    tokens_B1 = tokens_B[:, None]
 
     def append(window_BS):
         return lax.dynamic_update_slice_in_dim(window_BS, tokens_B1, length, axis=1)
@@ -125,7 +127,7 @@ def decode(
         full = length == S
         window_BS = lax.cond(full, lambda: slide(S), lambda: append(window_BS))
         generation = prefill(model, params, window_BS, jnp.minimum(length + 1, S), True)
-        return generation._replace(made=made + 1), tokens_B
+        return generation._replace(made=made + 1)
 
     def read_one():
         logits_B1V, new_cache = model.apply({"params": params}, tokens_B1, cache)
@@ -135,7 +137,15 @@ def decode(
         half = max(1, S // 2)
         return prefill(model, params, slide(half), half)._replace(made=made + 1)
 
-    return lax.cond(length == S, read_half, read_one), tokens_B
+    return lax.cond(length == S, read_half, read_one)
+
+
+def decode(
+    model: GPT, params, generation: Generation, keys_B, sampling: Sampling
+) -> tuple[Generation, jax.Array]:
+    """Draw the next token of each row and read it: (generation, tokens_B)."""
+    tokens_B = draw(generation, keys_B, sampling)
+    return read(model, params, generation, tokens_B), tokens_B
 
 
 def generate(

@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanogpt_jax.attention import KVCache, attention, drop, fused_attention
+from nanogpt_jax.attention import (
+    WEIGHTS,
+    KVCache,
+    attention,
+    attention_weights,
+    drop,
+    fused_attention,
+)
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.devices import Compute
 from nanogpt_jax.mesh import keep_rows_apart
@@ -96,6 +103,8 @@ class CausalSelfAttention(nn.Module):
             drops = config.dropout > 0 and not deterministic
             key = self.make_rng("dropout") if drops else None
             y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, config.dropout, key)
+            if self.is_mutable_collection(WEIGHTS):  # someone looks, see inspection.py
+                self.sow(WEIGHTS, "weights_BHTS", attention_weights(q_BTHK, k_BSHK, start))
         # The residual stream sums 2 n_layer such outputs: its variance shall not grow with depth.
         std = INIT_STD / (2 * config.n_layer) ** 0.5
         y_BTD = _dense(config, compute.dtype, D, "c_proj", std)(y_BTHK.reshape(B, T, D))

@@ -1,186 +1,56 @@
-"""What a run shows: progress bar, metrics.jsonl and the picture of its loss."""
+"""The curves of runs: python -m nanogpt_jax.report OUT_DIR [OUT_DIR...] [--x time] [--picture PATH]
+
+Prints a line for each run and draws their losses over each other. No JAX, so it can watch a run
+that holds the chip. --x is step, tokens or time.
+"""
 
 import json
-import math
-import os
-import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import jax
 import numpy as np
-from tqdm.auto import tqdm
 
-from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.optim import learning_rate_schedule
-from nanogpt_jax.run_folder import METRICS, PICTURE
-from nanogpt_jax.steps import Metrics
+from nanogpt_jax.command_line import parse_args, split_settings
+from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.run_folder import METRICS, PICTURE, read_config
 
-REDRAW_S = 60
-MOST_SKIPPED = 50  # updates in a row: the loss scale was halved each time
+SMOOTHED_ROWS = 21  # the running mean's widest window
 
 
-class Diverged(ArithmeticError):
-    """The loss is no longer a finite number."""
+@dataclass(frozen=True)
+class ReportConfig:
+    """How runs are drawn."""
+
+    x: Literal["step", "tokens", "time"] = "step"
+    """What the curves run along; time is that of training, in seconds."""
+    picture: str = ""
+    """Where the picture goes; empty: loss.png beside a single run, out/report.png of several."""
 
 
-class Report:
-    """Reports a run's dispatches one behind, so that the device never waits for the host.
-
-    Args:
-        begun_at: the step of the checkpoint that the run goes on from; None of a new run.
-        skipped: updates skipped until then.
-        is_first: of several processes one writes files and shows the bar.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        config: TrainConfig,
-        begun_at: int | None,
-        skipped: int = 0,
-        is_first: bool = True,
-    ):
-        self.folder, self.config = folder, config
-        self.steps_per_s = 0.0  # of the last dispatch that was reported
-        self.train_loss = None
-        self.skipped = skipped  # a skipped update does not advance the learning rate's schedule
-        self._skipped_in_a_row = 0
-        # A run that was killed may have logged past the checkpoint it goes on from.
-        start_step = -1 if begun_at is None else begun_at
-        rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        self._is_first = is_first
-        if is_first:
-            partial = folder / f"{METRICS}.partial"
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            partial.replace(folder / METRICS)
-        path = folder / METRICS if is_first else Path(os.devnull)
-        self._file = path.open("a", encoding="utf-8")
-        evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
-        self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
-        self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
-        self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
-        self._pending = None
-        schedule = learning_rate_schedule(config.optim, config.max_iters)
-        self._learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
-        self._bar = tqdm(
-            initial=begun_at or 0,
-            total=config.max_iters,
-            unit="step",
-            # No bar where standard error is a file: there the lines below serve.
-            disable=None if is_first else True,
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-            "[{elapsed}, {remaining} left{postfix}]",
+def main(argv: list[str]) -> None:
+    """Print a line for each run, and draw them."""
+    n_folders = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    folders = [Path(word) for word in argv[:n_folders]]
+    settings = split_settings(argv[n_folders:], ReportConfig)
+    config = parse_args(ReportConfig, settings, ReportConfig(), __doc__)
+    if not folders:
+        raise InputError(
+            "the folder of at least one run must be given, like "
+            "python -m nanogpt_jax.report out/small"
         )
-
-    def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(line)
-
-    def dispatched(self, step: int, n_steps: int, launched_s: float, metrics: Metrics) -> None:
-        """Note that n_steps from `step` on were dispatched, and report the dispatch before.
-
-        Args:
-            launched_s: `time.perf_counter()` before the dispatch.
-            metrics: of shape (N,), the first n_steps filled; not waited for yet.
-        """
-        self.catch_up()
-        self._pending = step, n_steps, launched_s, metrics
-
-    def catch_up(self) -> None:
-        """Wait for what was dispatched, and report it.
-
-        Raises:
-            Diverged: a loss is not finite.
-        """
-        if self._pending is None:
-            return
-        first, n_steps, launched_s, metrics = self._pending
-        self._pending = None
-        losses, grad_norms, skipped = (np.asarray(metric)[:n_steps] for metric in metrics)
-        done_s = time.perf_counter()
-        self.steps_per_s = n_steps / (done_s - max(launched_s, self._last_done_s))
-        self._last_done_s = done_s
-        for i, step in enumerate(range(first + 1, first + 1 + n_steps)):
-            loss, grad_norm, is_skipped = losses[i], grad_norms[i], skipped[i] > self.skipped
-            self.skipped = int(skipped[i])
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
-            if self._skipped_in_a_row > MOST_SKIPPED:
-                raise Diverged(f"float16 overflowed in {MOST_SKIPPED} updates before step {step}")
-            if not is_skipped and not (np.isfinite(loss) and np.isfinite(grad_norm)):
-                raise Diverged(f"loss {loss} and gradient norm {grad_norm} at step {step}")
-            if np.isfinite(loss):
-                self.train_loss = float(loss)
-            if step % self.config.log_interval == 0 and not self.evaluation_due(step):
-                self._log(step)
-        tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
-        self._bar.set_postfix_str(
-            f"loss {self.train_loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s{self._skips()}",
-            refresh=False,
-        )
-        self._bar.update(n_steps)
-
-    def evaluation_due(self, step: int) -> bool:
-        """Return whether a step is followed by an evaluation: each eval_interval, and the last."""
-        return step % self.config.eval_interval == 0 or step == self.config.max_iters
-
-    def evaluated(self, step: int, val_loss: float) -> None:
-        """Report an evaluation; `catch_up` comes before it.
-
-        Raises:
-            Diverged: the loss is not finite.
-        """
-        if not math.isfinite(val_loss):
-            raise Diverged(f"the validation loss is {val_loss} at step {step}")
-        is_best = self.best is None or val_loss < self.best[0]
-        if is_best and step > 0:
-            self.best = val_loss, step
-        self._log(step, val_loss)
-        train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
-        speed = self.steps_per_s * self.config.tokens_per_iter
-        shown = f", {speed:,.0f} tokens/s" if speed else ""
-        best = "" if is_best else f" (best {self.best[0]:.4f} at step {self.best[1]})"
-        self.say(f"step {step:6d}: {train}val loss {val_loss:.4f}{best}{shown}{self._skips()}")
-        now_s = time.perf_counter()
-        if now_s - self._drawn_s > REDRAW_S:
-            self._draw()
-            self._drawn_s = now_s
-
-    def elapsed_s(self) -> float:
-        """Return the seconds of this run, earlier starts included."""
-        return self._elapsed_before_s + time.perf_counter() - self._begun_s
-
-    def close(self) -> None:
-        """End the bar and the file, and draw the picture."""
-        self._bar.close()
-        self._file.close()
-        self._draw()
-
-    def _skips(self) -> str:
-        return f", skipped updates: {self.skipped}" if self.skipped else ""
-
-    def _draw(self) -> None:
-        if not self._is_first:
-            return
-        try:
-            draw(self.folder, self.config.config)
-        except OSError as error:  # a full disk; no reason to lose the run
-            self.say(f"{PICTURE} could not be drawn: {error}")
-
-    def _log(self, step: int, val_loss: float | None = None) -> None:
-        row = {"step": step}
-        if self.train_loss is not None:
-            row["train_loss"] = self.train_loss
-        if val_loss is not None:
-            row["val_loss"] = val_loss
-        last_update = max(0, step - 1 - self.skipped)
-        row["lr"] = float(self._learning_rates[last_update])
-        if self.config.compute.dtype == "float16":
-            row["skipped_updates"] = self.skipped
-        row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
-        row["elapsed_s"] = round(self.elapsed_s(), 2)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+    runs = {str(folder): read_run(folder, config.x) for folder in folders}
+    width = max(map(len, runs))
+    for name, run in runs.items():
+        print(f"{name:{width}}  {describe(run)}")
+    alone = folders[0] / PICTURE if len(folders) == 1 else Path("out", "report.png")
+    path = Path(config.picture) if config.picture else alone
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        loss_figure(runs, config.x).savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: no format of that name
+        raise InputError(f"picture: {path} cannot be written ({error})") from None
+    print(f"drawn to {path}")
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -195,43 +65,97 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def draw(folder: Path, title: str) -> None:
-    """Draw loss.png from metrics.jsonl: train and validation curve, the best point marked."""
-    import matplotlib  # takes half a second: only now
+def read_run(folder: Path, x: str) -> list[dict]:
+    """Return a run's rows, each with an `x`: its step, tokens read or seconds of training.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Raises:
+        InputError: there is no run, or it has logged nothing yet.
+    """
+    asked = read_config(folder)
     rows = read_metrics(folder)
-    train = np.array([(r["step"], r["train_loss"]) for r in rows if "train_loss" in r])
-    val = np.array([(r["step"], r["val_loss"]) for r in rows if "val_loss" in r])
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
-    if len(train):
-        steps, losses = train.T
-        smooth = []
-        for i in range(len(losses)):  # a running mean of up to 21 rows, of fewer at both ends
-            half = min(10, len(losses) // 20, i, len(losses) - 1 - i)
-            smooth.append(losses[i - half : i + half + 1].mean())
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth, color="tab:blue", label="train (running mean)")
-    if len(val):
-        steps, losses = val.T
-        best = losses.argmin()
-        axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="validation")
-        axes.plot(steps[best], losses[best], "*", color="tab:red", markersize=14, zorder=3)
-        axes.annotate(
-            f"best {losses[best]:.4f}\nat step {steps[best]:.0f}",
-            (steps[best], losses[best]),
-            xytext=(-6, 14),
-            textcoords="offset points",
-            ha="right" if best else "left",
-            color="tab:red",
-        )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    if not rows:
+        raise InputError(f"{folder} has logged nothing yet: there must be a {METRICS} with rows")
+    of_step = asked["batch_size"] * asked["gradient_accumulation_steps"] * asked["block_size"]
+    of_row = {
+        "step": lambda row: row["step"],
+        "tokens": lambda row: row["step"] * of_step,
+        "time": lambda row: row["elapsed_s"],
+    }
+    return [row | {"x": of_row[x](row)} for row in rows]
+
+
+def describe(run: list[dict]) -> str:
+    """Return a run in a line."""
+    evaluated = [(row["val_loss"], row["step"]) for row in run if "val_loss" in row]
+    loss, step = min(evaluated, default=(float("nan"), 0))
+    last = run[-1]
+    return (
+        f"best val loss {loss:.4f} at step {step:,}; {last['step']:,} steps in "
+        f"{last['elapsed_s']:,.0f} s, {last['tokens_per_s']:,} tokens/s"
+    )
+
+
+def draw(folder: Path, title: str) -> None:
+    """Draw a run's loss.png from its metrics.jsonl."""
+    rows = [row | {"x": row["step"]} for row in read_metrics(folder)]
+    loss_figure({title: rows}).savefig(Path(folder, PICTURE))
+
+
+def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
+    """Return a matplotlib Figure: of each run its train and validation curve, the best marked.
+
+    Args:
+        runs: rows of metrics by the run's name, each with an `x`.
+    """
+    # Takes half a second: only now. Not pyplot: nothing to show, nothing to close.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="tight")
+    axes = figure.subplots()
+    alone = len(runs) == 1
+    for i, (name, rows) in enumerate(runs.items()):
+        train = np.array([(row["x"], row["train_loss"]) for row in rows if "train_loss" in row])
+        val = np.array([(row["x"], row["val_loss"]) for row in rows if "val_loss" in row])
+        color = "tab:blue" if alone else f"C{i}"
+        if len(train):
+            places, losses = train.T
+            label = "train (running mean)" if alone else None
+            if alone:
+                axes.plot(places, losses, color=color, alpha=0.25, linewidth=0.8)
+            faint = {} if alone else {"alpha": 0.4, "linewidth": 1}
+            axes.plot(places, _running_mean(losses), color=color, label=label, **faint)
+        if len(val):
+            places, losses = val.T
+            best = losses.argmin()
+            color = "tab:orange" if alone else color
+            label = "validation" if alone else f"{name}: best {losses[best]:.4f}"
+            axes.plot(places, losses, "o-", color=color, markersize=4, label=label)
+            axes.plot(places[best], losses[best], "*", color="tab:red", markersize=14, zorder=3)
+            if alone:
+                axes.annotate(
+                    f"best {losses[best]:.4f}\nat {x} {places[best]:,.0f}",
+                    (places[best], losses[best]),
+                    xytext=(-6, 14),
+                    textcoords="offset points",
+                    ha="right" if best else "left",
+                    color="tab:red",
+                )
+    title = next(iter(runs)) if alone else "validation (dots) and train loss"
+    x_label = {"step": "step", "tokens": "tokens read", "time": "seconds of training"}[x]
+    axes.set(xlabel=x_label, ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(train) or len(val):
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(folder / PICTURE)
-    plt.close(figure)
+    return figure
+
+
+def _running_mean(losses: np.ndarray) -> list[float]:
+    """Return the mean around each row, of fewer rows at both ends."""
+    widest = min(SMOOTHED_ROWS // 2, len(losses) // 20)
+    halves = [min(widest, i, len(losses) - 1 - i) for i in range(len(losses))]
+    return [losses[i - half : i + half + 1].mean() for i, half in enumerate(halves)]
+
+
+if __name__ == "__main__":
+    run_command(main)

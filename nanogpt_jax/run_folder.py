@@ -73,7 +73,7 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
     if not (folder / CONFIG).exists():
         return False
     # A field that the run does not name is younger than the run, which had today's default.
-    begun = to_flat_dict(TrainConfig()) | _read_config(folder)
+    begun = to_flat_dict(TrainConfig()) | read_config(folder)
     if not has_checkpoint(folder):
         return False
     differing = [
@@ -158,7 +158,7 @@ def delete(folder: Path) -> None:
     """
     check_usable(folder)
     if (folder / CONFIG).exists():
-        _read_config(folder)  # other programs write a config.json too
+        read_config(folder)  # other programs write a config.json too
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         for name in (METRICS, PICTURE, tokenizer.FILE_NAME, CONFIG):
             (folder / name).unlink(missing_ok=True)
@@ -182,15 +182,20 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
         InputError: the folder holds no run.
     """
-    if not (folder / CONFIG).exists():
-        raise InputError(f"out_dir must hold a run, but there is no {folder / CONFIG}")
-    begun = _read_config(folder)
+    begun = read_config(folder)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     return ModelConfig(**{name: begun[name] for name in names & begun.keys()})
 
 
-def _read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
+    """Return what a run was asked for: TrainConfig's fields, flat, and made_with.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
     path = folder / CONFIG
+    if not path.exists():
+        raise InputError(f"out_dir must hold a run, but there is no {path}")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

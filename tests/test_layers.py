@@ -16,15 +16,15 @@ LAYERS = (
     {"config", "tokenizer", "data", "download", "chips", "profiling"},
     {"command_line", "corpora", "run_folder", "accounting", "optim", "startup"}
     | {"devices", "mesh", "attention"},
-    {"presets", "model"},
+    {"presets", "model", "report"},
     {"steps", "generate"},
-    {"checkpoint", "report", "sharding"},
+    {"checkpoint", "progress", "sharding", "inspection"},
     {"programs"},
     {"bench", "tpu"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
-WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "accounting"}
+WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "accounting", "report"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -68,10 +68,10 @@ def test_imports_are_found_however_they_are_written(tmp_path):
     path.write_text(
         "import nanogpt_jax.model\n"
         "from nanogpt_jax import steps as s\n"
-        "from . import report\n"
+        "from . import progress\n"
         "def f():\n    from nanogpt_jax.corpora import Corpus\n    from .optim import lr\n"
     )
-    assert imported_layers(path).keys() == {"model", "steps", "report", "corpora", "optim"}
+    assert imported_layers(path).keys() == {"model", "steps", "progress", "corpora", "optim"}
 
 
 def test_the_package_itself_imports_nothing():

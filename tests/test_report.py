@@ -1,189 +1,123 @@
-"""What a run leaves in metrics.jsonl, and its picture."""
+"""The curves of runs, drawn alone and over each other."""
 
-import dataclasses
 import json
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from nanogpt_jax.optim import learning_rate_schedule
-from nanogpt_jax.report import Diverged, Report, draw, read_metrics
-from nanogpt_jax.steps import Metrics
+from nanogpt_jax import report
+from nanogpt_jax.config import TrainConfig, to_flat_dict
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.report import draw, loss_figure, read_metrics
 
-LOSSES = (3.0 + np.random.default_rng(0).normal(size=100)).astype(np.float32)
+TRAIN = [
+    {"step": step, "train_loss": 3 - step / 50, "tokens_per_s": 9, "elapsed_s": step / 10}
+    for step in range(0, 100, 5)
+]
+VAL = [
+    {"step": step, "val_loss": 3 - step / 60, "tokens_per_s": 9, "elapsed_s": step / 10}
+    for step in (0, 50, 100)
+]
 
 
 @pytest.fixture
-def config(tiny_config):
-    return dataclasses.replace(tiny_config, max_iters=20, eval_interval=10, log_interval=4)
+def make_run(tmp_path):
+    def make(name, rows=TRAIN + VAL, **fields):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = to_flat_dict(TrainConfig()) | fields | {"made_with": {}}
+        (folder / "config.json").write_text(json.dumps(config))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "metrics.jsonl").write_text(lines)
+        return folder
+
+    return make
 
 
-def train(report, begin, end, at_once=3, losses=LOSSES):
-    """Report steps as train.py does: some steps a dispatch, evaluations where they are due."""
-    step = begin
-    while True:
-        if report.evaluation_due(step) and (step == 0 or step != begin):
-            report.catch_up()
-            report.evaluated(step, 5 - step / 100)
-        if step == end:
-            break
-        n_steps = min(at_once, end - step, report.config.eval_interval - step % 10)
-        filled = np.zeros(7, np.float32)
-        filled[:n_steps] = losses[step : step + n_steps]
-        report.dispatched(
-            step, n_steps, time.perf_counter(), Metrics(filled, filled, np.zeros(7, int))
-        )
-        step += n_steps
-    report.catch_up()
-
-
-def run(folder, config, begin=None, end=20, **kwargs):
-    report = Report(folder, config, begin)
-    try:
-        train(report, begin or 0, end, **kwargs)
-    finally:
-        report.close()
-    return report
-
-
-def numbers(folder):
-    """The rows without what the clock makes of them."""
-    return [
-        {name: x for name, x in row.items() if name not in ("tokens_per_s", "elapsed_s")}
-        for row in read_metrics(folder)
-    ]
-
-
-def test_rows_are_at_log_points_and_evaluations(tmp_path, config):
-    run(tmp_path, config)
-    rows = read_metrics(tmp_path)
-    assert [row["step"] for row in rows] == [0, 4, 8, 10, 12, 16, 20]
-    assert [row["step"] for row in rows if "val_loss" in row] == [0, 10, 20]
-    assert [row["step"] for row in rows if "train_loss" not in row] == [0]
-    assert all({"lr", "tokens_per_s", "elapsed_s"} <= row.keys() for row in rows)
-    elapsed_s = [row["elapsed_s"] for row in rows]
-    assert elapsed_s == sorted(elapsed_s)
-    assert rows[1]["tokens_per_s"] > 0
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 7])
-def test_rows_do_not_depend_on_the_rhythm_of_dispatches(tmp_path, config, at_once):
-    for name, n in ("ones", 1), ("more", at_once):
-        (tmp_path / name).mkdir()
-        run(tmp_path / name, config, at_once=n)
-    assert numbers(tmp_path / "more") == numbers(tmp_path / "ones")
-
-
-def test_a_log_interval_past_the_end_leaves_the_evaluations(tmp_path, config):
-    run(tmp_path, dataclasses.replace(config, log_interval=1000))
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 10, 20]
-
-
-def test_losses_come_back_exactly(tmp_path, config):
-    run(tmp_path, config)
-    rows = {row["step"]: row for row in read_metrics(tmp_path)}
-    for step in 4, 8, 10, 12, 16, 20:
-        assert np.float32(rows[step]["train_loss"]) == LOSSES[step - 1]
-    assert rows[10]["val_loss"] == 4.9
-
-
-def test_the_learning_rate_is_that_of_the_update_before(tmp_path, config):
-    run(tmp_path, config)
-    schedule = learning_rate_schedule(config.optim, config.max_iters)
-    for row in read_metrics(tmp_path)[1:]:
-        assert row["lr"] == pytest.approx(float(schedule(row["step"] - 1)), rel=1e-6)
-
-
-def test_a_resumed_run_has_the_rows_of_one_straight_through(tmp_path, config):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    straight.mkdir()
-    stopped.mkdir()
-    run(straight, config)
-    run(stopped, config, end=18)
-    run(stopped, config, begin=10)  # the checkpoint lay at 10: 12 and 16 are made again
-    assert numbers(stopped) == numbers(straight)
-
-
-def test_a_run_that_begins_again_from_nothing_logs_step_0_once(tmp_path, config):
-    """Killed before its first checkpoint."""
-    run(tmp_path, config, end=6)
-    run(tmp_path, config)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 4, 8, 10, 12, 16, 20]
-
-
-def test_resuming_drops_a_last_line_cut_off_by_a_kill(tmp_path, config):
-    run(tmp_path, config, end=10)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 12, "train_l')
-    run(tmp_path, config, begin=10)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 4, 8, 10, 12, 16, 20]
-
-
-def test_resuming_remembers_the_best_and_the_time(tmp_path, config):
-    rows = [
-        {"step": 0, "val_loss": 4.0, "lr": 0.1, "tokens_per_s": 0, "elapsed_s": 1.0},
-        {"step": 10, "val_loss": 2.0, "lr": 0.1, "tokens_per_s": 9, "elapsed_s": 100.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = run(tmp_path, config, begin=10)
-    assert report.best == (2.0, 10)
-    assert 100 < report.elapsed_s() < 200
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_is_told_with_its_step(tmp_path, config, bad):
-    losses = np.where(np.arange(100) == 6, bad, LOSSES)
-    with pytest.raises(Diverged, match=f"loss {bad} and .* at step 7"):
-        run(tmp_path, config, losses=losses)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 4]
-
-
-def test_a_gradient_that_is_no_number_ends_the_run_before_its_parameters_are_saved(
-    tmp_path, config
-):
-    report = Report(tmp_path, config, None)
-    report.dispatched(0, 1, 0.0, Metrics(np.float32([2.0]), np.float32([np.inf]), [0]))
-    with pytest.raises(Diverged, match="gradient norm inf at step 1"):
-        report.catch_up()
-    report.close()
-
-
-def test_a_validation_loss_that_is_no_number_is_told_with_its_step(tmp_path, config):
-    report = Report(tmp_path, config, None)
-    with pytest.raises(Diverged, match="nan at step 10"):
-        report.evaluated(10, float("nan"))
-    report.close()
-    assert read_metrics(tmp_path) == []
-
-
-TRAIN = [{"step": step, "train_loss": 3 - step / 50} for step in range(0, 100, 5)]
-VAL = [{"step": step, "val_loss": 3 - step / 60} for step in (0, 50, 100)]
+def curves(figure) -> dict[str, np.ndarray]:
+    """The points of each curve that the legend names."""
+    lines = figure.axes[0].get_lines()
+    named = {line.get_label(): line.get_xydata() for line in lines}
+    return {name: points for name, points in named.items() if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("rows", [TRAIN, VAL, TRAIN + VAL, TRAIN[:1], VAL[:1], []])
-def test_the_picture_is_drawn_from_whatever_there_is(tmp_path, rows):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draw(tmp_path, "a run")
-    picture = (tmp_path / "loss.png").read_bytes()
+def test_the_picture_is_drawn_from_whatever_there_is(make_run, rows):
+    folder = make_run("a", rows)
+    draw(folder, "a run")
+    picture = (folder / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 8_000
 
 
-def test_the_picture_shows_the_validation_curve(tmp_path):
-    for name, rows in ("without", TRAIN), ("with", TRAIN + VAL):
-        (tmp_path / name).mkdir()
-        path = tmp_path / name / "metrics.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        draw(tmp_path / name, "a run")
-    pictures = [(tmp_path / name / "loss.png").read_bytes() for name in ("without", "with")]
-    assert pictures[0] != pictures[1]
+def test_one_run_shows_both_curves_and_its_best():
+    rows = [row | {"x": row["step"]} for row in TRAIN + VAL]
+    figure = loss_figure({"a run": rows})
+    shown = curves(figure)
+    np.testing.assert_allclose(shown["validation"], [(r["step"], r["val_loss"]) for r in VAL])
+    assert len(shown["train (running mean)"]) == len(TRAIN)
+    assert figure.axes[0].texts[0].get_text() == "best 1.3333\nat step 100"
 
 
-def test_a_run_draws_its_picture(tmp_path, config):
-    run(tmp_path, config)
-    assert (tmp_path / "loss.png").stat().st_size > 8_000
+@pytest.mark.parametrize(
+    ("x", "last"), [("step", 100), ("tokens", 100 * 3 * 5 * 1024), ("time", 10.0)]
+)
+def test_several_runs_are_drawn_over_each_other(make_run, x, last):
+    fields = {"batch_size": 3, "gradient_accumulation_steps": 5, "block_size": 1024}
+    worse = [row | {"val_loss": row["val_loss"] + 1} if "val_loss" in row else row for row in VAL]
+    folders = [make_run("a", **fields), make_run("b", TRAIN + worse, **fields)]
+    shown = curves(loss_figure({f.name: report.read_run(f, x) for f in folders}, x))
+    assert shown.keys() == {"a: best 1.3333", "b: best 2.3333"}
+    assert shown["a: best 1.3333"][-1, 0] == last
+    np.testing.assert_allclose(shown["b: best 2.3333"][:, 1] - shown["a: best 1.3333"][:, 1], 1)
+
+
+def test_the_command_prints_a_line_a_run_and_says_where_the_picture_is(
+    make_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    make_run("a"), make_run("b")
+    report.main(["a", "b", "--x", "time"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("a  best val loss 1.3333 at step 100; 100 steps in 10 s")
+    assert told[2] == "drawn to out/report.png"
+    assert (tmp_path / "out" / "report.png").stat().st_size > 8_000
+    report.main(["a"])
+    assert (tmp_path / "a" / "loss.png").exists()
+    report.main(["a", "--picture", "new folder/it.svg"])
+    assert (tmp_path / "new folder" / "it.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "at least one run must be given"),
+        (["nowhere"], "out_dir must hold a run, but there is no nowhere/config.json"),
+        (["empty"], "empty has logged nothing yet"),
+        (["a", "--x", "loss"], "loss"),
+        (["a", "--y", "loss"], "there is no flag --y"),
+        (["a", "--picture", "it.doc"], "it.doc cannot be written"),
+        (["a", "--picture", "a/config.json/it.png"], "cannot be written"),
+    ],
+)
+def test_wrong_input_is_refused(make_run, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    make_run("a"), make_run("empty", [])
+    with pytest.raises(InputError, match=message):
+        report.main(argv)
+
+
+def test_the_command_does_without_jax(make_run):
+    folder = make_run("a")
+    script = (
+        "import sys; from nanogpt_jax import report; report.main(sys.argv[1:]); "
+        "assert 'jax' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_metrics_of_a_folder_without_any_are_none(tmp_path):

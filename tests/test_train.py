@@ -20,7 +20,8 @@ from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.presets import parse_train_config
-from nanogpt_jax.report import Report, read_metrics
+from nanogpt_jax.progress import Progress
+from nanogpt_jax.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
@@ -117,14 +118,14 @@ def assert_same_run(folder, other):
 
 def raise_at(monkeypatch, step, number):
     """Send this process a signal while a step is under way."""
-    dispatched = Report.dispatched
+    dispatched = Progress.dispatched
 
     def spy(self, first, n_steps, *rest):
         dispatched(self, first, n_steps, *rest)
         if first <= step < first + n_steps:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(Report, "dispatched", spy)
+    monkeypatch.setattr(Progress, "dispatched", spy)
 
 
 def test_makes_exactly_max_iters_updates_and_learns(straight):

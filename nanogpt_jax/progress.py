@@ -1,0 +1,184 @@
+"""What a run tells while it goes on: the progress bar, metrics.jsonl, the picture of its loss."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.optim import learning_rate_schedule
+from nanogpt_jax.report import draw, read_metrics
+from nanogpt_jax.run_folder import METRICS, PICTURE
+from nanogpt_jax.steps import Metrics
+
+REDRAW_S = 60
+MOST_SKIPPED = 50  # updates in a row: the loss scale was halved each time
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+class Progress:
+    """Reports a run's dispatches one behind, so that the device never waits for the host.
+
+    Args:
+        begun_at: the step of the checkpoint that the run goes on from; None of a new run.
+        skipped: updates skipped until then.
+        is_first: of several processes one writes files and shows the bar.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        begun_at: int | None,
+        skipped: int = 0,
+        is_first: bool = True,
+    ):
+        self.folder, self.config = folder, config
+        self.steps_per_s = 0.0  # of the last dispatch that was reported
+        self.train_loss = None
+        self.skipped = skipped  # a skipped update does not advance the learning rate's schedule
+        self._skipped_in_a_row = 0
+        # A run that was killed may have logged past the checkpoint it goes on from.
+        start_step = -1 if begun_at is None else begun_at
+        rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        self._is_first = is_first
+        if is_first:
+            partial = folder / f"{METRICS}.partial"
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            partial.replace(folder / METRICS)
+        path = folder / METRICS if is_first else Path(os.devnull)
+        self._file = path.open("a", encoding="utf-8")
+        evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
+        self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
+        self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
+        self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
+        self._pending = None
+        schedule = learning_rate_schedule(config.optim, config.max_iters)
+        self._learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
+        self._bar = tqdm(
+            initial=begun_at or 0,
+            total=config.max_iters,
+            unit="step",
+            # No bar where standard error is a file: there the lines below serve.
+            disable=None if is_first else True,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}, {remaining} left{postfix}]",
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(line)
+
+    def dispatched(self, step: int, n_steps: int, launched_s: float, metrics: Metrics) -> None:
+        """Note that n_steps from `step` on were dispatched, and report the dispatch before.
+
+        Args:
+            launched_s: `time.perf_counter()` before the dispatch.
+            metrics: of shape (N,), the first n_steps filled; not waited for yet.
+        """
+        self.catch_up()
+        self._pending = step, n_steps, launched_s, metrics
+
+    def catch_up(self) -> None:
+        """Wait for what was dispatched, and report it.
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        if self._pending is None:
+            return
+        first, n_steps, launched_s, metrics = self._pending
+        self._pending = None
+        losses, grad_norms, skipped = (np.asarray(metric)[:n_steps] for metric in metrics)
+        done_s = time.perf_counter()
+        self.steps_per_s = n_steps / (done_s - max(launched_s, self._last_done_s))
+        self._last_done_s = done_s
+        for i, step in enumerate(range(first + 1, first + 1 + n_steps)):
+            loss, grad_norm, is_skipped = losses[i], grad_norms[i], skipped[i] > self.skipped
+            self.skipped = int(skipped[i])
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+            if self._skipped_in_a_row > MOST_SKIPPED:
+                raise Diverged(f"float16 overflowed in {MOST_SKIPPED} updates before step {step}")
+            if not is_skipped and not (np.isfinite(loss) and np.isfinite(grad_norm)):
+                raise Diverged(f"loss {loss} and gradient norm {grad_norm} at step {step}")
+            if np.isfinite(loss):
+                self.train_loss = float(loss)
+            if step % self.config.log_interval == 0 and not self.evaluation_due(step):
+                self._log(step)
+        tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
+        self._bar.set_postfix_str(
+            f"loss {self.train_loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s{self._skips()}",
+            refresh=False,
+        )
+        self._bar.update(n_steps)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Return whether a step is followed by an evaluation: each eval_interval, and the last."""
+        return step % self.config.eval_interval == 0 or step == self.config.max_iters
+
+    def evaluated(self, step: int, val_loss: float) -> None:
+        """Report an evaluation; `catch_up` comes before it.
+
+        Raises:
+            Diverged: the loss is not finite.
+        """
+        if not math.isfinite(val_loss):
+            raise Diverged(f"the validation loss is {val_loss} at step {step}")
+        is_best = self.best is None or val_loss < self.best[0]
+        if is_best and step > 0:
+            self.best = val_loss, step
+        self._log(step, val_loss)
+        train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
+        speed = self.steps_per_s * self.config.tokens_per_iter
+        shown = f", {speed:,.0f} tokens/s" if speed else ""
+        best = "" if is_best else f" (best {self.best[0]:.4f} at step {self.best[1]})"
+        self.say(f"step {step:6d}: {train}val loss {val_loss:.4f}{best}{shown}{self._skips()}")
+        now_s = time.perf_counter()
+        if now_s - self._drawn_s > REDRAW_S:
+            self._draw()
+            self._drawn_s = now_s
+
+    def elapsed_s(self) -> float:
+        """Return the seconds of this run, earlier starts included."""
+        return self._elapsed_before_s + time.perf_counter() - self._begun_s
+
+    def close(self) -> None:
+        """End the bar and the file, and draw the picture."""
+        self._bar.close()
+        self._file.close()
+        self._draw()
+
+    def _skips(self) -> str:
+        return f", skipped updates: {self.skipped}" if self.skipped else ""
+
+    def _draw(self) -> None:
+        if not self._is_first:
+            return
+        try:
+            draw(self.folder, self.config.config)
+        except OSError as error:  # a full disk; no reason to lose the run
+            self.say(f"{PICTURE} could not be drawn: {error}")
+
+    def _log(self, step: int, val_loss: float | None = None) -> None:
+        row = {"step": step}
+        if self.train_loss is not None:
+            row["train_loss"] = self.train_loss
+        if val_loss is not None:
+            row["val_loss"] = val_loss
+        last_update = max(0, step - 1 - self.skipped)
+        row["lr"] = float(self._learning_rates[last_update])
+        if self.config.compute.dtype == "float16":
+            row["skipped_updates"] = self.skipped
+        row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
+        row["elapsed_s"] = round(self.elapsed_s(), 2)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()

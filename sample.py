@@ -75,12 +75,12 @@ def write_samples(
 
     from nanogpt_jax import devices, generate, sharding, startup, steps
     from nanogpt_jax.checkpoint import Checkpoints
-    from nanogpt_jax.model import GPT
+    from nanogpt_jax.rungs import make_model
 
     startup.use_compile_cache(config.compile_cache)
     asked = ComputeConfig(dtype=config.dtype, attention="xla")  # a cached token needs no other
     compute, _ = devices.choose(asked, model_config, jax.devices()[0])
-    model = GPT(model_config, compute)
+    model = make_model(model_config, compute)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
     step = checkpoints.best_step() if config.checkpoint == "best" else checkpoints.latest_step()
     step = checkpoints.latest_step() if step is None else step  # stopped before an evaluation

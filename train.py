@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 
 import nanogpt_jax
-from nanogpt_jax import corpora, data, run_folder, startup, tokenizer
+from nanogpt_jax import accounting, chips, corpora, data, run_folder, startup, tokenizer
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import Corpus
+from nanogpt_jax.counts import size_in_words
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.presets import PRESETS, parse_train_config
 from nanogpt_jax.startup import Processes
@@ -79,11 +80,10 @@ def train(
 
     from nanogpt_jax import devices, generate, sharding, steps
     from nanogpt_jax import mesh as meshes
-    from nanogpt_jax.accounting import parameter_counts
     from nanogpt_jax.checkpoint import Checkpoints
-    from nanogpt_jax.model import GPT
     from nanogpt_jax.programs import make_programs, needed_bytes
     from nanogpt_jax.progress import Diverged, Progress
+    from nanogpt_jax.rungs import make_model
 
     startup.use_compile_cache(config.compile_cache, processes.count)
     if jax.process_count() != processes.count:
@@ -95,14 +95,15 @@ def train(
     mesh = meshes.make_mesh(meshes.choose_sizes(config, jax.device_count(), use_all))
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
 
-    counts = parameter_counts(config.model)
-    n_params = sum(counts.values()) - counts["position embedding"]  # as nanoGPT counts
     print(
-        f"{config.config}: {n_params / 1e6:.2f}M parameters, {config.tokens_per_iter:,} tokens a "
+        f"{config.config}: {size_in_words(config.model)}, {config.tokens_per_iter:,} tokens a "
         f"step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
         f"{corpus.vocab_size})"
     )
     print(f"jax {jax.__version__} on {devices.describe(mesh)}: {how}")
+    chip = chips.find(jax.devices()[0].device_kind)
+    if not config.eval_only:
+        print(accounting.run_line(config, len(corpus.splits["val"]), chip, mesh.size))
     if idle := jax.device_count() - mesh.size:
         why = "as --mesh says" if config.compute.mesh else "since they do not divide --batch_size"
         print(f"{idle} of {jax.device_count()} devices are idle, {why}")
@@ -191,7 +192,10 @@ def train(
     processes.wait("compiled")
 
     step, saved_at = begun_at or 0, begun_at
-    progress = Progress(folder, config, begun_at, int(state.skipped), processes.is_first)
+    peak_flops = chip and mesh.size * chip.device_flops
+    progress = Progress(
+        folder, config, begun_at, int(state.skipped), processes.is_first, peak_flops
+    )
     try:
         while True:
             if progress.evaluation_due(step) and step != begun_at:
@@ -258,7 +262,7 @@ def train(
     if corpus.tokenizer:
         window_BS, length = generate.start_window(corpus.tokenizer, None, 1, block_size)
         write = jax.jit(
-            partial(generate.generate, GPT(config.model, devices.Compute(compute.dtype))),
+            partial(generate.generate, make_model(config.model, devices.Compute(compute.dtype))),
             static_argnames=("n_tokens", "sampling"),
             out_shardings=meshes.replicated(mesh),
         )

@@ -1,7 +1,7 @@
 """Speed, and its distance to the limit: python -m nanogpt_jax.bench --config small [--json]
 
 All of train.py's flags are understood. The step that is timed is the very one of train.py, on
-random tokens; FLOPs are those of its matrix products (accounting.py). Two limits stand beside
+random tokens; FLOPs are those of its matrix products (counts.py). Two limits stand beside
 it: the fastest large product that the same process reaches, of the same type, and what the chip's
 maker promises (MFU), where the chip is known. Times are medians; on a shared machine, compare only
 what was run side by side.
@@ -42,13 +42,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax import accounting, chips, corpora, data, devices, generate, profiling, steps
+from nanogpt_jax import chips, corpora, counts, data, devices, generate, profiling, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import run_command
-from nanogpt_jax.model import GPT
 from nanogpt_jax.presets import parse_train_config, with_vocab_size
 from nanogpt_jax.programs import Programs, make_programs, needed_bytes
+from nanogpt_jax.rungs import make_model
 
 CORPUS_TOKENS = 1_000_000
 SAMPLE_TOKENS = 500
@@ -148,10 +148,10 @@ def training_figures(config: TrainConfig, compute: devices.Compute, mesh, profil
             jax.block_until_ready(dispatch(few))
         profiling.print_table(PROFILE, few)
     peak = mesh.size * matmul_peak_flops(compute.dtype)
-    achieved = accounting.train_flops_per_token(config.model) * config.tokens_per_iter / step_s
+    achieved = counts.train_flops_per_token(config.model) * config.tokens_per_iter / step_s
     chip = chips.find(jax.devices()[0].device_kind)
     return {
-        "parameters": sum(accounting.parameter_counts(config.model).values()),
+        "parameters": counts.n_params(config.model),
         "compile_s": compile_s,
         "step_ms": 1e3 * step_s,
         "steps_per_dispatch": n_steps,
@@ -188,7 +188,7 @@ def memory_of_variants(config: TrainConfig, compute: devices.Compute, mesh) -> d
 
 def sampling_figures(config: TrainConfig, compute: devices.Compute) -> dict:
     """Time cached decoding: one and ten streams in one program, and one dispatch for each token."""
-    model = GPT(config.model, devices.Compute(compute.dtype))
+    model = make_model(config.model, devices.Compute(compute.dtype))
     params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
     write = jax.jit(partial(generate.generate, model), static_argnames=("n_tokens", "sampling"))
     sampling = generate.Sampling(temperature=0.8, top_k=200)

@@ -13,6 +13,8 @@ class Chip:
     flops: float  # dense products of 16-bit numbers summed in 32 bits, FLOP/s
     memory_bytes: float
     bandwidth: float  # of that memory, bytes/s
+    watts: float | None = None  # of the board under full load; Google publishes none of its TPUs
+    dollars_per_hour: float | None = None  # rented; None: not to be had, or not looked up
     devices: int = 1  # as JAX counts them
 
     @property
@@ -24,23 +26,26 @@ class Chip:
 GB, GiB = 10**9, 2**30
 # Each pattern goes to the end of the name: laptops' chips and slices of a chip are named after the
 # chip, and slower. Sources: for GPUs NVIDIA's data sheets and architecture whitepapers (dense
-# rates, without sparsity), for TPUs cloud.google.com/tpu/docs.
+# rates, without sparsity; watts too), for TPUs cloud.google.com/tpu/docs. Dollars are list prices
+# of one chip on demand as seen in 2026, for orders of magnitude: at Google Cloud (T4 and L4, whose
+# machine comes on top, and TPUs, in the USA) and at GPU clouds (RunPod, Lambda), between which
+# they differ by half, and from one quarter to the next as well.
 CHIPS = (
-    Chip("T4", r"\bT4$", 65e12, 16 * GB, 320e9),
-    Chip("RTX 3070 Ti", r"RTX 3070 Ti$", 43.5e12, 8 * GB, 608e9),
-    Chip("RTX 4090", r"RTX 4090$", 165.2e12, 24 * GB, 1008e9),
-    Chip("L4", r"\bL4$", 121e12, 24 * GB, 300e9),
-    Chip("A100 80GB", r"\bA100.*80GB( PCIe)?$", 312e12, 80 * GB, 2039e9),
-    Chip("A100 40GB", r"\bA100.*40GB$", 312e12, 40 * GB, 1555e9),
-    Chip("H100 PCIe", r"\bH100 PCIe$", 756e12, 80 * GB, 2000e9),
-    Chip("H100", r"\bH100 80GB HBM3$", 989.4e12, 80 * GB, 3350e9),
-    Chip("H200", r"\bH200$", 989.4e12, 141 * GB, 4800e9),
+    Chip("T4", r"\bT4$", 65e12, 16 * GB, 320e9, 70, 0.35),
+    Chip("RTX 3070 Ti", r"RTX 3070 Ti$", 43.5e12, 8 * GB, 608e9, 290),
+    Chip("RTX 4090", r"RTX 4090$", 165.2e12, 24 * GB, 1008e9, 450, 0.60),
+    Chip("L4", r"\bL4$", 121e12, 24 * GB, 300e9, 72, 0.56),
+    Chip("A100 80GB", r"\bA100.*80GB( PCIe)?$", 312e12, 80 * GB, 2039e9, 400, 1.99),
+    Chip("A100 40GB", r"\bA100.*40GB$", 312e12, 40 * GB, 1555e9, 400, 1.99),
+    Chip("H100 PCIe", r"\bH100 PCIe$", 756e12, 80 * GB, 2000e9, 350, 2.80),
+    Chip("H100", r"\bH100 80GB HBM3$", 989.4e12, 80 * GB, 3350e9, 700, 3.99),
+    Chip("H200", r"\bH200$", 989.4e12, 141 * GB, 4800e9, 700, 4.59),
     Chip("TPU v2", r"TPU v2$", 45e12, 16 * GiB, 700e9, devices=2),
     Chip("TPU v3", r"TPU v3$", 123e12, 32 * GiB, 900e9, devices=2),
     Chip("TPU v4", r"TPU v4$", 275e12, 32 * GiB, 1228e9),
-    Chip("TPU v5e", r"TPU v5( lite|e)$", 197e12, 16 * GiB, 819e9),
+    Chip("TPU v5e", r"TPU v5( lite|e)$", 197e12, 16 * GiB, 819e9, None, 1.20),
     Chip("TPU v5p", r"TPU v5p?$", 459e12, 95 * GiB, 2765e9),
-    Chip("TPU v6e", r"TPU v6( lite|e)$", 918e12, 32 * GiB, 1640e9),
+    Chip("TPU v6e", r"TPU v6( lite|e)$", 918e12, 32 * GiB, 1640e9, None, 2.70),
 )
 
 

@@ -19,10 +19,16 @@ def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
         raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
 
 
+# The steps of the lecture "Let's build GPT", each a model of its own in rungs.py.
+RUNGS = ("bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the GPT."""
 
+    architecture: Literal["gpt", *RUNGS] = "gpt"
+    """GPT-2's, or a step of "Let's build GPT": see rungs.py."""
     block_size: int = 1024
     """Context length in tokens."""
     vocab_size: int | None = None

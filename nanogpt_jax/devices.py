@@ -36,10 +36,26 @@ def choose(
     Raises:
         InputError: what was asked for by name cannot be.
     """
+    if model.architecture != "gpt":
+        return _as_in_the_lecture(config, model, mesh)
     dtype, reason = _choose_dtype(config.dtype, device)
     attention, attention_reason = _choose_attention(config.attention, model, dtype, device)
     compute = Compute(jnp.dtype(dtype), attention, config.remat, config.loss_chunks, mesh)
     return compute, f"{dtype} ({reason}); attention by {attention} ({attention_reason})"
+
+
+def _as_in_the_lecture(
+    config: ComputeConfig, model: ModelConfig, mesh: Mesh | None
+) -> tuple[Compute, str]:
+    for name, only in ("dtype", "float32"), ("attention", "xla"), ("remat", False):
+        asked = getattr(config, name)
+        if asked not in (only, "auto"):
+            raise InputError(
+                f"{name} must be {only} for architecture {model.architecture}, a step of the "
+                f"lecture, but is {asked}"
+            )
+    compute = Compute(loss_chunks=config.loss_chunks, mesh=mesh)
+    return compute, "float32, and attention written out, as in the lecture"
 
 
 def describe(mesh: Mesh) -> str:

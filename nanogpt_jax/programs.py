@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -14,14 +15,14 @@ from nanogpt_jax import sharding, steps
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.devices import Compute
 from nanogpt_jax.mesh import replicated
-from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
+from nanogpt_jax.rungs import make_model
 
 
 class Programs(NamedTuple):
     """The programs of a run, and the shapes and places of its state."""
 
-    model: GPT
+    model: nn.Module  # the GPT, or a rung of the lecture
     abstract_state: steps.TrainState  # ShapeDtypeStructs, each with its sharding
     init_state: Callable  # (weights_key) -> state
     train_steps: Callable  # (state, corpus, places_NAB, n, dropout_key) -> (state, metrics)
@@ -30,7 +31,7 @@ class Programs(NamedTuple):
 
 def make_programs(config: TrainConfig, compute: Compute, mesh: Mesh) -> Programs:
     """Return the programs of a run; nothing is compiled yet."""
-    model = GPT(config.model, compute)
+    model = make_model(config.model, compute)
     tx = make_optimizer(config.optim, config.max_iters)
     init_state = partial(steps.init_state, model, tx)
     abstract = jax.eval_shape(init_state, jax.random.key(0))

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.counts import train_flops_per_token
 from nanogpt_jax.optim import learning_rate_schedule
 from nanogpt_jax.report import draw, read_metrics
 from nanogpt_jax.run_folder import METRICS, PICTURE
@@ -31,6 +32,8 @@ class Progress:
         begun_at: the step of the checkpoint that the run goes on from; None of a new run.
         skipped: updates skipped until then.
         is_first: of several processes one writes files and shows the bar.
+        peak_flops: FLOP/s that the makers promise of all devices together; None of a chip that is
+            not in chips.py, of which no MFU is told.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Progress:
         begun_at: int | None,
         skipped: int = 0,
         is_first: bool = True,
+        peak_flops: float | None = None,
     ):
         self.folder, self.config = folder, config
         self.steps_per_s = 0.0  # of the last dispatch that was reported
@@ -50,6 +54,10 @@ class Progress:
         start_step = -1 if begun_at is None else begun_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
         self._is_first = is_first
+        self._mfu_per_step_s = None
+        if peak_flops is not None:
+            step_flops = config.tokens_per_iter * train_flops_per_token(config.model)
+            self._mfu_per_step_s = step_flops / peak_flops
         if is_first:
             partial = folder / f"{METRICS}.partial"
             partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -115,8 +123,10 @@ class Progress:
             if step % self.config.log_interval == 0 and not self.evaluation_due(step):
                 self._log(step)
         tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
+        mfu = "" if self._mfu_per_step_s is None else f", MFU {self.mfu():.1%}"
         self._bar.set_postfix_str(
-            f"loss {self.train_loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s{self._skips()}",
+            f"loss {self.train_loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s{mfu}"
+            f"{self._skips()}",
             refresh=False,
         )
         self._bar.update(n_steps)
@@ -146,6 +156,10 @@ class Progress:
         if now_s - self._drawn_s > REDRAW_S:
             self._draw()
             self._drawn_s = now_s
+
+    def mfu(self) -> float | None:
+        """Return the share of the peak that the last dispatch reached; None of an unknown chip."""
+        return None if self._mfu_per_step_s is None else self._mfu_per_step_s * self.steps_per_s
 
     def elapsed_s(self) -> float:
         """Return the seconds of this run, earlier starts included."""
@@ -179,6 +193,8 @@ class Progress:
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
+        if self._mfu_per_step_s is not None:
+            row["mfu"] = float(f"{self.mfu():.3g}")
         row["elapsed_s"] = round(self.elapsed_s(), 2)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -19,9 +19,9 @@ from nanogpt_jax import mesh as meshes
 from nanogpt_jax import steps
 from nanogpt_jax.config import MESH_AXES, TrainConfig, mesh_sizes
 from nanogpt_jax.errors import run_command
-from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.presets import parse_train_config, with_vocab_size
+from nanogpt_jax.rungs import make_model
 
 # Each pair of products is split so that only its result is summed over the devices: columns of the
 # first, rows of the second. The columns of c_attn are q, k and v side by side, so their parts are
@@ -106,7 +106,7 @@ def with_shardings(abstract, shardings):
 
 def abstract_state(config: TrainConfig) -> steps.TrainState:
     """Return the shapes of a run's state."""
-    init = partial(steps.init_state, GPT(config.model), make_optimizer(config.optim, 1))
+    init = partial(steps.init_state, make_model(config.model), make_optimizer(config.optim, 1))
     return jax.eval_shape(init, jax.random.key(0))
 
 

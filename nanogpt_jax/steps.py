@@ -11,6 +11,7 @@ import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax import lax
 
+from nanogpt_jax.devices import Compute
 from nanogpt_jax.model import GPT
 
 
@@ -40,7 +41,7 @@ def stream_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 def init_params(model: GPT, key) -> dict:
     """Return new parameters, by GPT-2's names."""
-    plain = GPT(model.config)  # a fused kernel takes no sequence of one token
+    plain = model.clone(compute=Compute())  # a fused kernel takes no sequence of one token
     return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 

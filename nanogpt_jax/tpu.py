@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from nanogpt_jax import accounting, chips, data, devices
+from nanogpt_jax import chips, counts, data, devices
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import InputError
@@ -89,7 +89,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     share = math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2]))) / len(tpus)
     needed = needed_bytes(compiled)
     passes = 4 if compute.remat else 3  # forward, backward (as two), and forward again
-    flops = passes * accounting.forward_flops_per_token(config.model) * config.tokens_per_iter
+    flops = passes * counts.forward_flops_per_token(config.model) * config.tokens_per_iter
     flops /= mesh.size
     moved_bytes = least_bytes(config, compute, mesh)
     counted_bytes = compiled.cost_analysis()["bytes accessed"]
@@ -121,7 +121,7 @@ def least_bytes(config: TrainConfig, compute: devices.Compute, mesh) -> float:
     counts what is in a loop once, the micro-batches and the pieces of the loss, and takes what
     stays within the chip for traffic. It serves to compare variants of one program.
     """
-    n_params = sum(accounting.parameter_counts(config.model).values())
+    n_params = counts.n_params(config.model)
     n_micro = config.gradient_accumulation_steps
     reads = 3 if compute.remat else 2  # forward, backward, and forward again
     weights = reads * compute.dtype.itemsize * n_params / mesh.shape["tensor"]

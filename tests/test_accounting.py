@@ -1,102 +1,152 @@
-import dataclasses
-from collections import Counter
-from functools import partial
+"""What a run costs: totals against sums by hand, and what is printed."""
 
-import jax
-import jax.numpy as jnp
+import dataclasses
+import math
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
-from nanogpt_jax import steps
-from nanogpt_jax.accounting import (
-    forward_flops_per_token,
-    parameter_counts,
-    train_flops_per_token,
-)
-from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.model import GPT
-from nanogpt_jax.presets import PRESETS
-
-PARTS = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "mlp"}
-OPENAI_GPT2 = [  # preset, (n_layer, n_head, n_embd), parameters
-    ("gpt2", (12, 12, 768), 124_439_808),
-    ("gpt2-medium", (24, 16, 1024), 354_823_168),
-    ("gpt2-large", (36, 20, 1280), 774_030_080),
-    ("gpt2-xl", (48, 25, 1600), 1_557_611_200),
-]
+from nanogpt_jax import accounting, chips, data, references
+from nanogpt_jax.counts import forward_flops_per_token, train_flops_per_token
+from nanogpt_jax.presets import PRESETS, with_vocab_size
 
 
-def abstract_params(config: ModelConfig) -> dict:
-    """Return the shapes of an initialised GPT, without making it."""
-    return jax.eval_shape(partial(steps.init_params, GPT(config)), jax.random.key(0))
+def page(*argv, code=0, **kwargs):
+    """Return what the command prints."""
+    command = [sys.executable, "-m", "nanogpt_jax.accounting", *argv]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+    assert result.returncode == code, result.stderr
+    return result.stdout if code == 0 else result.stderr
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 1, "n_embd": 6},
-        {"block_size": 5, "vocab_size": 3, "n_layer": 3, "n_head": 2, "n_embd": 14},
-        {"block_size": 64, "vocab_size": 65, "n_layer": 4, "n_head": 4, "n_embd": 128},
-    ],
-    ids=str,
-)
-def test_parameter_counts_are_those_of_an_initialised_gpt(shape, bias):
-    config = ModelConfig(**shape, bias=bias)
-    counted = Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        names = {key.key for key in path}
-        part = next((PARTS[name] for name in PARTS if name in names), "layer norm")
-        counted[part] += leaf.size
-    assert parameter_counts(config) == counted
+def line(text, beginning):
+    return next(row for row in text.splitlines() if row.startswith(beginning))
 
 
-@pytest.mark.parametrize(("preset", "shape", "n_params"), OPENAI_GPT2)
-def test_openai_gpt2_has_its_published_shape_and_number_of_parameters(preset, shape, n_params):
-    """With biases and the unpadded vocabulary, which the presets, after nanoGPT, do not have."""
-    config = dataclasses.replace(PRESETS[preset]().model, bias=True, vocab_size=50257)
-    assert (config.n_layer, config.n_head, config.n_embd) == shape
-    assert sum(parameter_counts(config).values()) == n_params
+def chip(name):
+    return next(chip for chip in chips.CHIPS if chip.name == name)
 
 
 @pytest.mark.parametrize(
-    ("preset", "n_params", "nanogpt_prints"),
-    [("small", 804_096, "0.80M"), ("shakespeare", 10_745_088, "10.65M")],
+    ("max_iters", "eval_interval", "n_evaluations"), [(10, 5, 3), (11, 5, 4), (3, 5, 2)]
 )
-def test_presets_have_nanogpts_size(preset, n_params, nanogpt_prints):
-    """nanoGPT leaves the position embedding out of the number it prints; the sum here has it."""
-    counts = parameter_counts(dataclasses.replace(PRESETS[preset]().model, vocab_size=65))
-    assert sum(counts.values()) == n_params
-    without_positions = n_params - counts["position embedding"]
-    assert f"{without_positions / 1e6:.2f}M" == nanogpt_prints
+def test_a_run_is_counted_batch_by_batch(tiny_config, max_iters, eval_interval, n_evaluations):
+    config = dataclasses.replace(tiny_config, max_iters=max_iters, eval_interval=eval_interval)
+    n_val, block_size = 1000, config.model.block_size
+    offsets_NB, _ = data.eval_batches(np.zeros(n_val, np.uint16), block_size, config.batch_size)
+    flops = accounting.run_flops(config, n_val)
+    forward = forward_flops_per_token(config.model) * block_size
+    assert flops.train == 3 * forward * config.batch_size * max_iters
+    assert flops.evaluate == n_evaluations * offsets_NB.size * forward
+    assert flops.total == flops.train + flops.evaluate
+
+
+def test_evaluations_of_some_batches_cost_as_many(tiny_config):
+    config = dataclasses.replace(tiny_config, max_iters=1, eval_iters=3)
+    of_batch = forward_flops_per_token(config.model) * 8 * config.model.block_size
+    assert accounting.run_flops(config, 10**9).evaluate == 2 * 3 * of_batch
+
+
+def test_the_line_before_a_run_says_how_long_at_the_peak_of_all_devices(tiny_config):
+    flops = accounting.run_flops(tiny_config, 1000).total
+    told = accounting.run_line(tiny_config, 1000, chip("H200"), 4)
+    assert f"{accounting.amount(flops)} FLOPs" in told
+    assert f"at the peak of 4 x H200 {accounting.duration(flops / 4 / 989.4e12)}" in told
+
+
+def test_a_chip_that_is_not_in_the_table_gets_no_time(tiny_config):
+    told = accounting.run_line(tiny_config, 1000, None, 1)
+    assert "MFU is not shown" in told
+    assert "at the peak" not in told
+
+
+def test_the_table_of_chips_is_arithmetic():
+    """Hours from FLOPs and peak, kilowatt hours and dollars from hours."""
+    rows = page("--config", "gpt2", "--mfu", "0.5")
+    config = with_vocab_size(PRESETS["gpt2"]())
+    total = accounting.run_flops(config, 2**62).total
+    h100 = chip("H100")
+    hours = total / (0.5 * h100.flops) / 3600
+    name, peak, days, unit, kwh, dollars = line(rows, "H100").split()
+    assert (name, peak, unit) == ("H100", "989.4", "days")
+    assert float(days) == pytest.approx(hours / 24, rel=0.06)
+    assert float(kwh) == pytest.approx(hours * 0.7, rel=0.06)
+    assert float(dollars) == pytest.approx(hours * h100.dollars_per_hour, rel=0.06)
+    assert line(rows, "TPU v5e").split()[-2] == "-"  # its power is not published
+
+
+def test_what_does_not_fit_is_said():
+    rows = page("--config=gpt2-xl")
+    assert "does not fit" in line(rows, "T4")
+    assert "does not fit" not in line(rows, "H200")
+
+
+def test_evaluation_stands_apart_and_names_its_split(tmp_path):
+    assert "tiny Shakespeare's 111,540" in page("--config=small", cwd=tmp_path)
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text('{"val_tokens": 4321}')
+    mine = page("--config=small", "--dataset=mine", cwd=tmp_path)
+    assert "4,321 tokens" in line(mine, "its evaluations")
+
+
+def test_six_n_stands_beside_the_count():
+    told = line(page("--config=shakespeare"), "a token of training")
+    n = 10_646_784
+    counted = train_flops_per_token(with_vocab_size(PRESETS["shakespeare"]()).model)
+    assert f"{counted:,} FLOPs" in told
+    assert f"6 N = {6 * n:,}" in told
+    assert f"{6 * n / counted - 1:+.1%}" in told
+
+
+def test_every_preset_has_its_page():
+    """The bigram too, which multiplies no matrices."""
+    for preset in PRESETS.values():
+        config = accounting.CostConfig(**vars(with_vocab_size(preset())))
+        assert all(chip.name in str(accounting.cost_lines(config)) for chip in chips.CHIPS[:4])
+
+
+@pytest.mark.parametrize("mfu", ["0", "1.5", "nan", "-1"])
+def test_an_mfu_that_cannot_be_is_refused(mfu):
+    assert page(f"--mfu={mfu}", code=2).startswith("error: mfu must be above 0 and at most 1")
+
+
+def test_references_are_computed_from_their_configurations():
+    rows = page("--reference")
+    published, rule, counted, ratio = line(rows, "GPT-3 175B").split()[3:7]
+    assert (published, ratio) == ("3.14e23", "1.03")
+    assert float(rule) == pytest.approx(6 * 175e9 * 300e9, rel=0.01)
+    assert float(counted) == pytest.approx(3.23e23, rel=0.005)  # attention's products on top
+    for name, flops in ("GPT-1", 8.6e19), ("GPT-2 1.5B", 1.5e21), ("GPT-4", 2.1e25):
+        assert float(line(rows, name).split(")")[1].split()[0]) == pytest.approx(flops, rel=0.05)
+    assert line(rows, "a day of an RTX 3070 Ti").split()[7] == "1.88e18"
+    gpt3 = next(run for run in references.RUNS if run.name.startswith("GPT-3 175B"))
+    assert accounting.n_params_as_told(gpt3.model) == pytest.approx(174.6e9, rel=0.001)
+
+
+def test_the_lectures_quarter_of_an_hour_is_put_into_proportion():
+    told = " ".join(accounting.lecture_lines())
+    config = with_vocab_size(PRESETS["lecture-scaled"]())
+    train = 5000 * 64 * 256 * train_flops_per_token(config.model)
+    evaluate = 11 * 400 * 64 * 256 * forward_flops_per_token(config.model)
+    assert f"{accounting.amount(train)} to train and {accounting.amount(evaluate)}" in told
+    assert f"{(train + evaluate) / (900 * 156e12):.1%} of that" in told
+    assert "1.40e17" in told
+    assert "0.50 US$" in told
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [
-        {"block_size": 64, "vocab_size": 64, "n_embd": 1024},
-        {"block_size": 4096, "vocab_size": 64, "n_embd": 512},
-        {"block_size": 64, "vocab_size": 65536, "n_embd": 512},
-    ],
-    ids=["dense layers dominate", "attention dominates", "the head dominates"],
-)
-def test_forward_flops_are_those_that_xla_counts(shape):
-    """Within 2 %: XLA counts elementwise work too. Nothing is run, so sizes may be real ones."""
-    config = ModelConfig(**shape, n_layer=2, n_head=1)
-    batch_size = 2
-    tokens_BT = jax.ShapeDtypeStruct((batch_size, config.block_size), jnp.int32)
-    logits_of = jax.jit(lambda params, tokens_BT: GPT(config).apply({"params": params}, tokens_BT))
-    compiled = logits_of.lower(abstract_params(config), tokens_BT).compile()
-    per_token = compiled.cost_analysis()["flops"] / (batch_size * config.block_size)
-    assert forward_flops_per_token(config) == pytest.approx(per_token, rel=0.02)
+    ("seconds", "told"),
+    [(0, "0 s"), (1.26, "1.3 s"), (119, "120 s"), (150, "2.5 min"), (7200, "2 h"),
+     (86400, "24 h"), (9e6, "100 days")],
+)  # fmt: skip
+def test_a_time_has_the_unit_that_suits_it(seconds, told):
+    assert accounting.duration(seconds) == told
 
 
-def test_a_training_step_takes_the_flops_xla_counts_for_loss_and_gradient():
-    config = ModelConfig(block_size=256, vocab_size=4096, n_layer=2, n_head=1, n_embd=1024)
-    batch_BT1 = jax.ShapeDtypeStruct((2, config.block_size + 1), jnp.int32)
-
-    def mean_loss(params, batch_BT1):
-        return steps.token_losses(GPT(config), params, batch_BT1).mean()
-
-    compiled = jax.jit(jax.grad(mean_loss)).lower(abstract_params(config), batch_BT1).compile()
-    per_token = compiled.cost_analysis()["flops"] / (2 * config.block_size)
-    assert train_flops_per_token(config) == pytest.approx(per_token, rel=0.02)
+def test_an_amount_has_the_digits_that_mean_something():
+    figures = [0.0264, 5.43, 98.6, 1094.0, 2.5243e20]
+    assert [*map(accounting.amount, figures)] == ["0.026", "5.4", "99", "1,100", "2.52e20"]
+    assert math.isclose(float(accounting.amount(123456789.0)), 1.23e8)

@@ -14,17 +14,26 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
     {"config", "tokenizer", "data", "download", "chips", "profiling"},
-    {"command_line", "corpora", "run_folder", "accounting", "optim", "startup"}
+    {"command_line", "corpora", "run_folder", "counts", "references", "optim", "startup"}
     | {"devices", "mesh", "attention"},
     {"presets", "model", "report"},
-    {"steps", "generate"},
+    {"steps", "generate", "rungs", "accounting"},
     {"checkpoint", "progress", "sharding", "inspection"},
     {"programs"},
-    {"bench", "tpu"},
+    {"bench", "tpu", "lecture"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
-WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "accounting", "report"}
+WITHOUT_JAX |= {
+    "command_line",
+    "presets",
+    "corpora",
+    "run_folder",
+    "counts",
+    "references",
+    "accounting",
+    "report",
+}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -1,12 +1,11 @@
 import re
-from dataclasses import replace
 
 import pytest
 
-from nanogpt_jax.accounting import parameter_counts
 from nanogpt_jax.config import to_flat_dict
+from nanogpt_jax.counts import n_params_as_told
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.presets import PRESETS, parse_train_config
+from nanogpt_jax.presets import PRESETS, parse_train_config, with_vocab_size
 
 # What nanoGPT's own command line or configuration file sets; see its README and config folder.
 ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "grad_clip": 1.0, "decay_lr": True, "bias": False}
@@ -40,11 +39,40 @@ def test_gpt2_updates_from_as_many_sequences_as_nanogpts():
     assert GPT2["batch_size"] * GPT2["gradient_accumulation_steps"] == 12 * 40
 
 
-@pytest.mark.parametrize("name", OF_NANOGPT)
-def test_a_preset_has_nanogpts_values(name):
+# What the lecture's code sets; AdamW as PyTorch has it, a constant rate, no clipping.
+LECTURE = {
+    "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999, "grad_clip": 0.0, "decay_lr": False,
+    "learning_rate": 1e-3, "max_iters": 5000, "eval_interval": 500, "batch_size": 32,
+    "block_size": 8, "n_embd": 32, "dropout": 0.0, "seed": 1337, "gradient_accumulation_steps": 1,
+}  # fmt: skip
+THREE = {"n_layer": 3, "n_head": 4}
+OF_THE_LECTURE = {
+    "lecture-bigram": LECTURE | {"learning_rate": 1e-2, "max_iters": 3000},
+    "lecture-head": LECTURE | {"n_layer": 1, "n_head": 1},
+    "lecture-multihead": LECTURE | {"n_layer": 1, "n_head": 4},
+    "lecture-feedforward": LECTURE | {"n_layer": 1, "n_head": 4},
+    "lecture-deep": LECTURE | THREE,
+    "lecture-residual": LECTURE | THREE,
+    "lecture-layernorm": LECTURE | THREE,
+    "lecture-colab": LECTURE | {
+        "n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 32, "batch_size": 16,
+    },
+    "lecture-scaled": LECTURE | {
+        "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 64,
+        "dropout": 0.2, "learning_rate": 3e-4,
+    },
+}  # fmt: skip
+EXPECTED = OF_NANOGPT | OF_THE_LECTURE
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_preset_has_the_values_of_its_original(name):
     flat = to_flat_dict(parse_train_config(["--config", name]))
-    expected = OF_NANOGPT[name]
-    assert {key: flat[key] for key in expected} == expected
+    assert {key: flat[key] for key in EXPECTED[name]} == EXPECTED[name]
+
+
+def test_every_preset_but_the_smoke_test_is_compared_with_its_original():
+    assert PRESETS.keys() - EXPECTED.keys() == {"tiny"}
 
 
 def test_the_learning_rate_decays_over_the_whole_run_unless_said_otherwise():
@@ -62,12 +90,14 @@ def test_a_preset_carries_its_own_name(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_number_of_parameters_in_the_help_is_nanogpts(name):
-    """It leaves the position embedding out."""
-    model = PRESETS[name]().model
-    counts = parameter_counts(replace(model, vocab_size=model.vocab_size or 65))
-    n_params = sum(counts.values()) - counts["position embedding"]
-    said, decimals = re.search(r"(\d+\.?(\d*))M", PRESETS[name].__doc__).groups()
+def test_the_number_of_parameters_in_the_help_is_the_one_its_model_is_known_by(name):
+    """nanoGPT leaves the position embedding out, the lecture does not."""
+    n_params = n_params_as_told(with_vocab_size(PRESETS[name]()).model)
+    doc = PRESETS[name].__doc__
+    if exact := re.search(r"(\d+,\d+) parameters", doc):
+        assert exact[1] == f"{n_params:,}"
+        return
+    said, decimals = re.search(r"(\d+\.?(\d*))M", doc).groups()
     assert said == f"{n_params / 1e6:.{len(decimals)}f}"
 
 

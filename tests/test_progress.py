@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from nanogpt_jax.counts import train_flops_per_token
 from nanogpt_jax.optim import learning_rate_schedule
 from nanogpt_jax.progress import Diverged, Progress
 from nanogpt_jax.report import read_metrics
@@ -157,6 +158,23 @@ def test_a_validation_loss_that_is_no_number_is_told_with_its_step(tmp_path, con
         progress.evaluated(10, float("nan"))
     progress.close()
     assert read_metrics(tmp_path) == []
+
+
+def test_mfu_is_told_where_the_chips_peak_is_known(tmp_path, config):
+    """The share of the peak that the products of a step's tokens take."""
+    progress = Progress(tmp_path, config, None, peak_flops=1e12)
+    train(progress, 0, 10)
+    progress.close()
+    told = [row for row in read_metrics(tmp_path) if "mfu" in row][-1]
+    step_flops = train_flops_per_token(config.model) * config.tokens_per_iter
+    assert progress.mfu() == pytest.approx(progress.steps_per_s * step_flops / 1e12)
+    assert told["mfu"] == pytest.approx(progress.mfu(), rel=0.005)
+
+
+def test_no_mfu_is_told_of_a_chip_that_is_not_known(tmp_path, config):
+    progress = run(tmp_path, config)
+    assert progress.mfu() is None
+    assert not any("mfu" in row for row in read_metrics(tmp_path))
 
 
 def test_a_run_draws_its_picture(tmp_path, config):

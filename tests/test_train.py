@@ -420,3 +420,19 @@ def test_the_config_of_a_run_repeats_it(straight, start, tmp_path):
     same = {name for name in config if name not in ("made_with", "config")}
     flat = run_folder.to_flat_dict(asked)
     assert {name: flat[name] for name in same} == {name: config[name] for name in same}
+
+
+def test_a_known_chips_run_tells_its_cost_beforehand_and_its_mfu(
+    tmp_path, start, capsys, monkeypatch
+):
+    """A chip that is not in the table says so in place of a wrong number."""
+    start(tmp_path / "unknown", "--max_iters=10")
+    assert "FLOPs" in (told := capsys.readouterr().out)
+    assert "MFU is not shown" in told
+    assert not any("mfu" in row for row in read_metrics(tmp_path / "unknown"))
+
+    h200 = train.chips.find("NVIDIA H200")
+    monkeypatch.setattr(train.chips, "find", lambda kind: h200)
+    start(tmp_path / "known", "--max_iters=10")
+    assert "at the peak of 1 x H200" in capsys.readouterr().out
+    assert 0 < read_metrics(tmp_path / "known")[-1]["mfu"] < 0.01

@@ -1,0 +1,110 @@
+"""Parameters, FLOPs and bytes of a model, counted from its configuration alone. No JAX."""
+
+from dataclasses import dataclass
+
+from nanogpt_jax.config import ComputeConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model, all its layers together: a matrix product as a rule."""
+
+    name: str
+    n_params: int = 0
+    forward_flops: int = 0  # of one token; a multiply-add counts 2
+
+
+def parts(config: ModelConfig) -> tuple[Part, ...]:
+    """Return the parts of a model in the order of its forward pass; vocab_size must be known.
+
+    FLOPs are those of matrix products, one by one; elementwise work is not counted. Scores are
+    counted over the whole window, as they are computed, though half of them are masked. Source:
+    Chowdhery et al., "PaLM", 2022, appendix B.
+    """
+    rung, D, T, V = config.architecture, config.n_embd, config.block_size, config.vocab_size
+    if rung == "bigram":
+        return (Part("token embedding", V * V),)  # the table is the logits
+    L = config.n_layer if rung in ("gpt", "deep", "residual", "layernorm") else 1
+    bias = config.bias or rung != "gpt"  # the lecture's rungs have biases, but for q, k and v
+
+    def dense(name: str, n_in: int, n_out: int, has_bias: bool = bias, times: int = L) -> Part:
+        params = n_in * n_out + has_bias * n_out
+        return Part(name, times * params, times * 2 * n_in * n_out)
+
+    found = [Part("token embedding", V * D), Part("position embedding", T * D)]
+    found += [
+        dense("attention: q, k, v", D, 3 * D, has_bias=bias and rung == "gpt"),
+        Part("attention: scores", 0, L * 2 * T * D),
+        Part("attention: weighted sums", 0, L * 2 * T * D),
+    ]
+    if rung in ("gpt", "residual", "layernorm"):
+        found += [
+            dense("attention: projection", D, D),
+            dense("mlp: up", D, 4 * D),
+            dense("mlp: down", 4 * D, D),
+        ]
+    elif rung in ("feedforward", "deep"):
+        found += [dense("mlp", D, D)]
+    if rung in ("gpt", "layernorm"):
+        found += [Part("layer norm", (2 * L + 1) * D * (1 + bias))]
+    if rung == "gpt":  # its weights are the token embedding's
+        return (*found, Part("head", 0, 2 * D * V))
+    return (*found, dense("head", D, V, times=1))
+
+
+def n_params(config: ModelConfig) -> int:
+    """Return the number of all parameters."""
+    return sum(part.n_params for part in parts(config))
+
+
+def n_params_as_told(config: ModelConfig) -> int:
+    """Return the number that a model is known by: nanoGPT's is without the position embedding."""
+    positions = config.block_size * config.n_embd if config.architecture == "gpt" else 0
+    return n_params(config) - positions
+
+
+def size_in_words(config: ModelConfig) -> str:
+    """Return that number as it is written: "0.80M parameters", "4,225 parameters"."""
+    n = n_params_as_told(config)
+    return f"{n / 1e6:.2f}M parameters" if n >= 1e5 else f"{n:,} parameters"
+
+
+def forward_flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of one forward pass, for each of block_size tokens."""
+    return sum(part.forward_flops for part in parts(config))
+
+
+def train_flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of a training step for each token: the backward pass does twice as much."""
+    return 3 * forward_flops_per_token(config)
+
+
+def memory_bytes(config: ModelConfig, compute: ComputeConfig, batch_size: int) -> dict[str, int]:
+    """Return about what a training step needs on one device, by kind.
+
+    Activations are what the backward pass reads again: outputs of products, normalised streams,
+    weights of attention where no fused kernel serves. What a compiler joins or makes anew is not
+    foreseen; `train.py` prints what the compiled step needs. Arrays are those of model.py, of the
+    lecture's rungs it is a guess. Source of the way to count: Korthikanti et al., "Reducing
+    activation recomputation in large transformer models", 2022.
+
+    Args:
+        batch_size: sequences of a micro-batch on the device.
+    """
+    D, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
+    width = 4 if compute.dtype == "float32" else 2
+    drops = config.dropout > 0
+    is_fused = compute.attention != "xla" and not drops and width == 2
+    inputs = D * width  # x before a block
+    dense = (2 * D + 3 * D + D + D + 8 * D) * width  # norms, q k v, attention, stream, MLP
+    scores = 0 if is_fused else config.n_head * T * (4 + width + drops)
+    of_block = dense + scores + 2 * D * drops  # a mask takes a byte an element
+    of_layers = L * inputs + (of_block if compute.remat else L * of_block)
+    logits = 2 * 4 * V // compute.loss_chunks  # and their gradient
+    n = n_params(config)
+    return {
+        "weights": 4 * n,
+        "gradients": 4 * n,
+        "optimizer": 8 * n,
+        "activations": batch_size * T * (of_layers + logits + D * width),
+    }

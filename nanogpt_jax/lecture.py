@@ -1,0 +1,226 @@
+"""Climb the ladder of "Let's build GPT": python -m nanogpt_jax.lecture
+
+Trains each step of the lecture with the lecture's own hyperparameters, from the bigram model up,
+and shows what it brings: a table of losses beside those that the lecture shows, a line of text
+from each, and a picture of all curves. The models are in rungs.py, a page to read beside the
+lecture; `python train.py --config lecture-head` trains one of them as a run to keep. The
+scaled-up model waits for a GPU or TPU.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from nanogpt_jax import corpora, counts, data, devices, generate, startup, steps
+from nanogpt_jax import mesh as meshes
+from nanogpt_jax.command_line import parse_args, split_settings
+from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.corpora import Corpus
+from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.presets import LECTURE
+from nanogpt_jax.programs import make_programs
+
+# Validation losses that the lecture shows, by preset and step; -1 is the last one. Of the blocks
+# without residuals it only says that they do not do well. Source: the lecture, and its Colab.
+PUBLISHED = {
+    "lecture-bigram": {-1: 2.49},
+    "lecture-head": {-1: 2.41},
+    "lecture-multihead": {-1: 2.28},
+    "lecture-feedforward": {-1: 2.25},
+    "lecture-residual": {-1: 2.08},
+    "lecture-layernorm": {-1: 2.07},
+    "lecture-colab": {0: 4.4022, 500: 2.3129, 2000: 1.9949, -1: 1.8222},
+    "lecture-scaled": {-1: 1.48},
+}
+PICTURE = "ladder.png"
+SAMPLE_TOKENS = 120
+STEPS_PER_DISPATCH = 100  # a divisor of the presets' eval_interval
+
+
+@dataclass(frozen=True)
+class LectureConfig:
+    """How the ladder is climbed."""
+
+    out_dir: str = "out/lecture"
+    """Where ladder.png goes."""
+    dataset: str | None = None
+    """As in train.py; None: tiny Shakespeare, or Python's own manual where it cannot be had."""
+    data_dir: str = "data"
+    """Where prepared datasets lie."""
+    most_iters: int = 5000
+    """Steps of a rung at the most; the lecture's are 3000 and 5000."""
+    seed: int = 1337
+    """Seed of weights, batches and text."""
+    compile_cache: str = ""
+    """Folder of compiled programs, for the next start; off: none; empty: one in your home."""
+
+    def __post_init__(self):
+        if self.most_iters < 1:
+            raise InputError(f"most_iters must be at least 1, got {self.most_iters}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+
+
+class Climbed(NamedTuple):
+    """A rung that was trained."""
+
+    config: TrainConfig
+    steps: list[int]  # at which it was evaluated
+    train_losses: list[float]
+    val_losses: list[float]
+    text: str
+    seconds: float
+
+
+def main(argv: list[str]) -> None:
+    """Train the rungs one after the other, and show what each brought."""
+    settings = split_settings(argv, LectureConfig)
+    asked = parse_args(LectureConfig, settings, LectureConfig(), __doc__)
+    folder = Path(asked.out_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"out_dir must be a folder, but {folder} is a file")
+    startup.use_compile_cache(asked.compile_cache)
+    rungs = [shortened(preset(), asked) for preset in LECTURE]
+    if jax.default_backend() == "cpu":
+        rungs = [rung for rung in rungs if rung.config != "lecture-scaled"]
+    min_tokens = 1 + max(rung.model.block_size for rung in rungs)
+    dataset = corpora.resolve(asked.dataset, Path(asked.data_dir), min_tokens)
+    corpus = corpora.open_corpus(dataset, min_tokens)
+    if corpus.tokenizer is None:
+        raise InputError(f"dataset must have its text, but {dataset} has token ids only")
+
+    climbed = []
+    print(f"{'':13}{'parameters':>12}{'train':>8}{'val':>8}{'lecture':>9}{'time':>8}")
+    total = sum(rung.max_iters for rung in rungs)
+    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=None) as bar:
+        for rung in rungs:
+            bar.set_description(rung.config)
+            climbed.append(climb(rung, corpus, bar.update))
+            bar.write(table_row(climbed[-1]))
+    print("\nWhat each writes, from noise to play:\n")
+    for rung in climbed:
+        print(f"{short_name(rung):13}{rung.text}")
+    folder.mkdir(parents=True, exist_ok=True)
+    ladder_figure(climbed).savefig(folder / PICTURE)
+    print(f"\nThe curves are drawn in {folder / PICTURE}")
+
+
+def shortened(config: TrainConfig, asked: LectureConfig) -> TrainConfig:
+    """Return a rung's configuration with the seed and not more than the steps asked for."""
+    max_iters = min(config.max_iters, asked.most_iters)
+    return dataclasses.replace(config, max_iters=max_iters, seed=asked.seed)
+
+
+def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -> Climbed:
+    """Train one rung, on one device, as train.py would.
+
+    Args:
+        advance: told how many steps were made.
+    """
+    begun_s = time.perf_counter()
+    model_config = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
+    config = dataclasses.replace(config, model=model_config)
+    mesh = meshes.make_mesh((1, 1, 1))
+    compute, _ = devices.choose(config.compute, model_config, jax.devices()[0], mesh)
+    programs = make_programs(config, compute, mesh)
+    weights_key, dropout_key = steps.stream_keys(config.seed)
+    state = programs.init_state(weights_key)
+
+    block_size, batch_size = model_config.block_size, config.batch_size
+    splits = {name: meshes.put_corpus(tokens, mesh) for name, tokens in corpus.splits.items()}
+    batch_shape = config.gradient_accumulation_steps, batch_size
+    batches = data.TrainBatches(
+        corpus.splits["train"], config.seed, block_size, batch_shape, STEPS_PER_DISPATCH
+    )
+    # The whole validation split; of the other one as many windows, spread over it.
+    n_batches = len(data.eval_batches(corpus.splits["val"], block_size, batch_size)[0])
+    windows = {
+        name: data.eval_batches(tokens, block_size, batch_size, n_batches)
+        for name, tokens in corpus.splits.items()
+    }
+
+    def evaluate(split: str) -> float:
+        sums, counted = programs.eval_steps(state.params, splits[split], *windows[split])
+        return float(np.asarray(sums).sum(dtype=np.float64) / np.asarray(counted).sum())
+
+    evaluated_at, losses, step = [], {"train": [], "val": []}, 0
+    while True:
+        if step % config.eval_interval == 0 or step == config.max_iters:
+            evaluated_at.append(step)
+            for split, found in losses.items():
+                found.append(evaluate(split))
+        n_steps = min(STEPS_PER_DISPATCH, config.max_iters - step)
+        if n_steps == 0:
+            break
+        places_NAB = batches.offsets(step, n_steps).astype(np.int32)
+        state, _ = programs.train_steps(
+            state, splits["train"], places_NAB, np.int32(n_steps), dropout_key
+        )
+        step += n_steps
+        advance(n_steps)
+
+    write = jax.jit(
+        partial(generate.generate, programs.model), static_argnames=("n_tokens", "sampling")
+    )
+    new_tokens_BN = write(
+        state.params,
+        *generate.start_window(corpus.tokenizer, None, 1, block_size),
+        generate.row_keys(config.seed, range(1)),
+        n_tokens=SAMPLE_TOKENS,
+        sampling=generate.Sampling(),
+    )
+    text = " / ".join(corpus.tokenizer.decode(np.asarray(new_tokens_BN)[0]).split("\n"))
+    seconds = time.perf_counter() - begun_s
+    return Climbed(config, evaluated_at, losses["train"], losses["val"], text, seconds)
+
+
+def short_name(rung: Climbed) -> str:
+    """Return a rung's name without its prefix: "multihead"."""
+    return rung.config.config.removeprefix("lecture-")
+
+
+def table_row(rung: Climbed) -> str:
+    """Return a rung's line of the table."""
+    n_params = counts.n_params(rung.config.model)
+    published = PUBLISHED.get(rung.config.config, {}).get(-1, "-")
+    return (
+        f"{short_name(rung):13}{n_params:12,}{rung.train_losses[-1]:8.3f}"
+        f"{rung.val_losses[-1]:8.3f}{published:>9}{rung.seconds:6.0f} s"
+    )
+
+
+def ladder_figure(climbed: list[Climbed]):
+    """Return a matplotlib Figure: each rung's validation curve, and what the lecture shows."""
+    from matplotlib.figure import Figure  # takes half a second: only now
+
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="tight")
+    axes = figure.subplots()
+    for i, rung in enumerate(climbed):
+        name, color, last = rung.config.config, f"C{i}", rung.steps[-1]
+        label = f"{short_name(rung)}: {rung.val_losses[-1]:.2f}"
+        axes.plot(rung.steps, rung.val_losses, "o-", color=color, markersize=3, label=label)
+        for step, loss in PUBLISHED.get(name, {}).items():
+            place = last if step == -1 else step
+            axes.plot(place, loss, "D", color=color, markersize=8, fillstyle="none", zorder=3)
+    axes.plot([], [], "D", color="gray", markersize=8, fillstyle="none", label="the lecture's")
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss (nats per character)",
+        title='The ladder of "Let\'s build GPT": what each step of it brings',
+    )
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    run_command(main)

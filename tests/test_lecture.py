@@ -1,0 +1,86 @@
+"""The ladder, climbed on a few steps here, and in whole (slow) beside the lecture's losses."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt_jax import corpora, lecture, presets
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.report import read_metrics
+
+# Where a rung's loss may lie: as far from the lecture's as this.
+WITHIN = 0.03
+
+
+@pytest.fixture
+def two_rungs(monkeypatch):
+    monkeypatch.setattr(lecture, "LECTURE", (presets.lecture_bigram, presets.lecture_residual))
+
+
+def climb(tmp_path, book, capsys, *argv):
+    lecture.main(
+        ["--dataset", str(book), "--data_dir", str(tmp_path / "data"),
+         "--out_dir", str(tmp_path / "out"), "--most_iters", "120", *argv]
+    )  # fmt: skip
+    return capsys.readouterr().out
+
+
+def test_a_table_a_line_of_text_for_each_and_a_picture(tmp_path, book, capsys, two_rungs):
+    told = climb(tmp_path, book, capsys)
+    rows = dict(re.findall(r"^(\w+) +([\d,]+ +[\d.]+ +[\d.]+ +[\d.]+) +\d+ s$", told, re.M))
+    assert rows.keys() == {"bigram", "residual"}
+    n_params, train, val, published = rows["bigram"].split()
+    assert (n_params, published) == (str(18 * 18), "2.49")
+    assert 1 < float(train) < float(val) + 0.5 < 4
+    texts = dict(re.findall(r"^(bigram|residual) +(\D.*)$", told, re.M))
+    assert texts.keys() == rows.keys()
+    assert all(len(text) > 60 for text in texts.values())
+    assert (tmp_path / "out" / "ladder.png").stat().st_size > 20_000
+
+
+def test_a_rung_learns_just_what_train_py_learns(tmp_path, book, capsys, run):
+    """The same weights, batches and steps: a learner may take either."""
+    folder = corpora.prepare(str(book), tmp_path / "data", 9)
+    corpus = corpora.open_corpus(folder, 9)
+    config = lecture.shortened(presets.lecture_residual(), lecture.LectureConfig(most_iters=120))
+    rung = lecture.climb(config, corpus, lambda n_steps: None)
+    result = run(
+        "train.py", "--config=lecture-residual", "--max_iters=120", f"--dataset={book}",
+        f"--out_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    losses = [row["val_loss"] for row in read_metrics(tmp_path / "run") if "val_loss" in row]
+    np.testing.assert_allclose(rung.val_losses, losses, atol=1e-5)
+
+
+def test_wrong_input_is_answered_in_one_line(tmp_path, book):
+    with pytest.raises(InputError, match="most_iters must be at least 1"):
+        lecture.main(["--most_iters=0"])
+    with pytest.raises(InputError, match="out_dir must be a folder"):
+        lecture.main(["--out_dir", str(book)])
+
+
+@pytest.mark.slow
+def test_the_whole_ladder_lands_where_the_lectures_did(tmp_path):
+    text = Path(os.environ.get("NANOGPT_JAX_SHAKESPEARE", ""))
+    if not text.is_file():
+        pytest.skip("NANOGPT_JAX_SHAKESPEARE names no file of tiny Shakespeare")
+    result = subprocess.run(
+        [sys.executable, "-m", "nanogpt_jax.lecture", "--dataset", str(text)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = {
+        name: float(val)
+        for name, val in re.findall(r"^(\w+) +[\d,]+ +[\d.]+ +([\d.]+) ", result.stdout, re.M)
+    }
+    published = {name.removeprefix("lecture-"): of[-1] for name, of in lecture.PUBLISHED.items()}
+    del published["scaled"]  # wants a GPU
+    assert found.keys() == published.keys() | {"deep"}
+    assert {name for name, loss in published.items() if abs(found[name] - loss) > WITHIN} == set()
+    assert found["deep"] > found["feedforward"] > found["residual"]

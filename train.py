@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import nanogpt_jax
-from nanogpt_jax import accounting, chips, corpora, data, run_folder, startup, tokenizer
+from nanogpt_jax import accounting, chips, corpora, data, loggers, run_folder, startup, tokenizer
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.counts import size_in_words
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     """Check all that was asked, before anything is written and before JAX is loaded; then train."""
     start_s = time.perf_counter()
     config = parse_train_config(argv, __doc__)
+    loggers.check_installed(config)
     if config.compile_for:
         from nanogpt_jax import tpu
 

@@ -48,9 +48,9 @@ NANOGPT_FLAGS = {
     "init_from": "leave it out: a run is resumed, or sampled, by itself; --out_dir names another "
     "(GPT-2's weights cannot be loaded yet)",
     "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",
-    "wandb_project": "leave it out: metrics.jsonl in the run's folder has all figures",
+    "wandb_log": "--wandb here; and metrics.jsonl in the run's folder has all figures",
+    "wandb_project": "WANDB_PROJECT=name in front names it, nanogpt_jax if nothing does",
     "wandb_run_name": "leave it out: --out_dir names a run",
-    "wandb_log": "leave it out: metrics.jsonl in the run's folder has all figures",
 }
 
 

@@ -172,6 +172,10 @@ class TrainConfig:
     """Evaluate the run's newest checkpoint and exit."""
     seed: int = 1337
     """Seed of weights, batches and dropout."""
+    tensorboard: bool = False
+    """Also log to out_dir/tensorboard; needs the extra tensorboard."""
+    wandb: bool = False
+    """Also log to Weights & Biases; needs the extra wandb."""
     overwrite: bool = False
     """Delete the run that lies in out_dir and start anew."""
     compile_cache: str = ""

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.counts import train_flops_per_token
+from nanogpt_jax.loggers import open_loggers
 from nanogpt_jax.optim import learning_rate_schedule
 from nanogpt_jax.report import draw, read_metrics
 from nanogpt_jax.run_folder import METRICS, PICTURE
@@ -64,6 +65,7 @@ class Progress:
             partial.replace(folder / METRICS)
         path = folder / METRICS if is_first else Path(os.devnull)
         self._file = path.open("a", encoding="utf-8")
+        self._loggers = open_loggers(config, folder, begun_at) if is_first else []
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
         self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
@@ -169,6 +171,8 @@ class Progress:
         """End the bar and the file, and draw the picture."""
         self._bar.close()
         self._file.close()
+        for logger in self._loggers:
+            logger.close()
         self._draw()
 
     def _skips(self) -> str:
@@ -198,3 +202,5 @@ class Progress:
         row["elapsed_s"] = round(self.elapsed_s(), 2)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        for logger in self._loggers:
+            logger.log(row)

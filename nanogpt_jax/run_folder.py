@@ -5,6 +5,7 @@ out/small/config.json      all that was asked, with versions and device
           loss.png         the loss's picture
           tokenizer.json   what decodes the model's tokens
           checkpoints/     Orbax: the newest and the best
+          tensorboard/ and wandb/ where they were asked for
 """
 
 import contextlib
@@ -22,11 +23,13 @@ from nanogpt_jax.errors import InputError
 
 OUT = Path("out")
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+TENSORBOARD, WANDB = "tensorboard", "wandb"
 # What may change from one start of a run to the next: it does not touch the updates themselves.
 FREE_FIELDS = {
     "config", "out_dir", "dataset", "data_dir", "max_iters", "eval_interval", "log_interval",
-    "eval_only", "overwrite", "compile_cache", "compile_for", "coordinator_address",
-    "num_processes", "process_id", "heartbeat_timeout_s", *field_types(ComputeConfig),
+    "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache", "compile_for",
+    "coordinator_address", "num_processes", "process_id", "heartbeat_timeout_s",
+    *field_types(ComputeConfig),
 }  # fmt: skip
 
 
@@ -159,7 +162,8 @@ def delete(folder: Path) -> None:
     check_usable(folder)
     if (folder / CONFIG).exists():
         read_config(folder)  # other programs write a config.json too
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (CHECKPOINTS, TENSORBOARD, WANDB):
+            shutil.rmtree(folder / name, ignore_errors=True)
         for name in (METRICS, PICTURE, tokenizer.FILE_NAME, CONFIG):
             (folder / name).unlink(missing_ok=True)
 

@@ -83,7 +83,7 @@ def run_line(config: TrainConfig, val_tokens: int, chip: Chip | None, n_devices:
         chip: None of one that is not in the table: no rate is made up for it.
     """
     flops = run_flops(config, val_tokens)
-    share = f", {flops.evaluate / flops.total:.0%} of them to evaluate" if flops.total else ""
+    share = f", {flops.evaluate / flops.total:.1%} of them to evaluate" if flops.total else ""
     told = f"the run computes {amount(flops.total)} FLOPs{share}"
     if chip is None:
         return f"{told}; MFU is not shown, since this chip's peak is not in chips.py"

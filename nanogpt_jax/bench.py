@@ -13,7 +13,7 @@ What was tried for `small` on 2 CPU cores (AMD EPYC, jax 0.10.2; ms a step, prot
 model, one after the other; runs of one and the same variant differ by 1):
 
     nn.Dense as it is, (B, T, D) inputs             31.2
-    dense layers on flattened (B T, D) inputs       19.0   taken: _flat_dot_general in model.py
+    dense layers on flattened (B T, D) inputs       19.0   taken: flat_dot_general in model.py
     also the residual stream kept flat              18.4   not worth its reshapes
     attention with heads before time (BHTK)         19.2
     jax.nn.dot_product_attention                    20.8

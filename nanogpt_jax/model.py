@@ -34,7 +34,7 @@ INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's default; Flax's is 1e-6
 
 
-def _flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
+def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
     """Contract the last axis of `lhs` with the first of `rhs`, as one plain matrix product.
 
     The result is that of `lax.dot_general`; but a weight's gradient would contract the two axes B
@@ -52,7 +52,7 @@ def _dense(config: ModelConfig, dtype, features: int, name: str, std: float = IN
         use_bias=config.bias,
         dtype=dtype,
         kernel_init=nn.initializers.normal(std),
-        dot_general=_flat_dot_general,
+        dot_general=flat_dot_general,
         name=name,
     )
 
@@ -199,4 +199,4 @@ class GPT(nn.Module):
     def head(self, x_BTD):
         """Return logits_BTV; the head's weights are the token embedding's, transposed."""
         embedding_VD = self.wte.embedding.astype(x_BTD.dtype)
-        return _flat_dot_general(x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32)
+        return flat_dot_general(x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from nanogpt_jax.attention import WEIGHTS
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.devices import Compute
-from nanogpt_jax.model import GPT, Dropout
+from nanogpt_jax.model import GPT, Dropout, flat_dot_general
 
 
 def make_model(config: ModelConfig, compute: Compute | None = None) -> nn.Module:
@@ -40,7 +40,10 @@ class Linear(nn.Module):
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        return nn.Dense(self.features, self.use_bias, kernel_init=uniform, bias_init=uniform)(x_BTD)
+        initial = {"kernel_init": uniform, "bias_init": uniform}
+        # The dot_general is for speed only, as in model.py.
+        layer = nn.Dense(self.features, self.use_bias, dot_general=flat_dot_general, **initial)
+        return layer(x_BTD)
 
 
 def embedding(n_rows: int, n_features: int) -> nn.Embed:

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from nanogpt_jax.attention import init_cache
-from nanogpt_jax.model import GPT, _flat_dot_general
+from nanogpt_jax.model import GPT, flat_dot_general
 from nanogpt_jax.steps import init_params
 
 B, T, V = 3, 8, 11
@@ -222,7 +222,7 @@ def test_flat_dense_equals_flax_dense_with_its_gradients():
 
         return dense.apply(params, x_BTD), jax.grad(loss, argnums=(0, 1))(params, x_BTD)
 
-    ours = value_and_grads(nn.Dense(5, dot_general=_flat_dot_general))
+    ours = value_and_grads(nn.Dense(5, dot_general=flat_dot_general))
     flax = value_and_grads(nn.Dense(5))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, flax)
 

@@ -3,6 +3,7 @@
 Without a flag: ten samples from the best checkpoint of the newest run under out/.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
     if start == "":
         raise InputError("start must have at least one character, but is empty")
     tokenizer.encode(start or "")  # unknown characters, said before JAX is loaded
+    if config.web:
+        return play(dataclasses.replace(config, start=start), folder, model_config, tokenizer)
     return write_samples(config, folder, model_config, tokenizer, start)
 
 
@@ -63,17 +66,11 @@ def read_start(start: str | None) -> str | None:
         raise InputError(f"start: {path} must be UTF-8, but byte {error.start} is not") from None
 
 
-def write_samples(
-    config: SampleConfig,
-    folder: Path,
-    model_config: ModelConfig,
-    tokenizer: CharTokenizer,
-    start: str | None,
-) -> int:
-    """Restore the parameters and print the samples; return the exit code."""
+def restore(config: SampleConfig, folder: Path, model_config: ModelConfig):
+    """Return (model, params): a run's model with the parameters of the checkpoint asked for."""
     import jax
 
-    from nanogpt_jax import devices, generate, sharding, startup, steps
+    from nanogpt_jax import devices, sharding, startup, steps
     from nanogpt_jax.checkpoint import Checkpoints
     from nanogpt_jax.rungs import make_model
 
@@ -90,7 +87,36 @@ def write_samples(
     abstract_params = jax.eval_shape(partial(steps.init_params, model), key)
     params = checkpoints.restore_params(sharding.on_one_device(abstract_params), step)
     print(f"{folder}, step {step}", file=sys.stderr)
+    return model, params
 
+
+def play(
+    config: SampleConfig, folder: Path, model_config: ModelConfig, tokenizer: CharTokenizer
+) -> int:
+    """Restore the parameters and serve the page until Ctrl-C; return the exit code."""
+    from nanogpt_jax import web
+
+    listener = web.listen(config.host, config.port)  # what cannot be, said before JAX is loaded
+    from nanogpt_jax.player import Player
+
+    player = Player(*restore(config, folder, model_config), tokenizer)
+    web.serve(player, config, folder, listener)
+    return 0
+
+
+def write_samples(
+    config: SampleConfig,
+    folder: Path,
+    model_config: ModelConfig,
+    tokenizer: CharTokenizer,
+    start: str | None,
+) -> int:
+    """Restore the parameters and print the samples; return the exit code."""
+    import jax
+
+    from nanogpt_jax import generate
+
+    model, params = restore(config, folder, model_config)
     sampling = generate.Sampling(config.temperature, config.top_k, config.top_p)
     n_rows = 1 if config.stream else config.num_samples
     window_BS, length = generate.start_window(tokenizer, start, n_rows, model_config.block_size)

@@ -19,6 +19,8 @@ def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
         raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
 
 
+MAX_PAGE_TOKENS = 5000  # that the page of --web writes at once: nobody shall hold it for long
+
 # The steps of the lecture "Let's build GPT", each a model of its own in rungs.py.
 RUNGS = ("bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm")
 
@@ -259,18 +261,30 @@ class SampleConfig:
     """As in training; auto: bfloat16 where the chip has it, else float32."""
     compile_cache: str = ""
     """Folder of compiled programs, for the next start; off: none; empty: one in your home."""
+    web: bool = False
+    """Open a page to play on instead: text as it is made, forecasts, attention, the loss."""
+    host: str = "127.0.0.1"
+    """With --web: the address to listen at; 0.0.0.0: anybody who reaches this machine may play."""
+    port: int = 7860
+    """With --web: its port; 0: a free one."""
 
     def __post_init__(self):
         _require(self.num_samples >= 1, self, "num_samples", "at least 1")
         endless = self.max_new_tokens == -1 and self.stream
         ok = self.max_new_tokens >= 1 or endless
         _require(ok, self, "max_new_tokens", "at least 1, or -1 together with --stream")
+        ok = not self.web or 1 <= self.max_new_tokens <= MAX_PAGE_TOKENS
+        _require(ok, self, "max_new_tokens", f"from 1 to {MAX_PAGE_TOKENS} with --web")
         ok = self.temperature >= 0 and math.isfinite(self.temperature)
         _require(ok, self, "temperature", "finite and at least 0")
         _require(self.top_k >= 0, self, "top_k", "at least 0")
         _require(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
         _require(self.stop != "", self, "stop", "a text of at least one character")
+        ok = self.stop is None or not self.web
+        _require(ok, self, "stop", "left out with --web, whose page has a button for it")
         _require(0 <= self.seed < 2**32, self, "seed", "from 0 to 2**32 - 1")
+        _require(self.host != "", self, "host", "an address, like 127.0.0.1")
+        _require(0 <= self.port < 2**16, self, "port", "from 0 to 65535")
 
 
 def field_types(cls: type) -> dict[str, Any]:

@@ -67,19 +67,24 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
+def default_start(tokenizer: CharTokenizer) -> str:
+    """Return a line break, as nanoGPT; the first character where there is none."""
+    return "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
+
+
 def start_window(tokenizer: CharTokenizer, start: str | None, n_rows: int, block_size: int):
     """Return (window_BS, length) of a start text: int32 (n_rows, block_size), equal rows; int32.
 
     Of a start longer than block_size the model sees the end.
 
     Args:
-        start: None for a line break, as nanoGPT; for the first character where there is none.
+        start: None for `default_start`.
 
     Raises:
         InputError: it is empty, or has characters that the model never saw.
     """
     if start is None:
-        start = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
+        start = default_start(tokenizer)
     if not start:
         raise InputError("start must have at least one character, but is empty")
     tokens = tokenizer.encode(start)[-block_size:]

@@ -221,6 +221,11 @@ def test_a_training_value_that_cannot_be_names_field_requirement_and_value(argv,
         (["--stop="], "stop must be a text of at least one character, got ''"),
         (["--checkpoint=oldest"], "invalid choice 'oldest'"),
         (["--seed=-1"], "seed must be from 0 to 2**32 - 1, got -1"),
+        (["--port=65536"], "port must be from 0 to 65535, got 65536"),
+        (["--host="], "host must be an address, like 127.0.0.1, got ''"),
+        (["--web", "--stop=x"], "stop must be left out with --web"),
+        (["--web", "--max_new_tokens=5001"], "max_new_tokens must be from 1 to 5000 with --web"),
+        (["--web", "--stream", "--max_new_tokens=-1"], "max_new_tokens must be from 1 to 5000"),
     ],
 )
 def test_a_sampling_value_that_cannot_be_names_field_requirement_and_value(argv, message):

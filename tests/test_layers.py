@@ -16,16 +16,16 @@ LAYERS = (
     {"config", "tokenizer", "data", "download", "chips", "profiling"},
     {"command_line", "corpora", "run_folder", "counts", "references", "optim", "startup"}
     | {"devices", "mesh", "attention"},
-    {"presets", "model", "report", "loggers"},
-    {"steps", "generate", "rungs", "accounting"},
+    {"presets", "model", "report", "loggers", "views"},
+    {"steps", "generate", "rungs", "accounting", "answers"},
     {"checkpoint", "progress", "sharding", "inspection"},
-    {"programs"},
-    {"bench", "tpu", "lecture"},
+    {"programs", "player"},
+    {"bench", "tpu", "lecture", "web"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "counts", "references"}
-WITHOUT_JAX |= {"accounting", "report", "loggers"}
+WITHOUT_JAX |= {"accounting", "report", "loggers", "views", "answers", "web"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

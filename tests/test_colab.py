@@ -10,6 +10,8 @@ import pytest
 
 from nanogpt_jax.report import read_metrics
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "colab.ipynb"
 # What the cell of parameters says on Colab, and here.

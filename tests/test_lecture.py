@@ -19,7 +19,7 @@ WITHIN = 0.03
 
 @pytest.fixture
 def two_rungs(monkeypatch):
-    monkeypatch.setattr(lecture, "LECTURE", (presets.lecture_bigram, presets.lecture_residual))
+    monkeypatch.setattr(lecture, "LECTURE", (presets.lecture_bigram, presets.lecture_head))
 
 
 def climb(tmp_path, book, capsys, *argv):
@@ -33,11 +33,11 @@ def climb(tmp_path, book, capsys, *argv):
 def test_a_table_a_line_of_text_for_each_and_a_picture(tmp_path, book, capsys, two_rungs):
     told = climb(tmp_path, book, capsys)
     rows = dict(re.findall(r"^(\w+) +([\d,]+ +[\d.]+ +[\d.]+ +[\d.]+) +\d+ s$", told, re.M))
-    assert rows.keys() == {"bigram", "residual"}
+    assert rows.keys() == {"bigram", "head"}
     n_params, train, val, published = rows["bigram"].split()
     assert (n_params, published) == (str(18 * 18), "2.49")
     assert 1 < float(train) < float(val) + 0.5 < 4
-    texts = dict(re.findall(r"^(bigram|residual) +(\D.*)$", told, re.M))
+    texts = dict(re.findall(r"^(bigram|head) +(\D.*)$", told, re.M))
     assert texts.keys() == rows.keys()
     assert all(len(text) > 60 for text in texts.values())
     assert (tmp_path / "out" / "ladder.png").stat().st_size > 20_000
@@ -47,10 +47,10 @@ def test_a_rung_learns_just_what_train_py_learns(tmp_path, book, capsys, run):
     """The same weights, batches and steps: a learner may take either."""
     folder = corpora.prepare(str(book), tmp_path / "data", 9)
     corpus = corpora.open_corpus(folder, 9)
-    config = lecture.shortened(presets.lecture_residual(), lecture.LectureConfig(most_iters=120))
+    config = lecture.shortened(presets.lecture_head(), lecture.LectureConfig(most_iters=120))
     rung = lecture.climb(config, corpus, lambda n_steps: None)
     result = run(
-        "train.py", "--config=lecture-residual", "--max_iters=120", f"--dataset={book}",
+        "train.py", "--config=lecture-head", "--max_iters=120", f"--dataset={book}",
         f"--out_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

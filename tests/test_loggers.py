@@ -11,7 +11,7 @@ from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.report import read_metrics
 
-QUICK = ("--config=tiny", "--max_iters=20", "--eval_interval=10")
+QUICK = ("--config=lecture-bigram", "--max_iters=20", "--eval_interval=10")
 NAMES = {"loss/train": "train_loss", "loss/val": "val_loss"}
 
 # In place of wandb, whose service is not here: it notes what it is told.

@@ -139,20 +139,23 @@ def test_dropout_drops_where_the_lecture_does():
     np.testing.assert_array_equal(kept, logits(make("layernorm"), params, tokens_BT))
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", ["bigram", "layernorm"])
 def test_a_rung_writes_on_past_its_context(rung):
     """Always from the last block_size tokens, as the lecture's generate does."""
     model = make(rung)
-    params, n_tokens = init(model), 20
-    window_BS = np.zeros((1, 8), np.int32)
+    params, n_tokens = init(model), 12
     written = generate.generate(
-        model, params, window_BS, jnp.int32(1), generate.row_keys(0, range(1)), n_tokens,
+        model,
+        params,
+        np.zeros((1, 8), np.int32),
+        jnp.int32(1),
+        generate.row_keys(0, range(1)),
+        n_tokens,
         generate.Sampling(temperature=0),
-    )  # fmt: skip
+    )
     text = [0]
     for _ in range(n_tokens):
-        last = np.array([text[-8:]])
-        text.append(int(logits(model, params, last)[0, -1].argmax()))
+        text.append(int(written_out(rung, params, np.array(text[-8:]))[-1].argmax()))
     assert np.asarray(written)[0].tolist() == text[1:]
 
 

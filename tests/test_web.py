@@ -24,6 +24,8 @@ from nanogpt_jax.errors import InputError
 from nanogpt_jax.player import Player
 from nanogpt_jax.rungs import make_model
 
+pytestmark = pytest.mark.xdist_group("web")  # one run for all
+
 ROOT = Path(__file__).parent.parent
 BLOCK_SIZE = 16
 HOSTILE = ("<b>bold</b>", "<script>1;", "<img src=x>", "${1+1}{{2}}&lt;")
@@ -81,11 +83,9 @@ def answer(player, home):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"start": "the cat sat on the mat"},
-        {"temperature": 0.0},
         {"temperature": 1.2, "top_k": 5, "top_p": 0.9, "seed": 7},
-        {"exact_window": True},
+        {"temperature": 0.0, "exact_window": True},
     ],
 )
 def test_a_text_of_the_page_is_the_first_that_sample_py_streams(home, player, changes):

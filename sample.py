@@ -13,6 +13,7 @@ import numpy as np
 
 from nanogpt_jax import run_folder
 from nanogpt_jax import tokenizer as tokenizers
+from nanogpt_jax.answers import MAX_START
 from nanogpt_jax.command_line import parse_args, split_settings
 from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig
 from nanogpt_jax.errors import InputError, run_command
@@ -37,6 +38,10 @@ def main(argv: list[str]) -> int:
     if start == "":
         raise InputError("start must have at least one character, but is empty")
     tokenizer.encode(start or "")  # unknown characters, said before JAX is loaded
+    if config.web and len(start or "") > MAX_START:
+        raise InputError(
+            f"start must have at most {MAX_START:,} characters with --web, but has {len(start):,}"
+        )
     if config.web:
         return play(dataclasses.replace(config, start=start), folder, model_config, tokenizer)
     return write_samples(config, folder, model_config, tokenizer, start)

@@ -35,7 +35,6 @@ def main(argv: list[str]) -> int:
     """Check all that was asked, before anything is written and before JAX is loaded; then train."""
     start_s = time.perf_counter()
     config = parse_train_config(argv, __doc__)
-    loggers.check_installed(config)
     if config.compile_for:
         from nanogpt_jax import tpu
 
@@ -63,6 +62,8 @@ def main(argv: list[str]) -> int:
     elif not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
         raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
     writes = processes.is_first and not config.eval_only
+    if writes:
+        loggers.check(config)
     with run_folder.locked(folder) if writes else contextlib.nullcontext():
         return train(config, corpus, folder, processes, start_s)
 
@@ -102,9 +103,6 @@ def train(
         f"{corpus.vocab_size})"
     )
     print(f"jax {jax.__version__} on {devices.describe(mesh)}: {how}")
-    chip = chips.find(jax.devices()[0].device_kind)
-    if not config.eval_only:
-        print(accounting.run_line(config, len(corpus.splits["val"]), chip, mesh.size))
     if idle := jax.device_count() - mesh.size:
         why = "as --mesh says" if config.compute.mesh else "since they do not divide --batch_size"
         print(f"{idle} of {jax.device_count()} devices are idle, {why}")
@@ -166,6 +164,8 @@ def train(
         return 0
     if begun_at is not None:
         print(f"going on with {folder} from step {begun_at}")
+    chip = chips.find(jax.devices()[0].device_kind)
+    print(accounting.run_line(config, len(val_tokens), chip, mesh.size, begun_at or 0))
 
     batch_shape = config.gradient_accumulation_steps, batch_size
     batches = data.TrainBatches(

@@ -9,25 +9,25 @@ known chips: hours, kilowatt hours, dollars. No chip and no JAX is needed, and n
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_jax import chips, references
+from nanogpt_jax import chips, corpora, references
 from nanogpt_jax.chips import Chip
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.counts import (
     forward_flops_per_token,
+    is_float32,
     memory_bytes,
     n_params,
     n_params_as_told,
     parts,
+    size_in_words,
     train_flops_per_token,
 )
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.presets import lecture_scaled, parse_train_config, with_vocab_size
 
-SHAKESPEARE_VAL_TOKENS = 111_540
 TABLE = ("T4", "RTX 3070 Ti", "RTX 4090", "L4", "A100 40GB", "H100", "H200", "TPU v5e", "TPU v6e")
 
 
@@ -59,36 +59,46 @@ class RunFlops:
         return self.train + self.evaluate
 
 
-def run_flops(config: TrainConfig, val_tokens: int) -> RunFlops:
-    """Return what a run computes from its first step to its last.
+def run_flops(config: TrainConfig, val_tokens: int, done: int = 0) -> RunFlops:
+    """Return what a run computes to its last step.
 
     Args:
         val_tokens: of the validation split, which each evaluation reads unless eval_iters is given.
+        done: steps that were made before.
     """
     batch_tokens = config.batch_size * config.model.block_size
     n_batches = -(-(val_tokens - 1) // batch_tokens)  # the last one is filled up
     if config.eval_iters:
         n_batches = min(n_batches, config.eval_iters)
-    n_evaluations = 1 + -(-config.max_iters // config.eval_interval)  # before the first step too
+    n_evaluations = -(-config.max_iters // config.eval_interval) - done // config.eval_interval
+    n_evaluations += done == 0  # before the first step too
     return RunFlops(
-        train=config.max_iters * config.tokens_per_iter * train_flops_per_token(config.model),
+        train=(config.max_iters - done)
+        * config.tokens_per_iter
+        * train_flops_per_token(config.model),
         evaluate=n_evaluations * n_batches * batch_tokens * forward_flops_per_token(config.model),
     )
 
 
-def run_line(config: TrainConfig, val_tokens: int, chip: Chip | None, n_devices: int) -> str:
-    """Return one line about a run that is about to begin, on devices of this chip.
+def run_line(
+    config: TrainConfig, val_tokens: int, chip: Chip | None, n_devices: int, done: int = 0
+) -> str:
+    """Return one line about a run that is about to begin, or go on, on devices of this chip.
 
     Args:
         chip: None of one that is not in the table: no rate is made up for it.
+        done: steps that were made before.
     """
-    flops = run_flops(config, val_tokens)
-    share = f", {flops.evaluate / flops.total:.1%} of them to evaluate" if flops.total else ""
-    told = f"the run computes {amount(flops.total)} FLOPs{share}"
+    flops = run_flops(config, val_tokens, done)
+    what = "what is left of the run" if done else "the run"
+    if not flops.total:
+        return f"{what} multiplies no matrices: there are no FLOPs to count"
+    share = flops.evaluate / flops.total
+    told = f"{what} computes {amount(flops.total)} FLOPs, {share:.1%} of them to evaluate"
     if chip is None:
         return f"{told}; MFU is not shown, since this chip's peak is not in chips.py"
     seconds = flops.total / (n_devices * chip.device_flops)
-    return f"{told}: at the peak of {n_devices} x {chip.name} {duration(seconds)}"
+    return f"{told}: {duration(seconds)} at the 16-bit peak of {n_devices} x {chip.name}"
 
 
 def duration(seconds: float) -> str:
@@ -100,9 +110,9 @@ def duration(seconds: float) -> str:
 
 
 def amount(x: float) -> str:
-    """Return a figure of two digits, as people write it: "0.026", "5.4", "1,100", "2.5e20"."""
+    """Return a figure with the digits that mean something: "0.026", "5.4", "1,100", "2.52e20"."""
     if x >= 1e6:
-        return f"{x:.2e}".replace("e+", "e")
+        return f"{x:.2e}".replace("e+0", "e").replace("e+", "e")
     return f"{float(f'{x:.2g}'):,.0f}" if x >= 10 else f"{x:.2g}"
 
 
@@ -117,20 +127,21 @@ def cost_lines(config: CostConfig) -> list[str]:
     model = config.model
     val_tokens, of_what = validation_tokens(config)
     flops, per_token = run_flops(config, val_tokens), train_flops_per_token(model)
-    told = n_params_as_told(model)
-    rule = 6 * told
+    rule = 6 * n_params_as_told(model)
     lines = [f"{'':27}{'parameters':>14}{'FLOPs a token, forward':>26}"]
     lines += [f"{part.name:27}{part.n_params:14,}{part.forward_flops:26,}" for part in parts(model)]
     lines += [f"{'all':27}{n_params(model):14,}{forward_flops_per_token(model):26,}", ""]
+    if not flops.total:
+        return [*lines, "It multiplies no matrices: there are no FLOPs to count."]
     lines += [
-        f"a token of training   {per_token:,} FLOPs, three times forward; 6 N = {rule:,} with "
-        f"N = {told / 1e6:.2f}M" + (f", {rule / per_token - 1:+.1%}" if per_token else ""),
+        f"a token of training   {per_token:,} FLOPs, three times forward; 6 N = {rule:,} "
+        f"({rule / per_token - 1:+.1%}) with N = {size_in_words(model)}",
         f"the run               {amount(flops.train)} FLOPs: {config.max_iters:,} steps of "
         f"{config.tokens_per_iter:,} tokens",
         f"its evaluations       {amount(flops.evaluate)} FLOPs: {of_what}",
         "",
-        "memory of a step on one device; of the activations an estimate, in 16 bits unless "
-        "--dtype float32:",
+        "memory of a step on one device; of the activations an estimate, in "
+        + ("float32:" if is_float32(model, config.compute) else "16 bits (--dtype float32: more):"),
     ]
     memory = memory_bytes(model, config.compute, config.batch_size)
     memory["all"] = sum(memory.values())
@@ -141,7 +152,7 @@ def cost_lines(config: CostConfig) -> list[str]:
         f"{'chip':12}{'peak TFLOP/s':>14}{'time':>12}{'kWh':>12}{'US$':>12}",
     ]
     for name in TABLE:
-        chip = next(chip for chip in chips.CHIPS if chip.name == name)
+        chip = chips.named(name)
         seconds = flops.total / (config.mfu * chip.flops)
         hours = seconds / 3600
         kwh = amount(hours * chip.watts / 1000) if chip.watts else "-"
@@ -150,37 +161,54 @@ def cost_lines(config: CostConfig) -> list[str]:
         lines.append(
             f"{name:12}{chip.flops / 1e12:14.1f}{duration(seconds):>12}{kwh:>12}{dollars:>12}{fits}"
         )
-    return [
-        *lines,
-        "peak: dense products of 16-bit numbers; kWh: of the chip's board alone; - unknown",
-    ]
+    lines += ["peak: dense products of 16-bit numbers; kWh: of the chip's board alone; - unknown"]
+    if is_float32(model, config.compute):
+        lines += ["This run multiplies in float32, whose peaks are lower: take a lower --mfu."]
+    return lines
 
 
 def validation_tokens(config: TrainConfig) -> tuple[int, str]:
-    """Return the size of the validation split, and how it is known: the dataset may not be here."""
-    folder = Path(config.data_dir, config.dataset or "shakespeare_char")
+    """Return the size of the validation split, and where it is known from."""
     if config.eval_iters:
         return 2**62, f"{config.eval_iters} batches each"
-    try:
-        known = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["val_tokens"]
-        return known, f"the {known:,} tokens of {folder}'s validation split each"
-    except (OSError, ValueError, KeyError, TypeError):
-        n = SHAKESPEARE_VAL_TOKENS
-        return n, f"tiny Shakespeare's {n:,} tokens of validation each"
+    known = corpora.known_val_tokens(config.dataset, Path(config.data_dir))
+    if known is not None:
+        return known, f"the validation split's {known:,} tokens each"
+    n = corpora.SHAKESPEARE_VAL_TOKENS
+    of_another = f", as {config.dataset} is not prepared here" if config.dataset else ""
+    return n, f"tiny Shakespeare's {n:,} tokens of validation each{of_another}"
 
 
 def reference_lines() -> list[str]:
     """Return the published GPTs beside what their configurations say, as the lines of a page."""
-    lines = [f"{'FLOPs':28}{'published':>11}{'6 N tokens':>13}{'counted':>11}{'ratio':>8}  source"]
+    lines = [
+        f"{'':26}{'parameters':>11}{'tokens':>9}{'published':>11}{'6 N tokens':>12}{'counted':>10}"
+        f"{'ratio':>7}  source"
+    ]
     for run in references.RUNS:
-        rule = counted = ratio = "-"
+        size, tokens, published, rule, counted, ratio = ("-",) * 6
+        if run.flops:
+            published = amount(run.flops)
+        if run.model:
+            size, per_token = amount(n_params(run.model)), train_flops_per_token(run.model)
+            tokens = amount(run.tokens) if run.tokens else f"~{run.flops / per_token:.0e}"
+            tokens = tokens.replace("e+", "e")
         if run.model and run.tokens:
-            total = train_flops_per_token(run.model) * run.tokens
+            total = per_token * run.tokens
             rule, counted = amount(6 * n_params_as_told(run.model) * run.tokens), amount(total)
             ratio = f"{total / run.flops:.2f}" if run.flops else "-"
-        published = amount(run.flops) if run.flops else "-"
-        lines.append(f"{run.name:28}{published:>11}{rule:>13}{counted:>11}{ratio:>8}  {run.source}")
-    return [*lines, "", *lecture_lines()]
+        lines.append(
+            f"{run.name:26}{size:>11}{tokens:>9}{published:>11}{rule:>12}{counted:>10}{ratio:>7}  "
+            f"{run.source}"
+        )
+    return [
+        *lines,
+        "",
+        "FLOPs of whole runs. ~: tokens for which the published FLOPs suffice, as counted here;",
+        "counted: with attention's products, which 6 N leaves out (N without positions).",
+        "",
+        *lecture_lines(),
+    ]
 
 
 def lecture_lines() -> list[str]:
@@ -189,7 +217,7 @@ def lecture_lines() -> list[str]:
     # The lecture estimates its losses on 200 random batches of either split, every 500 steps.
     config = dataclasses.replace(config, eval_iters=400)
     flops = run_flops(config, 2**62)
-    a100 = next(chip for chip in chips.CHIPS if chip.name == "A100 40GB")
+    a100 = chips.named("A100 40GB")
     seconds, tf32, float32 = 15 * 60, 156e12, 19.5e12  # NVIDIA's A100 data sheet
     return [
         "The lecture's last model, `lecture-scaled`, took about 15 minutes of an A100: "

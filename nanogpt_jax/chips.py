@@ -49,6 +49,11 @@ CHIPS = (
 )
 
 
+def named(name: str) -> Chip:
+    """Return the chip of the table that has this name."""
+    return next(chip for chip in CHIPS if chip.name == name)
+
+
 def find(device_kind: str) -> Chip | None:
     """Return the chip that JAX names so; None of one that is not in the table."""
     return next((chip for chip in CHIPS if re.search(chip.pattern, device_kind)), None)

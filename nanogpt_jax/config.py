@@ -55,6 +55,19 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
         divides = f"a multiple of n_head={self.n_head}"
         _require(self.n_embd % self.n_head == 0, self, "n_embd", divides)
+        if self.architecture != "gpt":
+            self._check_rung()
+
+    def _check_rung(self) -> None:
+        """Refuse what a step of the lecture does not have, rather than ignore it."""
+        rung = self.architecture
+        only = {"bias": True, "activation": "gelu"}  # in truth ReLU, always
+        only |= {} if rung == "layernorm" else {"dropout": 0.0}
+        only |= {} if rung in ("deep", "residual", "layernorm") else {"n_layer": 1}
+        only |= {"n_head": 1} if rung in ("bigram", "head") else {}
+        for name, value in only.items():
+            ok = getattr(self, name) == value
+            _require(ok, self, name, f"{value} (leave it out) in the lecture's {rung}")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from nanogpt_jax.tokenizer import CharTokenizer
 SHAKESPEARE, PYDOCS = "shakespeare_char", "pydocs"
 NAMES = (SHAKESPEARE, PYDOCS)
 TRAIN_FRACTION = 0.9
+SHAKESPEARE_VAL_TOKENS = 111_540
+SHAKESPEARE_FINGERPRINT = "a320d332271226fa"
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,9 @@ def prepare(dataset: str, data_dir: Path, min_tokens: int = 1) -> Path:
         if any((path / f"{split}.bin").exists() for split in SPLITS):
             return path
         if path.is_file() or path.is_dir():
-            # The hash of the place keeps two books called input.txt apart.
-            place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-            folder = data_dir / f"{path.resolve().stem}-{place}"
-            return _write_splits(_read_text(path), folder, str(path), min_tokens)
+            return _write_splits(
+                _read_text(path), _folder_of(path, data_dir), str(path), min_tokens
+            )
     prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
     hint = did_you_mean(dataset, {*NAMES, *prepared})
     hint = hint or f" If you have its train.bin and val.bin, put them into {data_dir / dataset}"
@@ -104,6 +105,26 @@ def prepare(dataset: str, data_dir: Path, min_tokens: int = 1) -> Path:
         f"dataset must be one of {', '.join(NAMES)}, a text file or a folder, but there is no "
         f"{dataset!r}.{hint}"
     )
+
+
+def known_val_tokens(dataset: str | None, data_dir: Path) -> int | None:
+    """Return the size of a dataset's validation split; None where it is not prepared here."""
+    places = [data_dir / (dataset or SHAKESPEARE)]
+    if dataset is not None:
+        places += [Path(dataset), _folder_of(Path(dataset), data_dir)]
+    for folder in places:
+        path = folder / "val.bin"
+        if path.is_file():
+            return (
+                path.stat().st_size // np.dtype(_read_meta(folder).get("dtype", "uint16")).itemsize
+            )
+    return None
+
+
+def _folder_of(text: Path, data_dir: Path) -> Path:
+    """Return where one's own text is prepared: a hash keeps two books called input.txt apart."""
+    place = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:8]
+    return data_dir / f"{text.resolve().stem}-{place}"
 
 
 def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) -> Corpus:

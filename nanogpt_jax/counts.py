@@ -24,8 +24,7 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
     rung, D, T, V = config.architecture, config.n_embd, config.block_size, config.vocab_size
     if rung == "bigram":
         return (Part("token embedding", V * V),)  # the table is the logits
-    L = config.n_layer if rung in ("gpt", "deep", "residual", "layernorm") else 1
-    bias = config.bias or rung != "gpt"  # the lecture's rungs have biases, but for q, k and v
+    L, bias = config.n_layer, config.bias
 
     def dense(name: str, n_in: int, n_out: int, has_bias: bool = bias, times: int = L) -> Part:
         params = n_in * n_out + has_bias * n_out
@@ -33,7 +32,7 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
 
     found = [Part("token embedding", V * D), Part("position embedding", T * D)]
     found += [
-        dense("attention: q, k, v", D, 3 * D, has_bias=bias and rung == "gpt"),
+        dense("attention: q, k, v", D, 3 * D, has_bias=bias and rung == "gpt"),  # not the lecture's
         Part("attention: scores", 0, L * 2 * T * D),
         Part("attention: weighted sums", 0, L * 2 * T * D),
     ]
@@ -79,6 +78,11 @@ def train_flops_per_token(config: ModelConfig) -> int:
     return 3 * forward_flops_per_token(config)
 
 
+def is_float32(config: ModelConfig, compute: ComputeConfig) -> bool:
+    """Return whether a run surely multiplies in float32; with dtype auto the chip decides."""
+    return compute.dtype == "float32" or config.architecture != "gpt"
+
+
 def memory_bytes(config: ModelConfig, compute: ComputeConfig, batch_size: int) -> dict[str, int]:
     """Return about what a training step needs on one device, by kind.
 
@@ -92,7 +96,7 @@ def memory_bytes(config: ModelConfig, compute: ComputeConfig, batch_size: int) -
         batch_size: sequences of a micro-batch on the device.
     """
     D, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
-    width = 4 if compute.dtype == "float32" else 2
+    width = 4 if is_float32(config, compute) else 2
     drops = config.dropout > 0
     is_fused = compute.attention != "xla" and not drops and width == 2
     inputs = D * width  # x before a block

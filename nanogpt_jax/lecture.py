@@ -27,18 +27,19 @@ from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.presets import LECTURE
 from nanogpt_jax.programs import make_programs
+from nanogpt_jax.run_folder import check_writable
 
-# Validation losses that the lecture shows, by preset and step; -1 is the last one. Of the blocks
-# without residuals it only says that they do not do well. Source: the lecture, and its Colab.
+# Validation losses that the lecture shows, by preset and step. Of the blocks without residuals it
+# only says that they do not do well. Source: the lecture, and its Colab.
 PUBLISHED = {
-    "lecture-bigram": {-1: 2.49},
-    "lecture-head": {-1: 2.41},
-    "lecture-multihead": {-1: 2.28},
-    "lecture-feedforward": {-1: 2.25},
-    "lecture-residual": {-1: 2.08},
-    "lecture-layernorm": {-1: 2.07},
-    "lecture-colab": {0: 4.4022, 500: 2.3129, 2000: 1.9949, -1: 1.8222},
-    "lecture-scaled": {-1: 1.48},
+    "lecture-bigram": {3000: 2.49},
+    "lecture-head": {5000: 2.41},
+    "lecture-multihead": {5000: 2.28},
+    "lecture-feedforward": {5000: 2.24},
+    "lecture-residual": {5000: 2.08},
+    "lecture-layernorm": {5000: 2.06},
+    "lecture-colab": {0: 4.4022, 500: 2.3129, 2000: 1.9949, 5000: 1.8222},
+    "lecture-scaled": {5000: 1.48},
 }
 PICTURE = "ladder.png"
 SAMPLE_TOKENS = 120
@@ -77,6 +78,7 @@ class Climbed(NamedTuple):
     steps: list[int]  # at which it was evaluated
     train_losses: list[float]
     val_losses: list[float]
+    published: dict[int, float]  # what the lecture shows, by step; only of its own text
     text: str
     seconds: float
 
@@ -86,8 +88,7 @@ def main(argv: list[str]) -> None:
     settings = split_settings(argv, LectureConfig)
     asked = parse_args(LectureConfig, settings, LectureConfig(), __doc__)
     folder = Path(asked.out_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"out_dir must be a folder, but {folder} is a file")
+    check_writable(folder)
     startup.use_compile_cache(asked.compile_cache)
     rungs = [shortened(preset(), asked) for preset in LECTURE]
     if jax.default_backend() == "cpu":
@@ -101,12 +102,20 @@ def main(argv: list[str]) -> None:
     climbed = []
     print(f"{'':13}{'parameters':>12}{'train':>8}{'val':>8}{'lecture':>9}{'time':>8}")
     total = sum(rung.max_iters for rung in rungs)
-    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=None) as bar:
-        for rung in rungs:
-            bar.set_description(rung.config)
-            climbed.append(climb(rung, corpus, bar.update))
-            bar.write(table_row(climbed[-1]))
-    print("\nWhat each writes, from noise to play:\n")
+    try:
+        with tqdm(total=total, unit="step", dynamic_ncols=True, disable=None) as bar:
+            for rung in rungs:
+                bar.set_description(rung.config)
+                climbed.append(climb(rung, corpus, bar.update))
+                bar.write(table_row(climbed[-1]))
+    finally:  # interrupted, what was climbed so far is shown
+        if climbed:
+            show(climbed, folder)
+
+
+def show(climbed: list[Climbed], folder: Path) -> None:
+    """Print what each rung writes, and draw the curves."""
+    print("\nWhat each writes, from noise to play (/ is a line break):\n")
     for rung in climbed:
         print(f"{short_name(rung):13}{rung.text}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +189,11 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -
         sampling=generate.Sampling(),
     )
     text = " / ".join(corpus.tokenizer.decode(np.asarray(new_tokens_BN)[0]).split("\n"))
+    is_the_lectures = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT
+    published = PUBLISHED.get(config.config, {}) if is_the_lectures else {}
+    published = {at: loss for at, loss in published.items() if at <= config.max_iters}
     seconds = time.perf_counter() - begun_s
-    return Climbed(config, evaluated_at, losses["train"], losses["val"], text, seconds)
+    return Climbed(config, evaluated_at, losses["train"], losses["val"], published, text, seconds)
 
 
 def short_name(rung: Climbed) -> str:
@@ -192,7 +204,7 @@ def short_name(rung: Climbed) -> str:
 def table_row(rung: Climbed) -> str:
     """Return a rung's line of the table."""
     n_params = counts.n_params(rung.config.model)
-    published = PUBLISHED.get(rung.config.config, {}).get(-1, "-")
+    published = rung.published.get(rung.config.max_iters, "-")
     return (
         f"{short_name(rung):13}{n_params:12,}{rung.train_losses[-1]:8.3f}"
         f"{rung.val_losses[-1]:8.3f}{published:>9}{rung.seconds:6.0f} s"
@@ -206,13 +218,13 @@ def ladder_figure(climbed: list[Climbed]):
     figure = Figure(figsize=(10, 5.5), dpi=130, layout="tight")
     axes = figure.subplots()
     for i, rung in enumerate(climbed):
-        name, color, last = rung.config.config, f"C{i}", rung.steps[-1]
+        color = f"C{i}"
         label = f"{rung.val_losses[-1]:.2f} {short_name(rung)}"
         axes.plot(rung.steps, rung.val_losses, "o-", color=color, markersize=3, label=label)
-        for step, loss in PUBLISHED.get(name, {}).items():
-            place = last if step == -1 else step
-            axes.plot(place, loss, "D", color=color, markersize=8, fillstyle="none", zorder=3)
-    axes.plot([], [], "D", color="gray", markersize=8, fillstyle="none", label="in the lecture")
+        for step, loss in rung.published.items():
+            axes.plot(step, loss, "D", color=color, markersize=8, fillstyle="none", zorder=3)
+    if any(rung.published for rung in climbed):
+        axes.plot([], [], "D", color="gray", markersize=8, fillstyle="none", label="in the lecture")
     # All begin above, knowing nothing (ln 65 = 4.17 would be even odds); the steps lie below.
     later = [loss for rung in climbed for loss in rung.val_losses[1:]]
     axes.set_ylim(min(later) - 0.1, max(later) + 0.1)

@@ -24,18 +24,29 @@ class Logger(NamedTuple):
     close: Callable[[], None]
 
 
-def check_installed(config: TrainConfig) -> None:
-    """Check that what was asked for can be imported, without importing it.
+def check(config: TrainConfig) -> None:
+    """Check that what was asked for will work, before a run begins, or an old one is deleted.
 
     Raises:
-        InputError: a package is missing.
+        InputError: a package is missing, or Weights & Biases is not logged in.
     """
     for flag, package in PACKAGES.items():
-        if getattr(config, flag) and importlib.util.find_spec(package) is None:
+        spec = importlib.util.find_spec(package) if getattr(config, flag) else None
+        # A folder of that name, as of old runs, is found too, but has no origin.
+        if getattr(config, flag) and (spec is None or spec.origin is None):
             raise InputError(
                 f"--{flag} needs the package {package}: pip install -e '.[{flag}]', or leave it "
                 "out: metrics.jsonl in the run's folder has all figures"
             )
+    if config.wandb and os.environ.get("WANDB_MODE", "online") == "online":
+        import wandb
+
+        try:
+            logged_in = wandb.login()  # asks, on a terminal
+        except wandb.Error as error:
+            raise InputError(f"--wandb: Weights & Biases refuses: {error}") from error
+        if not logged_in:
+            raise InputError("--wandb needs a login: `wandb login`, or WANDB_MODE=offline in front")
 
 
 def open_loggers(config: TrainConfig, folder: Path, begun_at: int | None) -> list[Logger]:

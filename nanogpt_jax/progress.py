@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from tqdm.auto import tqdm
 
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.counts import train_flops_per_token
-from nanogpt_jax.loggers import open_loggers
+from nanogpt_jax.loggers import Logger, open_loggers
 from nanogpt_jax.optim import learning_rate_schedule
 from nanogpt_jax.report import draw, read_metrics
 from nanogpt_jax.run_folder import METRICS, PICTURE
@@ -125,7 +126,7 @@ class Progress:
             if step % self.config.log_interval == 0 and not self.evaluation_due(step):
                 self._log(step)
         tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
-        mfu = "" if self._mfu_per_step_s is None else f", MFU {self.mfu():.1%}"
+        mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
         self._bar.set_postfix_str(
             f"loss {self.train_loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s{mfu}"
             f"{self._skips()}",
@@ -160,7 +161,10 @@ class Progress:
             self._drawn_s = now_s
 
     def mfu(self) -> float | None:
-        """Return the share of the peak that the last dispatch reached; None of an unknown chip."""
+        """Return the share of the peak that the last dispatch reached; None of an unknown chip.
+
+        0 before the first dispatch, and of a model that multiplies no matrices: not told.
+        """
         return None if self._mfu_per_step_s is None else self._mfu_per_step_s * self.steps_per_s
 
     def elapsed_s(self) -> float:
@@ -171,9 +175,8 @@ class Progress:
         """End the bar and the file, and draw the picture."""
         self._bar.close()
         self._file.close()
-        for logger in self._loggers:
-            logger.close()
         self._draw()
+        self._tell(lambda logger: logger.close())
 
     def _skips(self) -> str:
         return f", skipped updates: {self.skipped}" if self.skipped else ""
@@ -197,10 +200,17 @@ class Progress:
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
-        if self._mfu_per_step_s is not None:
+        if self.mfu():
             row["mfu"] = float(f"{self.mfu():.3g}")
         row["elapsed_s"] = round(self.elapsed_s(), 2)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for logger in self._loggers:
-            logger.log(row)
+        self._tell(lambda logger: logger.log(row))
+
+    def _tell(self, what: Callable[[Logger], None]) -> None:
+        for logger in list(self._loggers):
+            try:
+                what(logger)
+            except Exception as error:  # no reason to lose the run: metrics.jsonl has it all
+                self._loggers.remove(logger)
+                self.say(f"a logger failed, and is told no more: {error}")

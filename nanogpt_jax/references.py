@@ -35,7 +35,7 @@ RUNS = (
     PublishedRun(
         "GPT-2 1.5B (2019)",
         1.5e21,
-        "an estimate; Epoch AI's is 1.9e21. OpenAI published neither FLOPs nor tokens",
+        "estimated by others (Epoch AI: 1.9e21): OpenAI published neither",
         _gpt(48, 25, 1600, 1024, 50257),
     ),
     PublishedRun(

@@ -48,7 +48,20 @@ def check_usable(folder: Path) -> None:
     """Check that a folder can be made or written and is free or holds a run, without making it.
 
     Raises:
-        InputError: it is a file, lies below one, its place is read-only, or it holds other things.
+        InputError: see `check_writable`; or it holds other things.
+    """
+    check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        raise InputError(
+            f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder can be made or written, without making it.
+
+    Raises:
+        InputError: it is a file, lies below one, or its place is read-only.
     """
     existing = folder.absolute()
     while not existing.exists():
@@ -57,10 +70,6 @@ def check_usable(folder: Path) -> None:
         raise InputError(f"out_dir must be a folder, but {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"out_dir must be writable, but {existing} is not")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise InputError(
-            f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
-        )
 
 
 def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool:

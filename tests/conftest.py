@@ -28,6 +28,18 @@ from nanogpt_jax.config import ModelConfig, TrainConfig
 ROOT = Path(__file__).parent.parent
 
 
+def layers_of(architecture: str, n_layer: int = 2, n_head: int = 2) -> dict:
+    """Return fields of a ModelConfig: as many layers and heads as that step of the lecture has."""
+    is_deep = architecture in ("gpt", "deep", "residual", "layernorm")
+    has_heads = architecture not in ("bigram", "head")
+    return {
+        "architecture": architecture,
+        "bias": architecture != "gpt",
+        "n_layer": n_layer if is_deep else 1,
+        "n_head": n_head if has_heads else 1,
+    }
+
+
 @pytest.fixture
 def model_config() -> ModelConfig:
     """A GPT small enough to compile in a second; all sizes differ, to tell axes apart."""

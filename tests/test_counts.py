@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import layers_of
 
 from nanogpt_jax import steps
 from nanogpt_jax.config import RUNGS, ComputeConfig, ModelConfig
@@ -59,9 +60,7 @@ def test_parameter_counts_are_those_of_an_initialised_gpt(shape, bias):
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_a_rung_of_the_lecture_has_the_parameters_that_are_counted(rung):
-    config = ModelConfig(
-        architecture=rung, block_size=5, vocab_size=7, n_layer=3, n_head=2, n_embd=6
-    )
+    config = ModelConfig(block_size=5, vocab_size=7, n_embd=6, **layers_of(rung))
     made = jax.eval_shape(partial(steps.init_params, make_model(config)), jax.random.key(0))
     assert n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(made))
 
@@ -141,11 +140,9 @@ def test_shakespeares_step_takes_the_flops_xla_counts():
     assert train_flops_per_token(config) == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("rung", ["residual", "layernorm"])
+@pytest.mark.parametrize("rung", sorted({*RUNGS} - {"bigram"}))
 def test_a_rungs_step_takes_the_flops_xla_counts(rung):
-    config = ModelConfig(
-        architecture=rung, block_size=128, vocab_size=512, n_layer=1, n_head=2, n_embd=512
-    )
+    config = ModelConfig(block_size=128, vocab_size=512, n_embd=1024, **layers_of(rung, 1))
     counted = compiled_gradient(config, 1).cost_analysis()["flops"] / config.block_size
     assert train_flops_per_token(config) == pytest.approx(counted, rel=0.02)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import layers_of
 
 from nanogpt_jax import inspection, steps
 from nanogpt_jax.attention import WEIGHTS
@@ -46,8 +47,8 @@ def test_a_reading_of_a_rung_has_all_its_heads_in_layers(architecture, n_layers,
 
 
 def rung(architecture, **changes):
-    shape = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 4, "n_embd": 12}
-    model = make_model(ModelConfig(architecture=architecture, **(shape | changes)))
+    shape = {"block_size": 8, "vocab_size": 11, "n_embd": 12} | layers_of(architecture, 2, 4)
+    model = make_model(ModelConfig(**shape | changes))
     return model, steps.init_params(model, jax.random.key(0))
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import sys
 
 import pytest
 
@@ -18,13 +19,18 @@ NAMES = {"loss/train": "train_loss", "loss/val": "val_loss"}
 FAKE_WANDB = """
 import json, os, pathlib
 class Error(Exception): pass
+def login():
+    return not os.environ.get("LOGGED_OUT")
 def init(**told):
     if os.environ.get("REFUSE"):
-        raise Error("api_key not configured")
+        raise Error("quota exceeded")
     lines = pathlib.Path(os.environ["TOLD"]).open("a")
     lines.write(json.dumps({"init": told}) + "\\n")
     class Run:
-        def log(self, row, step): lines.write(json.dumps({"step": step, "row": row}) + "\\n")
+        def log(self, row, step):
+            if os.environ.get("BREAK"):
+                raise OSError("the network is gone")
+            lines.write(json.dumps({"step": step, "row": row}) + "\\n")
         def finish(self): lines.write(json.dumps({"finished": True}) + "\\n"); lines.close()
     return Run()
 """
@@ -118,8 +124,37 @@ def test_what_wandb_refuses_is_said_in_one_line(book, wandb_run, monkeypatch):
     monkeypatch.setenv("REFUSE", "1")
     result, _ = wandb_run(f"--dataset={book}", "--out_dir=run")
     assert result.returncode == 2
-    assert "error: --wandb: Weights & Biases refuses: api_key not configured" in result.stderr
+    assert "error: --wandb: Weights & Biases refuses: quota exceeded" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_whoever_is_not_logged_in_hears_it_before_a_run_is_deleted(
+    tmp_path, book, wandb_run, monkeypatch
+):
+    wandb_run(f"--dataset={book}", "--out_dir=run")
+    rows = read_metrics(tmp_path / "run")
+    monkeypatch.setenv("LOGGED_OUT", "1")
+    result, _ = wandb_run(f"--dataset={book}", "--out_dir=run", "--overwrite")
+    assert result.returncode == 2
+    assert "error: --wandb needs a login" in result.stderr
+    assert read_metrics(tmp_path / "run") == rows
+
+
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, book, wandb_run, monkeypatch):
+    monkeypatch.setenv("BREAK", "1")
+    result, _ = wandb_run(f"--dataset={book}", "--out_dir=run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("a logger failed, and is told no more: the network is gone") == 1
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 20
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+def test_a_folder_that_has_the_packages_name_is_not_it(tmp_path, monkeypatch):
+    """Old runs leave one called wandb where train.py is started."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(InputError, match="needs the package wandb"):
+        loggers.check(TrainConfig(wandb=True))
 
 
 @pytest.mark.parametrize("flag", loggers.PACKAGES)
@@ -127,8 +162,8 @@ def test_a_package_that_is_missing_is_said_before_anything_is_done(flag, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = TrainConfig(**{flag: True})
     with pytest.raises(InputError, match=rf"--{flag} needs .*\[{flag}\]"):
-        loggers.check_installed(config)
-    loggers.check_installed(TrainConfig())
+        loggers.check(config)
+    loggers.check(TrainConfig())
 
 
 def test_neither_is_imported_unless_it_is_asked_for(tmp_path, book, run, monkeypatch):

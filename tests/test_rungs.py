@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import layers_of
 
 from nanogpt_jax import generate, rungs, steps
 from nanogpt_jax.config import RUNGS, ModelConfig
@@ -16,8 +17,8 @@ CAUSAL = ["head", "multihead", "feedforward", "deep", "residual", "layernorm"]
 
 
 def make(rung, **changes):
-    shape = {"block_size": 8, "vocab_size": V, "n_layer": 2, "n_head": H, "n_embd": D} | changes
-    return rungs.make_model(ModelConfig(architecture=rung, bias=True, **shape))
+    shape = {"block_size": 8, "vocab_size": V, "n_embd": D} | layers_of(rung, 2, H)
+    return rungs.make_model(ModelConfig(**shape | changes))
 
 
 def tokens(*shape):
@@ -127,16 +128,38 @@ def test_parameters_start_as_pytorchs_do():
     assert set(params["layers_0"]["sa"]["Head_0"]["query"]["Dense_0"]) == {"kernel"}  # no bias
 
 
-def test_dropout_drops_where_the_lecture_does():
-    model = make("layernorm", dropout=0.5)
-    params, tokens_BT = init(model), tokens(B, T)
-    kept = logits(model, params, tokens_BT)
-    dropped = [
-        logits(model, params, tokens_BT, deterministic=False, rngs={"dropout": jax.random.key(i)})
-        for i in range(2)
-    ]
-    assert np.abs(dropped[0] - dropped[1]).max() > 1e-3
-    np.testing.assert_array_equal(kept, logits(make("layernorm"), params, tokens_BT))
+def test_dropout_drops_weights_of_attention_projection_and_feed_forward():
+    """Half of what comes out, the rest doubled; of the weights a query has, any."""
+    x_BTD = jnp.array(np.random.default_rng(0).normal(size=(32, 8, 48)), jnp.float32)
+    for part in rungs.MultiHead(2, dropout=0.5), rungs.FeedForward(dropout=0.5):
+        variables = part.init(jax.random.key(0), x_BTD, True)
+        dropped = part.apply(variables, x_BTD, False, rngs={"dropout": jax.random.key(1)})
+        assert abs(np.mean(np.asarray(dropped) == 0) - 0.5) < 0.1
+        assert not np.any(np.asarray(part.apply(variables, x_BTD, True)) == 0)
+
+    head = rungs.Head(8, dropout=0.5)
+    variables = head.init(jax.random.key(0), x_BTD, True)
+    dropped = head.apply(variables, x_BTD, False, rngs={"dropout": jax.random.key(1)})
+    first_BK = np.asarray(dropped)[:, 0]  # the first position has one weight, kept or not
+    whole_BK = 2 * np.asarray(head.apply(variables, x_BTD, True))[:, 0]
+    was_kept_B = np.any(first_BK != 0, axis=-1)
+    assert set(was_kept_B) == {True, False}
+    np.testing.assert_allclose(first_BK[was_kept_B], whole_BK[was_kept_B], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rung", "changes", "named"),
+    [
+        ("head", {"n_layer": 2}, "n_layer"),
+        ("head", {"n_head": 2}, "n_head"),
+        ("residual", {"dropout": 0.5}, "dropout"),
+        ("layernorm", {"bias": False}, "bias"),
+        ("layernorm", {"activation": "gelu_tanh"}, "activation"),
+    ],
+)
+def test_what_a_rung_does_not_have_is_refused_rather_than_ignored(rung, changes, named):
+    with pytest.raises(InputError, match=rf"^{named} must be .* in the lecture's {rung}, got"):
+        ModelConfig(**{"architecture": rung, "bias": True, "n_layer": 1, "n_head": 1} | changes)
 
 
 @pytest.mark.parametrize("rung", ["bigram", "layernorm"])

@@ -240,3 +240,12 @@ def test_text_without_end_goes_on_until_it_is_interrupted(home):
     assert set(text) <= set(TEXT)
     assert process.returncode == 130
     assert "Traceback" not in stderr
+
+
+def test_a_start_too_long_for_the_page_is_said_before_it_opens(home, monkeypatch):
+    monkeypatch.chdir(home)
+    (home / "long.txt").write_text("the cat " * 2000)
+    with pytest.raises(
+        InputError, match=r"start must have at most 10,000 .* --web, but has 16,000"
+    ):
+        sample.main(["--web", "--start", "FILE:long.txt"])

@@ -434,5 +434,5 @@ def test_a_known_chips_run_tells_its_cost_beforehand_and_its_mfu(
     h200 = train.chips.find("NVIDIA H200")
     monkeypatch.setattr(train.chips, "find", lambda kind: h200)
     start(tmp_path / "known", "--max_iters=10")
-    assert "at the peak of 1 x H200" in capsys.readouterr().out
+    assert "at the 16-bit peak of 1 x H200" in capsys.readouterr().out
     assert 0 < read_metrics(tmp_path / "known")[-1]["mfu"] < 0.01

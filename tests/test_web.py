@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import layers_of
 
 from nanogpt_jax import answers, run_folder, steps, tokenizer, views, web
 from nanogpt_jax.config import MAX_PAGE_TOKENS, ModelConfig, SampleConfig
@@ -65,8 +66,8 @@ def player(home):
 
 
 def fresh_player(architecture, chars="\n abc"):
-    shape = {"block_size": 8, "vocab_size": len(chars), "n_layer": 2, "n_head": 2, "n_embd": 8}
-    model = make_model(ModelConfig(architecture=architecture, **shape))
+    shape = {"block_size": 8, "vocab_size": len(chars), "n_embd": 8} | layers_of(architecture)
+    model = make_model(ModelConfig(**shape))
     return Player(
         model, steps.init_params(model, jax.random.key(0)), tokenizer.CharTokenizer(chars)
     )

@@ -43,7 +43,7 @@ class CostConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.mfu <= 1:
-            raise InputError(f"mfu must be above 0 and at most 1, got {self.mfu}")
+            raise InputError(f"mfu must be above 0 and at most 1 (40 % is 0.4), got {self.mfu}")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def cost_lines(config: CostConfig) -> list[str]:
     lines += [f"  {name:12}{size / 2**20:12,.1f} MiB" for name, size in memory.items()]
     lines += [
         "",
-        f"at an MFU of {config.mfu:.0%}, which is a guess (--mfu): bench.py measures it",
+        f"at an MFU of {config.mfu:.0%} (--mfu): bench.py measures what a machine reaches"
+        + ("" if n_params(model) > 1e8 else ", with models as small as this far less"),
         f"{'chip':12}{'peak TFLOP/s':>14}{'time':>12}{'kWh':>12}{'US$':>12}",
     ]
     for name in TABLE:
@@ -182,13 +183,13 @@ def validation_tokens(config: TrainConfig) -> tuple[int, str]:
 def reference_lines() -> list[str]:
     """Return the published GPTs beside what their configurations say, as the lines of a page."""
     lines = [
-        f"{'':26}{'parameters':>11}{'tokens':>9}{'published':>11}{'6 N tokens':>12}{'counted':>10}"
+        f"{'':26}{'parameters':>11}{'tokens':>9}{'published':>13}{'6 N tokens':>12}{'counted':>10}"
         f"{'ratio':>7}  source"
     ]
     for run in references.RUNS:
         size, tokens, published, rule, counted, ratio = ("-",) * 6
         if run.flops:
-            published = amount(run.flops)
+            published = f"{amount(run.flops)} {'e' if run.is_estimate else ' '}"
         if run.model:
             size, per_token = amount(n_params(run.model)), train_flops_per_token(run.model)
             tokens = amount(run.tokens) if run.tokens else f"~{run.flops / per_token:.0e}"
@@ -198,14 +199,15 @@ def reference_lines() -> list[str]:
             rule, counted = amount(6 * n_params_as_told(run.model) * run.tokens), amount(total)
             ratio = f"{total / run.flops:.2f}" if run.flops else "-"
         lines.append(
-            f"{run.name:26}{size:>11}{tokens:>9}{published:>11}{rule:>12}{counted:>10}{ratio:>7}  "
+            f"{run.name:26}{size:>11}{tokens:>9}{published:>13}{rule:>12}{counted:>10}{ratio:>7}  "
             f"{run.source}"
         )
     return [
         *lines,
         "",
-        "FLOPs of whole runs. ~: tokens for which the published FLOPs suffice, as counted here;",
-        "counted: with attention's products, which 6 N leaves out (N without positions).",
+        "FLOPs of whole runs; e: not published, but estimated by others; ~: tokens for which they",
+        "suffice; counted: with attention's products, which 6 N leaves out (N without positions);",
+        "ratio: counted to published.",
         "",
         *lecture_lines(),
     ]

@@ -67,7 +67,8 @@ class ModelConfig:
         only |= {"n_head": 1} if rung in ("bigram", "head") else {}
         for name, value in only.items():
             ok = getattr(self, name) == value
-            _require(ok, self, name, f"{value} (leave it out) in the lecture's {rung}")
+            preset = f"as --config lecture-{rung} has it"
+            _require(ok, self, name, f"{value} in the lecture's {rung}, {preset}")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ PUBLISHED = {
 }
 PICTURE = "ladder.png"
 SAMPLE_TOKENS = 120
-STEPS_PER_DISPATCH = 100  # a divisor of the presets' eval_interval
+STEPS_PER_DISPATCH = 100
 EVAL_TOKENS = 16_384  # of a batch: many short windows at once, or it takes longer than the training
 
 
@@ -100,6 +100,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"dataset must have its text, but {dataset} has token ids only")
 
     climbed = []
+    left_out = "" if rungs[-1].config == "lecture-scaled" else "; lecture-scaled wants a GPU or TPU"
+    print(f"{len(rungs)} rungs on {corpus.name}{left_out}")
     print(f"{'':13}{'parameters':>12}{'train':>8}{'val':>8}{'lecture':>9}{'time':>8}")
     total = sum(rung.max_iters for rung in rungs)
     try:
@@ -126,7 +128,10 @@ def show(climbed: list[Climbed], folder: Path) -> None:
 def shortened(config: TrainConfig, asked: LectureConfig) -> TrainConfig:
     """Return a rung's configuration with the seed and not more than the steps asked for."""
     max_iters = min(config.max_iters, asked.most_iters)
-    return dataclasses.replace(config, max_iters=max_iters, seed=asked.seed)
+    eval_interval = min(config.eval_interval, max(1, max_iters // 10))
+    return dataclasses.replace(
+        config, max_iters=max_iters, eval_interval=eval_interval, seed=asked.seed
+    )
 
 
 def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -> Climbed:
@@ -168,7 +173,8 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -
             evaluated_at.append(step)
             for split, found in losses.items():
                 found.append(evaluate(split))
-        n_steps = min(STEPS_PER_DISPATCH, config.max_iters - step)
+        to_evaluation = config.eval_interval - step % config.eval_interval
+        n_steps = min(STEPS_PER_DISPATCH, to_evaluation, config.max_iters - step)
         if n_steps == 0:
             break
         places_NAB = batches.offsets(step, n_steps).astype(np.int32)
@@ -223,7 +229,7 @@ def ladder_figure(climbed: list[Climbed]):
         axes.plot(rung.steps, rung.val_losses, "o-", color=color, markersize=3, label=label)
         for step, loss in rung.published.items():
             axes.plot(step, loss, "D", color=color, markersize=8, fillstyle="none", zorder=3)
-    if any(rung.published for rung in climbed):
+    if any(step for rung in climbed for step in rung.published):  # step 0 lies above the picture
         axes.plot([], [], "D", color="gray", markersize=8, fillstyle="none", label="in the lecture")
     # All begin above, knowing nothing (ln 65 = 4.17 would be even odds); the steps lie below.
     later = [loss for rung in climbed for loss in rung.val_losses[1:]]

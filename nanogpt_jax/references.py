@@ -10,10 +10,11 @@ class PublishedRun:
     """A training run as its makers, or others, describe it."""
 
     name: str
-    flops: float | None  # of the whole run, as published
+    flops: float | None  # of the whole run, as published or estimated
     source: str
     model: ModelConfig | None = None  # None: its shape is not public
     tokens: float | None = None  # read in training; None: not public
+    is_estimate: bool = False  # of flops, by others than the makers
 
 
 def _gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int) -> ModelConfig:
@@ -35,8 +36,9 @@ RUNS = (
     PublishedRun(
         "GPT-2 1.5B (2019)",
         1.5e21,
-        "estimated by others (Epoch AI: 1.9e21): OpenAI published neither",
+        "OpenAI published neither; Epoch AI says 1.9e21",
         _gpt(48, 25, 1600, 1024, 50257),
+        is_estimate=True,
     ),
     PublishedRun(
         "GPT-3 Small (2020)", 2.25e20, f"{_GPT3}: 6 x 125e6 x 300e9",
@@ -47,7 +49,7 @@ RUNS = (
         _gpt(96, 96, 12288, 2048, 50257), 300e9,
     ),
     PublishedRun(
-        "GPT-4 (2023)", 2.1e25, "Epoch AI's estimate: neither shape nor tokens are public"
+        "GPT-4 (2023)", 2.1e25, "Epoch AI: neither shape nor tokens are public", is_estimate=True
     ),
     PublishedRun(
         "nanoGPT's 124M (2023)",

@@ -5,8 +5,12 @@ side by side. Three things are the lecture's, and not GPT-2's as in model.py: Py
 initialisation, attention scaled by the width of the embedding (its later fix scales by the size of
 a head; all losses that it shows are from before), and heads as modules of their own.
 
-B is a sequence of the batch, T a position, S one that is attended to, D a feature, K a feature of a
-head, V a token. Source: the lecture, and github.com/karpathy/ng-video-lecture.
+Array names end in their axes: B is a sequence of the batch, T a position, S one that is attended
+to, D a feature (the lecture's C), K a feature of a head, V a token; its `wei` is weights_BTS. Every
+rung is called as model.py's GPT is, `stream` up to the logits and `head` for them; its `cache` is
+for GPT alone, and passed through; `deterministic` means without dropout, as in `model.eval()`;
+`sow` leaves the weights for whoever wants to look at them.
+Source: the lecture, and github.com/karpathy/ng-video-lecture.
 """
 
 import flax.linen as nn
@@ -180,12 +184,15 @@ class Thinking(OneHead):
         return [heads, FeedForward(widening=1)]
 
 
-class Deep(OneHead):
+class Deep(Thinking):
     """The same several times over, without a way around: deep, and hard to train."""
 
     def make_layers(self):
         """Return what lies between embedding and head."""
-        return [layer for _ in range(self.config.n_layer) for layer in Thinking.make_layers(self)]
+        layers = []
+        for _ in range(self.config.n_layer):
+            layers += super().make_layers()
+        return layers
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """The page to play on: python sample.py --web. Gradio's layout and the server; JAX is elsewhere."""
 
 import dataclasses
+import errno
 import importlib.util
 import ipaddress
 import os
@@ -56,10 +57,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise InputError(
-            f"host {host}, port {port}: cannot be listened at ({error.strerror}); another --port "
-            "may be free, --port 0 finds one"
-        ) from None
+        taken = error.errno == errno.EADDRINUSE
+        hint = ": take another --port, or --port 0 for a free one" if taken else ""
+        reason = "is in use" if taken else f"cannot be listened at ({error.strerror})"
+        raise InputError(f"port {port} of host {host} {reason}{hint}") from None
 
 
 def serve(player, config: SampleConfig, folder: Path, listener: socket.socket) -> None:
@@ -145,8 +146,8 @@ def page(player, config: SampleConfig, folder: Path):
     with gr.Blocks(title="nanogpt_jax", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(
             f"# nanogpt_jax: {folder.resolve().name}\nA model that writes one character after the "
-            f"other. For each it reads the last {block_size:,} characters, and draws the next by "
-            "their probabilities."
+            f"other. For each it reads the last {block_size:,} characters at the most, and draws "
+            "the next by their probabilities."
         )
         with gr.Tab("Write"), gr.Row():
             with gr.Column(scale=5, min_width=320):

@@ -51,7 +51,8 @@ def test_a_rung_learns_just_what_train_py_learns(tmp_path, book, capsys, run):
     config = lecture.shortened(presets.lecture_head(), lecture.LectureConfig(most_iters=120))
     rung = lecture.climb(config, corpus, lambda n_steps: None)
     result = run(
-        "train.py", "--config=lecture-head", "--max_iters=120", f"--dataset={book}",
+        "train.py", "--config=lecture-head", "--max_iters=120", "--eval_interval=12",
+        f"--dataset={book}",
         f"--out_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -158,7 +158,9 @@ def test_dropout_drops_weights_of_attention_projection_and_feed_forward():
     ],
 )
 def test_what_a_rung_does_not_have_is_refused_rather_than_ignored(rung, changes, named):
-    with pytest.raises(InputError, match=rf"^{named} must be .* in the lecture's {rung}, got"):
+    with pytest.raises(
+        InputError, match=rf"^{named} must be .* in the lecture's {rung}, as .*, got"
+    ):
         ModelConfig(**{"architecture": rung, "bias": True, "n_layer": 1, "n_head": 1} | changes)
 
 

@@ -76,8 +76,8 @@ class Climbed(NamedTuple):
 
     config: TrainConfig
     steps: list[int]  # at which it was evaluated
-    train_losses: list[float]
     val_losses: list[float]
+    train_loss: float  # at the end, over a part of the split that is as large as the other
     published: dict[int, float]  # what the lecture shows, by step; only of its own text
     text: str
     seconds: float
@@ -158,26 +158,28 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -
     # The whole validation split; of the other one as many windows, spread over it.
     eval_rows = max(1, EVAL_TOKENS // block_size)
     n_batches = len(data.eval_batches(corpus.splits["val"], block_size, eval_rows)[0])
-    windows = {
-        name: data.eval_batches(tokens, block_size, eval_rows, n_batches)
-        for name, tokens in corpus.splits.items()
-    }
+
+    def places(split: str, offsets: np.ndarray):
+        by_rows = meshes.by_rows(mesh, axis=offsets.ndim - 1)
+        return meshes.put_places(corpus.splits[split], offsets, block_size + 1, by_rows)
 
     def evaluate(split: str) -> float:
-        sums, counted = programs.eval_steps(state.params, splits[split], *windows[split])
+        tokens = corpus.splits[split]
+        offsets_NB, counts_NB = data.eval_batches(tokens, block_size, eval_rows, n_batches)
+        places_NB = places(split, offsets_NB)
+        sums, counted = programs.eval_steps(state.params, splits[split], places_NB, counts_NB)
         return float(np.asarray(sums).sum(dtype=np.float64) / np.asarray(counted).sum())
 
-    evaluated_at, losses, step = [], {"train": [], "val": []}, 0
+    evaluated_at, val_losses, step = [], [], 0
     while True:
         if step % config.eval_interval == 0 or step == config.max_iters:
             evaluated_at.append(step)
-            for split, found in losses.items():
-                found.append(evaluate(split))
+            val_losses.append(evaluate("val"))
         to_evaluation = config.eval_interval - step % config.eval_interval
-        n_steps = min(STEPS_PER_DISPATCH, to_evaluation, config.max_iters - step)
+        n_steps = min(batches.most_steps, to_evaluation, config.max_iters - step)
         if n_steps == 0:
             break
-        places_NAB = batches.offsets(step, n_steps).astype(np.int32)
+        places_NAB = places("train", batches.offsets(step, n_steps))
         state, _ = programs.train_steps(
             state, splits["train"], places_NAB, np.int32(n_steps), dropout_key
         )
@@ -198,8 +200,9 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -
     is_the_lectures = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT
     published = PUBLISHED.get(config.config, {}) if is_the_lectures else {}
     published = {at: loss for at, loss in published.items() if at <= config.max_iters}
+    train_loss = evaluate("train")
     seconds = time.perf_counter() - begun_s
-    return Climbed(config, evaluated_at, losses["train"], losses["val"], published, text, seconds)
+    return Climbed(config, evaluated_at, val_losses, train_loss, published, text, seconds)
 
 
 def short_name(rung: Climbed) -> str:
@@ -212,7 +215,7 @@ def table_row(rung: Climbed) -> str:
     n_params = counts.n_params(rung.config.model)
     published = rung.published.get(rung.config.max_iters, "-")
     return (
-        f"{short_name(rung):13}{n_params:12,}{rung.train_losses[-1]:8.3f}"
+        f"{short_name(rung):13}{n_params:12,}{rung.train_loss:8.3f}"
         f"{rung.val_losses[-1]:8.3f}{published:>9}{rung.seconds:6.0f} s"
     )
 

@@ -162,7 +162,7 @@ def cost_lines(config: CostConfig) -> list[str]:
         lines.append(
             f"{name:12}{chip.flops / 1e12:14.1f}{duration(seconds):>12}{kwh:>12}{dollars:>12}{fits}"
         )
-    lines += ["peak: dense products of 16-bit numbers; kWh: of the chip's board alone; - unknown"]
+    lines += ["peak: dense products of 16-bit numbers; kWh: of the board alone; sources: chips.py"]
     if is_float32(model, config.compute):
         lines += ["This run multiplies in float32, whose peaks are lower: take a lower --mfu."]
     return lines

@@ -34,7 +34,11 @@ class ModelConfig:
     block_size: int = 1024
     """Context length in tokens."""
     vocab_size: int | None = None
-    """Number of distinct tokens; None: what the dataset has."""
+    """Rows of the token embedding; None: as many as there are tokens. More are padding: a multiple
+    of 64 is faster on GPU and TPU."""
+    known_tokens: int | None = None
+    """Tokens that exist, where vocab_size is padded: the rest is never predicted, whatever its
+    weights; None: what the dataset says, else all."""
     n_layer: int = 12
     """Transformer blocks."""
     n_head: int = 12
@@ -52,6 +56,10 @@ class ModelConfig:
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         _require(self.vocab_size is None or self.vocab_size >= 1, self, "vocab_size", "at least 1")
+        if self.known_tokens is not None:
+            most = self.vocab_size or self.known_tokens
+            within = f"from 1 to vocab_size={self.vocab_size}"
+            _require(1 <= self.known_tokens <= most, self, "known_tokens", within)
         _require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
         divides = f"a multiple of n_head={self.n_head}"
         _require(self.n_embd % self.n_head == 0, self, "n_embd", divides)
@@ -61,7 +69,8 @@ class ModelConfig:
     def _check_rung(self) -> None:
         """Refuse what a step of the lecture does not have, rather than ignore it."""
         rung = self.architecture
-        only = {"bias": True, "activation": "gelu"}  # in truth ReLU, always
+        # Its activation is in truth ReLU, always; and its head knows no padding.
+        only = {"bias": True, "activation": "gelu", "known_tokens": None}
         only |= {} if rung == "layernorm" else {"dropout": 0.0}
         only |= {} if rung in ("deep", "residual", "layernorm") else {"n_layer": 1}
         only |= {"n_head": 1} if rung in ("bigram", "head") else {}
@@ -172,6 +181,13 @@ class TrainConfig:
     None: shakespeare_char, or Python's own manual where it cannot be downloaded."""
     data_dir: str = "data"
     """Where prepared datasets lie."""
+    tokenizer: str | None = None
+    """How a text becomes tokens: char, gpt2, bpe (trained on the text, of vocab_size tokens), or a
+    tokenizer.json; None: as the dataset has it or init_from needs it, else char."""
+    init_from: str = "scratch"
+    """The weights to begin with: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
+    folder with a GPT-2 of Hugging Face's (config.json, model.safetensors). They bring their shape;
+    a smaller block_size crops them."""
     batch_size: int = 12
     """Sequences in a micro-batch; all devices share them."""
     gradient_accumulation_steps: int = 1
@@ -185,7 +201,7 @@ class TrainConfig:
     log_interval: int = 10
     """Updates from one line of metrics.jsonl to the next."""
     eval_only: bool = False
-    """Evaluate the run's newest checkpoint and exit."""
+    """Evaluate the run's newest checkpoint, or without a run what init_from names, and exit."""
     seed: int = 1337
     """Seed of weights, batches and dropout."""
     tensorboard: bool = False
@@ -216,6 +232,12 @@ class TrainConfig:
         for name in ones.split():
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         _require(self.dataset != "", self, "dataset", "a name or a path")
+        _require(self.tokenizer != "", self, "tokenizer", "char, gpt2, bpe or a path")
+        _require(
+            self.init_from != "", self, "init_from", "scratch, the name of a GPT-2 or a folder"
+        )
+        if self.init_from == "resume":
+            raise InputError("init_from=resume: leave it out, a run in out_dir goes on by itself")
         _require(self.eval_iters >= 0, self, "eval_iters", "at least 0")
         _require(0 <= self.seed < 2**32, self, "seed", "from 0 to 2**32 - 1")
         divides = self.model.block_size % self.compute.loss_chunks == 0
@@ -248,6 +270,9 @@ class SampleConfig:
 
     out_dir: str | None = None
     """Folder of the run; None: the newest under out/."""
+    init_from: str | None = None
+    """In place of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a GPT-2 of
+    Hugging Face's."""
     checkpoint: Literal["best", "latest"] = "best"
     """The checkpoint of lowest validation loss, or the newest."""
     start: str | None = None
@@ -283,6 +308,8 @@ class SampleConfig:
     """With --web: its port; 0: a free one."""
 
     def __post_init__(self):
+        ok = self.init_from is None or self.out_dir is None
+        _require(ok, self, "init_from", "left out where out_dir names a run")
         _require(self.num_samples >= 1, self, "num_samples", "at least 1")
         endless = self.max_new_tokens == -1 and self.stream
         ok = self.max_new_tokens >= 1 or endless

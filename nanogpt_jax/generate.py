@@ -16,7 +16,7 @@ from jax import lax
 from nanogpt_jax.attention import KVCache, init_cache
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
-from nanogpt_jax.tokenizer import CharTokenizer
+from nanogpt_jax.tokenizer import Tokenizer
 
 
 class Sampling(NamedTuple):
@@ -67,27 +67,22 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
 
 
-def default_start(tokenizer: CharTokenizer) -> str:
-    """Return a line break, as nanoGPT; the first character where there is none."""
-    return "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
-
-
-def start_window(tokenizer: CharTokenizer, start: str | None, n_rows: int, block_size: int):
+def start_window(tokenizer: Tokenizer, start: str | None, n_rows: int, block_size: int):
     """Return (window_BS, length) of a start text: int32 (n_rows, block_size), equal rows; int32.
 
     Of a start longer than block_size the model sees the end.
 
     Args:
-        start: None for `default_start`.
+        start: None for the tokenizer's `default_start`.
 
     Raises:
         InputError: it is empty, or has characters that the model never saw.
     """
     if start is None:
-        start = default_start(tokenizer)
+        start = tokenizer.default_start
     if not start:
         raise InputError("start must have at least one character, but is empty")
-    tokens = tokenizer.encode(start)[-block_size:]
+    tokens = tokenizer.encode_prompt(start)[-block_size:]
     window_BS = np.zeros((n_rows, block_size), np.int32)
     window_BS[:, : len(tokens)] = tokens
     return window_BS, np.int32(len(tokens))
@@ -103,10 +98,12 @@ def prefill(model: GPT, params, window_BS, length, exact_window: bool = False) -
     B = window_BS.shape[0]
     exact_window |= model.config.architecture != "gpt"  # the lecture's models have no cache
     cache = None if exact_window else init_cache(model.config, B, model.compute.dtype)
-    logits_BSV, cache = model.apply({"params": params}, window_BS, cache)
+    variables = {"params": params}
+    x_BSD, cache = model.apply(variables, window_BS, cache, method="stream")
     if cache is not None:  # what the padding left behind is overwritten before it is seen
         cache = cache._replace(length=jnp.int32(length))
-    logits_BV = lax.dynamic_index_in_dim(logits_BSV, length - 1, axis=1, keepdims=False)
+    x_B1D = lax.dynamic_slice_in_dim(x_BSD, length - 1, 1, axis=1)  # only that one's logits
+    logits_BV = model.apply(variables, x_B1D, method="head")[:, 0]
     return Generation(window_BS, jnp.int32(length), jnp.int32(0), logits_BV, cache)
 
 

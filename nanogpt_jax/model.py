@@ -197,6 +197,16 @@ class GPT(nn.Module):
         return self.ln_f(keep_rows_apart(x_BTD, self.compute.mesh)), cache
 
     def head(self, x_BTD):
-        """Return logits_BTV; the head's weights are the token embedding's, transposed."""
+        """Return logits_BTV; the head's weights are the token embedding's, transposed.
+
+        Those of a padded vocabulary's padding are -inf: it has no probability, so it changes no
+        loss, gets no gradient and is never drawn.
+        """
         embedding_VD = self.wte.embedding.astype(x_BTD.dtype)
-        return flat_dot_general(x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32)
+        logits_BTV = flat_dot_general(
+            x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32
+        )
+        known, V = self.config.known_tokens, self.config.vocab_size
+        if known is None or known == V:
+            return logits_BTV
+        return jnp.where(jnp.arange(V) < known, logits_BTV, -jnp.inf)

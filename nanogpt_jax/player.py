@@ -57,7 +57,7 @@ class Player:
     @property
     def default_start(self) -> str:
         """What is read where no start text is given."""
-        return generate.default_start(self.tokenizer)
+        return self.tokenizer.default_start
 
     @property
     def n_heads(self) -> list[int]:

@@ -1,19 +1,24 @@
 """Text to token ids and back. No JAX.
 
-A tokenizer is what `tokenizer.json` says: `{"type": "char", "chars": "..."}`. It travels with the
-dataset and with every run, so a run can be sampled anywhere.
+A tokenizer is what its `tokenizer.json` says: of characters `{"type": "char", "chars": "..."}`, of
+byte-pair encoding the file of Hugging Face's `tokenizers`. It travels with the dataset and with
+every run, so a run can be sampled anywhere.
 """
 
+import codecs
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from nanogpt_jax.errors import InputError
 
 FILE_NAME = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,21 @@ class CharTokenizer:
     def vocab_size(self) -> int:
         """Number of distinct tokens."""
         return len(self.chars)
+
+    @property
+    def default_start(self) -> str:
+        """What is read where no start text is given: as nanoGPT, a line break if there is one."""
+        return "\n" if "\n" in self.chars else self.chars[0]
+
+    @property
+    def separator(self) -> str:
+        """What stands between two documents."""
+        return "\n" if "\n" in self.chars else ""
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token, in UTF-8."""
+        return [char.encode("utf-8", "surrogatepass") for char in self.chars]
 
     @cached_property
     def _code_points(self) -> np.ndarray:
@@ -54,37 +74,237 @@ class CharTokenizer:
             )
         return ids
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Return the ids of a start text: here the same as `encode`."""
+        return self.encode(text)
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Return the ids of each of many texts."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids) -> str:
         """Return the text of token ids; one past the vocabulary shows as U+FFFD."""
         return "".join(self.chars[i] if i < self.vocab_size else "\ufffd" for i in ids)
 
-    def to_json(self) -> dict:
+    def stream_decoder(self) -> Callable[[Iterable[int]], str]:
+        """Return a function that decodes ids as they come."""
+        return self.decode
+
+    def to_json(self) -> str:
         """Return what `from_json` reads."""
-        return {"type": "char", "chars": self.chars}
+        return json.dumps({"type": "char", "chars": self.chars})
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding, GPT-2's or one trained on a text; any text has ids.
+
+    Source: Radford et al., "Language models are unsupervised multitask learners", 2019; the work is
+    done by Hugging Face's `tokenizers`, on all cores.
+    """
+
+    def __init__(self, content: str):
+        """Take the content of a `tokenizer.json` of Hugging Face's.
+
+        Raises:
+            ValueError: it is not one, or not of byte-level BPE.
+        """
+        from tokenizers import Tokenizer  # only where there is one
+
+        fields = json.loads(content)
+        kinds = {part["type"] for part in _parts(fields.get("pre_tokenizer"))}
+        if fields["model"]["type"] != "BPE" or "ByteLevel" not in kinds:
+            raise ValueError("it is not byte-level BPE")
+        try:
+            self._tokenizer = Tokenizer.from_str(content)
+        except Exception as error:  # Exception itself is what it raises
+            raise ValueError(str(error)) from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        if sorted(self._tokenizer.get_vocab().values()) != list(range(self.vocab_size)):
+            raise ValueError("its ids are not 0, 1, 2, ...")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {i: token.content for i, token in added.items()}
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Return a tokenizer of the pairs of bytes most frequent in some texts.
+
+        Args:
+            vocab_size: with 256 bytes and END_OF_TEXT; fewer where the texts have no more pairs.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer.to_str())
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, BPETokenizer) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    default_start = "\n"  # nanoGPT's
+
+    @property
+    def separator(self) -> str:
+        """What stands between two documents: END_OF_TEXT, where the vocabulary has it."""
+        return END_OF_TEXT if END_OF_TEXT in self._special.values() else ""
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of each token: those that its characters stand for."""
+        byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
+        tokens = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
+        return [
+            self._special[i].encode()
+            if i in self._special
+            else bytes(byte_of[char] for char in token)
+            for i, token in enumerate(tokens)
+        ]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of `text`, int64 of shape (n,); "<|endoftext|>" in it is mere text.
+
+        Raises:
+            InputError: the text has a lone surrogate, which is no character.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Return the ids of a start text, in which "<|endoftext|>" is the one token it names."""
+        return self._encode_batch([text], specials_are_text=False)[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Return the ids of each of many texts, encoded on all cores."""
+        return self._encode_batch(list(texts), specials_are_text=True)
+
+    def _encode_batch(self, texts: list[str], specials_are_text: bool) -> list[np.ndarray]:
+        self._tokenizer.encode_special_tokens = specials_are_text
+        try:
+            found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError):
+            raise InputError(
+                "the text must be of whole characters, but has a lone surrogate: write it in UTF-8"
+            ) from None
+        return [np.array(encoding.ids, np.int64) for encoding in found]
+
+    def decode(self, ids) -> str:
+        """Return the text of token ids; what is no UTF-8 in it shows as U+FFFD."""
+        return self._bytes(ids).decode("utf-8", "replace")
+
+    def stream_decoder(self) -> Callable[[Iterable[int]], str]:
+        """Return a function that decodes ids as they come, and holds half a character back."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda ids: decoder.decode(self._bytes(ids))
+
+    def _bytes(self, ids) -> bytes:
+        known = self.token_bytes
+        return b"".join(known[i] if i < len(known) else b"\xef\xbf\xbd" for i in ids)
+
+    def to_json(self) -> str:
+        """Return what `from_json` reads."""
+        return self._tokenizer.to_str()
+
+
+Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
+
+
+def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray) -> float:
+    """Return how many bytes of text a token of a split stands for, in the mean.
+
+    What separates documents is no text: it counts no bytes. Bits per byte, which compares models
+    of different tokenizers, are the loss in nats a token / ln 2 / this.
+    """
+    lengths = np.array([len(token) for token in tokenizer.token_bytes])
+    if isinstance(tokenizer, BPETokenizer):
+        lengths[list(tokenizer._special)] = 0
+    total = sum(
+        int(lengths[tokens[begin : begin + 2**24]].sum()) for begin in range(0, len(tokens), 2**24)
+    )
+    return total / len(tokens)
 
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def save(tokenizer: CharTokenizer, folder: Path) -> None:
+def _parts(pre_tokenizer: dict | None) -> list[dict]:
+    if pre_tokenizer is None:
+        return []
+    return pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+
+
+def _byte_characters() -> list[str]:
+    """Return the character that stands for each byte in GPT-2's vocabulary.
+
+    A printable one of Latin-1 stands for itself, the others take what follows 255 in their order.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [
+        chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)
+    ]
+
+
+def from_json(content: str) -> Tokenizer:
+    """Return the tokenizer that a `tokenizer.json` describes.
+
+    Raises:
+        ValueError: it describes none that this version knows.
+    """
+    loaded = json.loads(content)
+    try:
+        if loaded.get("type") == "char":
+            if not isinstance(loaded["chars"], str) or not loaded["chars"]:
+                raise ValueError("chars must be a text")
+            return CharTokenizer(loaded["chars"])
+        if loaded["model"]["type"] == "WordLevel":  # as pretrained.py writes one of characters
+            chars = sorted(loaded["model"]["vocab"], key=loaded["model"]["vocab"].get)
+            if chars != sorted(chars) or any(len(char) != 1 for char in chars):
+                raise ValueError("its words are not characters")
+            return CharTokenizer("".join(chars))
+        return BPETokenizer(content)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("it is neither of characters nor of byte-level BPE") from None
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json into a folder."""
-    Path(folder, FILE_NAME).write_text(json.dumps(tokenizer.to_json()) + "\n", encoding="utf-8")
+    Path(folder, FILE_NAME).write_text(tokenizer.to_json() + "\n", encoding="utf-8")
 
 
-def load(folder: Path) -> CharTokenizer | None:
+def load(folder: Path) -> Tokenizer | None:
     """Read a folder's tokenizer.json; None where it has none (`.bin` files made elsewhere).
 
     Raises:
         InputError: the file is not a tokenizer this version knows.
     """
     path = Path(folder, FILE_NAME)
-    if not path.exists():
-        return None
+    return read(path) if path.exists() else None
+
+
+def read(path: Path) -> Tokenizer:
+    """Read a tokenizer's file.
+
+    Raises:
+        InputError: the file cannot be read, or is not a tokenizer this version knows.
+    """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        if loaded["type"] == "char" and isinstance(loaded["chars"], str):
-            return CharTokenizer(loaded["chars"])
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f'{path}: must be like {{"type": "char", "chars": "..."}}, but is not')
+        return from_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(
+            f'{path}: must be like {{"type": "char", "chars": "..."}} or a byte-level BPE of '
+            f"Hugging Face's tokenizers, but {error}"
+        ) from None

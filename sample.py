@@ -1,6 +1,7 @@
 """Write text with a trained model: python sample.py [--any_field value ...]
 
-Without a flag: ten samples from the best checkpoint of the newest run under out/.
+Without a flag: ten samples from the best checkpoint of the newest run under out/. With --init_from
+gpt2-xl: from OpenAI's weights.
 """
 
 import dataclasses
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import run_folder
+from nanogpt_jax import pretrained, run_folder
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.answers import MAX_START
 from nanogpt_jax.command_line import parse_args, split_settings
 from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig
 from nanogpt_jax.errors import InputError, run_command
-from nanogpt_jax.tokenizer import CharTokenizer
+from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
 
 SEPARATOR = "-" * 15
 
@@ -26,18 +27,24 @@ def main(argv: list[str]) -> int:
     """Check all that was asked before JAX is loaded; then write."""
     settings = split_settings(argv, SampleConfig)
     config = parse_args(SampleConfig, settings, SampleConfig(), __doc__)
-    folder = Path(config.out_dir) if config.out_dir else run_folder.newest()
-    model_config = run_folder.read_model_config(folder)
-    tokenizer = tokenizers.load(folder)
+    if config.init_from:
+        folder, model_config = None, pretrained.read_config(config.init_from)
+        tokenizer = pretrained.read_tokenizer(config.init_from)
+    else:
+        folder = Path(config.out_dir) if config.out_dir else run_folder.newest()
+        model_config = run_folder.read_model_config(folder)
+        tokenizer = tokenizers.load(folder)
     if tokenizer is None:
         raise InputError(
-            f"{folder} has no {tokenizers.FILE_NAME}: its .bin files came without their text, "
-            "so its tokens cannot be read"
+            f"{folder or config.init_from} has no {tokenizers.FILE_NAME}, so its tokens cannot be "
+            "read: put the one that they were made with there"
         )
     start = read_start(config.start)
     if start == "":
         raise InputError("start must have at least one character, but is empty")
-    tokenizer.encode(start or "")  # unknown characters, said before JAX is loaded
+    tokenizer.encode_prompt(start or "")  # unknown characters, said before JAX is loaded
+    if config.web and (folder is None or not isinstance(tokenizer, CharTokenizer)):
+        raise InputError("web: the page plays runs of characters, but this is none: leave it out")
     if config.web and len(start or "") > MAX_START:
         raise InputError(
             f"start must have at most {MAX_START:,} characters with --web, but has {len(start):,}"
@@ -71,8 +78,8 @@ def read_start(start: str | None) -> str | None:
         raise InputError(f"start: {path} must be UTF-8, but byte {error.start} is not") from None
 
 
-def restore(config: SampleConfig, folder: Path, model_config: ModelConfig):
-    """Return (model, params): a run's model with the parameters of the checkpoint asked for."""
+def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig):
+    """Return (model, params): of a run those of the checkpoint asked for, else of init_from."""
     import jax
 
     from nanogpt_jax import devices, sharding, startup, steps
@@ -83,14 +90,17 @@ def restore(config: SampleConfig, folder: Path, model_config: ModelConfig):
     asked = ComputeConfig(dtype=config.dtype, attention="xla")  # a cached token needs no other
     compute, _ = devices.choose(asked, model_config, jax.devices()[0])
     model = make_model(model_config, compute)
+    key, _ = steps.stream_keys(0)
+    abstract = jax.eval_shape(partial(steps.init_params, model), key)
+    abstract = sharding.on_one_device(abstract)
+    if folder is None:
+        return model, pretrained.load_params(config.init_from, model_config, abstract)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
     step = checkpoints.best_step() if config.checkpoint == "best" else checkpoints.latest_step()
     step = checkpoints.latest_step() if step is None else step  # stopped before an evaluation
     if step is None:
         raise InputError(f"{folder} has no checkpoint yet: train it first")
-    key, _ = steps.stream_keys(0)
-    abstract_params = jax.eval_shape(partial(steps.init_params, model), key)
-    params = checkpoints.restore_params(sharding.on_one_device(abstract_params), step)
+    params = checkpoints.restore_params(abstract, step)
     print(f"{folder}, step {step}", file=sys.stderr)
     return model, params
 
@@ -111,9 +121,9 @@ def play(
 
 def write_samples(
     config: SampleConfig,
-    folder: Path,
+    folder: Path | None,
     model_config: ModelConfig,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     start: str | None,
 ) -> int:
     """Restore the parameters and print the samples; return the exit code."""
@@ -153,11 +163,11 @@ def write_samples(
     def pieces(row: int) -> Iterator[str]:
         keys_B = generate.row_keys(config.seed, range(row, row + 1))
         generation = prefill(params, window_BS, length, exact_window=config.exact_window)
-        made = 0
+        made, text_of = 0, tokenizer.stream_decoder()
         while made != config.max_new_tokens:  # -1 is never reached
             generation, tokens_B = decode(params, generation, keys_B, sampling=sampling)
             made += 1
-            yield tokenizer.decode(np.asarray(tokens_B))
+            yield text_of(np.asarray(tokens_B), final=made == config.max_new_tokens)
 
     for row in range(config.num_samples):  # a text without end goes on until Ctrl-C
         print(start or "", end="", flush=True)

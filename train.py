@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import nanogpt_jax
-from nanogpt_jax import accounting, chips, corpora, data, loggers, run_folder, startup, tokenizer
-from nanogpt_jax.config import TrainConfig
+from nanogpt_jax import accounting, chips, corpora, loggers, pretrained, run_folder, startup
+from nanogpt_jax import tokenizer as tokenizers
+from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.counts import size_in_words
 from nanogpt_jax.errors import InputError, run_command
@@ -44,28 +45,45 @@ def main(argv: list[str]) -> int:
     config = dataclasses.replace(config, coordinator_address="", num_processes=0, process_id=-1)
     if config.out_dir is not None:
         run_folder.check_usable(Path(config.out_dir))
+    asked_vocab_size, asked_tokenizer = config.model.vocab_size, config.tokenizer
+    if config.init_from != SCRATCH:
+        model = pretrained.fit(config.model, config.init_from)
+        config = dataclasses.replace(config, model=model)
+        asked_tokenizer = asked_tokenizer or pretrained.tokenizer_of(config.init_from)
     min_tokens = config.model.block_size + 1
-    prepare = partial(corpora.resolve, config.dataset, Path(config.data_dir), min_tokens)
+    prepare = partial(
+        corpora.resolve, config.dataset, Path(config.data_dir), min_tokens, asked_tokenizer,
+        asked_vocab_size,
+    )  # fmt: skip
     dataset_folder = processes.first_alone(prepare, "prepared")
     corpus = corpora.open_corpus(dataset_folder, min_tokens, config.model.vocab_size)
     usual = PRESETS[config.config]().dataset if config.config in PRESETS else None
     folder = run_folder.choose(config, corpus.name, usual or corpora.SHAKESPEARE)
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, vocab_size=corpus.vocab_size),
+        model=with_vocabulary(config.model, corpus),
         optim=dataclasses.replace(
             config.optim, lr_decay_iters=config.optim.lr_decay_iters or config.max_iters
         ),
     )
     if config.overwrite and not config.eval_only:
         run_folder.check_usable(folder)
-    elif not run_folder.check_resumable(folder, config, corpus.fingerprint) and config.eval_only:
-        raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
+    else:
+        goes_on = run_folder.check_resumable(folder, config, corpus.fingerprint)
+        if config.eval_only and not goes_on and config.init_from == SCRATCH:
+            raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
     writes = processes.is_first and not config.eval_only
     if writes:
         loggers.check(config)
     with run_folder.locked(folder) if writes else contextlib.nullcontext():
         return train(config, corpus, folder, processes, start_s)
+
+
+def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
+    """Return a model's shape with its corpus's vocabulary, in which padding is known as such."""
+    known = corpus.known_tokens or model.known_tokens
+    known = known if known and known < corpus.vocab_size else None
+    return dataclasses.replace(model, vocab_size=corpus.vocab_size, known_tokens=known)
 
 
 def train(
@@ -83,8 +101,9 @@ def train(
     from nanogpt_jax import devices, generate, sharding, steps
     from nanogpt_jax import mesh as meshes
     from nanogpt_jax.checkpoint import Checkpoints
+    from nanogpt_jax.loader import EvalFeed, TrainFeed
     from nanogpt_jax.programs import make_programs, needed_bytes
-    from nanogpt_jax.progress import Diverged, Progress
+    from nanogpt_jax.progress import Diverged, Progress, loss_in_words
     from nanogpt_jax.rungs import make_model
 
     startup.use_compile_cache(config.compile_cache, processes.count)
@@ -119,9 +138,10 @@ def train(
         made_with |= {"device": devices.describe(mesh), "compute": how}
         run_folder.begin(folder, config, corpus.fingerprint, made_with)
         if corpus.tokenizer:
-            tokenizer.save(corpus.tokenizer, folder)
+            tokenizers.save(corpus.tokenizer, folder)
     processes.wait("begun")
-    run_folder.wait_until_seen(folder)
+    if not config.eval_only:
+        run_folder.wait_until_seen(folder)
 
     # The state: as a checkpoint has it, or new.
     programs = make_programs(config, compute, mesh)
@@ -129,31 +149,32 @@ def train(
     weights_key, dropout_key = steps.stream_keys(config.seed)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.eval_only, processes.is_first)
     begun_at = checkpoints.latest_step()
-    if begun_at is None:
+    abstract = programs.abstract_state
+    if config.eval_only:  # without an optimizer's state, which takes twice the memory of these
+        if begun_at is not None:
+            params = checkpoints.restore_params(abstract.params, begun_at)
+        else:
+            params = pretrained.load_params(config.init_from, config.model, abstract.params)
+    elif begun_at is not None:
+        state = checkpoints.restore(abstract, begun_at)
+    elif config.init_from == SCRATCH:
         state = programs.init_state(weights_key)
     else:
-        state = checkpoints.restore(programs.abstract_state, begun_at)
+        state = programs.first_state(
+            pretrained.load_params(config.init_from, config.model, abstract.params)
+        )
 
-    # The data: the same windows in each evaluation, the batches of any step in training.
+    # The same windows in each evaluation.
     batch_size, block_size = config.batch_size, config.model.block_size
-    val_tokens, train_tokens = corpus.splits["val"], corpus.splits["train"]
-    val_corpus = meshes.put_corpus(val_tokens, mesh)
-    val_offsets_NB, val_counts_NB = data.eval_batches(
-        val_tokens, block_size, batch_size, config.eval_iters
-    )
-    by_rows = meshes.by_rows(mesh, axis=1)
-    val_places_NB = meshes.put_places(val_tokens, val_offsets_NB, block_size + 1, by_rows)
-    val_counts_on_device_NB = meshes.put(val_counts_NB, by_rows)
+    val_feed = EvalFeed(corpus.splits["val"], block_size, batch_size, mesh, config.eval_iters)
 
     def evaluate(params) -> float:
-        sums, counts = programs.eval_steps(
-            params, val_corpus, val_places_NB, val_counts_on_device_NB
-        )
-        return float(np.asarray(sums).sum(dtype=np.float64) / np.asarray(counts).sum())
+        return val_feed.loss(programs.eval_steps, params)
 
     if config.eval_only:
-        n_targets = int(val_counts_NB.sum())
-        print(f"step {begun_at}: val loss {evaluate(state.params):.4f}, {n_targets:,} tokens")
+        loss = loss_in_words(evaluate(params), corpus.bytes_per_token)
+        where = config.init_from if begun_at is None else f"step {begun_at}"
+        print(f"{where}: {loss}, {val_feed.n_targets:,} tokens")
         return 0
     if begun_at is not None and begun_at >= config.max_iters:
         print(
@@ -165,22 +186,17 @@ def train(
     if begun_at is not None:
         print(f"going on with {folder} from step {begun_at}")
     chip = chips.find(jax.devices()[0].device_kind)
-    print(accounting.run_line(config, len(val_tokens), chip, mesh.size, begun_at or 0))
+    print(accounting.run_line(config, len(corpus.splits["val"]), chip, mesh.size, begun_at or 0))
 
     batch_shape = config.gradient_accumulation_steps, batch_size
-    batches = data.TrainBatches(
-        train_tokens, config.seed, block_size, batch_shape, MOST_STEPS_PER_DISPATCH
-    )
-    train_corpus = meshes.put_corpus(train_tokens, mesh)
-
-    def read_batches(step: int, n_steps: int) -> jax.Array:
-        offsets_NAB = batches.offsets(step, n_steps)
-        by_rows = meshes.by_rows(mesh, axis=2)
-        return meshes.put_places(train_tokens, offsets_NAB, block_size + 1, by_rows)
+    feed = TrainFeed(
+        corpus.splits["train"], config.seed, block_size, batch_shape, mesh, begun_at or 0,
+        MOST_STEPS_PER_DISPATCH,
+    )  # fmt: skip
 
     # Compiled once, for the whole run: how many steps a dispatch makes is one of its arguments.
     train_steps = programs.train_steps.lower(
-        state, train_corpus, read_batches(0, 0), np.int32(0), dropout_key
+        state, feed.corpus, feed.places(0), np.int32(0), dropout_key
     ).compile()
     needed = needed_bytes(train_steps)
     limit = devices.memory_bytes(jax.local_devices()[0])
@@ -195,8 +211,9 @@ def train(
     step, saved_at = begun_at or 0, begun_at
     peak_flops = chip and mesh.size * chip.device_flops
     progress = Progress(
-        folder, config, begun_at, int(state.skipped), processes.is_first, peak_flops
-    )
+        folder, config, begun_at, int(state.skipped), processes.is_first, peak_flops,
+        corpus.bytes_per_token,
+    )  # fmt: skip
     try:
         while True:
             if progress.evaluation_due(step) and step != begun_at:
@@ -208,19 +225,19 @@ def train(
                     saved_at = step
             n_steps = min(
                 max(1, int(progress.steps_per_s * SECONDS_PER_DISPATCH)),
-                batches.most_steps,
+                feed.most_steps,
                 config.max_iters - step,
                 config.eval_interval - step % config.eval_interval,
             )
             n_steps, stop = processes.agree(n_steps, signals[0] if signals else 0)
             if step == config.max_iters or stop:
                 break
-            # Read while the device is still busy with the dispatch before this one (of several
+            # Placed while the device is still busy with the dispatch before this one (of several
             # processes not quite: to agree, they wait for it).
-            places_NAB = read_batches(step, n_steps)
+            places_NAB = feed.places(n_steps)
             launched_s = time.perf_counter()
             state, metrics = train_steps(
-                state, train_corpus, places_NAB, np.int32(n_steps), dropout_key
+                state, feed.corpus, places_NAB, np.int32(n_steps), dropout_key
             )
             progress.dispatched(step, n_steps, launched_s, metrics)
             if step == (begun_at or 0):
@@ -240,6 +257,7 @@ def train(
         )
         return 1
     finally:
+        feed.close()
         try:
             checkpoints.close()
         finally:

@@ -6,6 +6,7 @@ it: the fastest large product that the same process reaches, of the same type, a
 maker promises (MFU), where the chip is known. Times are medians; on a shared machine, compare only
 what was run side by side.
 
+    --data       only time how a corpus too large for the device is read from its shards
     --memory     only compile the step, in variants, and show the bytes each needs on a device
     --profile    also write a profiler trace of some steps, and show where their time goes
 
@@ -46,6 +47,7 @@ from nanogpt_jax import chips, corpora, counts, data, devices, generate, profili
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import run_command
+from nanogpt_jax.loader import TrainFeed
 from nanogpt_jax.presets import parse_train_config, with_vocab_size
 from nanogpt_jax.programs import Programs, make_programs, needed_bytes
 from nanogpt_jax.rungs import make_model
@@ -53,8 +55,11 @@ from nanogpt_jax.rungs import make_model
 CORPUS_TOKENS = 1_000_000
 SAMPLE_TOKENS = 500
 REPEATS = 5
+DATA_SHARDS = 5  # of a corpus a quarter larger than what lies on the device
+DATA_TOKENS = 20_000_000  # that are read
+MOST_STEPS_PER_DISPATCH = 1024  # as in train.py
 PROFILE = Path("out", "profile")
-SWITCHES = {"--json", "--memory", "--profile"}
+SWITCHES = {"--json", "--data", "--memory", "--profile"}
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +67,7 @@ def main(argv: list[str]) -> None:
     switches, argv = SWITCHES & {*argv}, [word for word in argv if word not in SWITCHES]
     config = with_vocab_size(parse_train_config(argv, __doc__))
     # First: once this process holds a TPU, no other can.
-    starts = {} if "--memory" in switches else start_figures(argv)
+    starts = {} if switches & {"--data", "--memory"} else start_figures(argv)
     mesh = meshes.make_mesh(meshes.choose_sizes(config, jax.device_count()))
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
     figures = {
@@ -74,6 +79,8 @@ def main(argv: list[str]) -> None:
     }
     if "--memory" in switches:
         figures |= memory_of_variants(config, compute, mesh)
+    elif "--data" in switches:
+        figures |= data_figures(config, mesh)
     else:
         figures |= starts
         figures |= training_figures(config, compute, mesh, "--profile" in switches)
@@ -112,7 +119,9 @@ def step_inputs(config: TrainConfig, programs: Programs, mesh) -> tuple:
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=CORPUS_TOKENS)
     tokens = tokens.astype(np.uint16 if config.model.vocab_size <= 2**16 else np.uint32)
     shape = config.gradient_accumulation_steps, config.batch_size
-    batches = data.TrainBatches(tokens, config.seed, config.model.block_size, shape, 1024)
+    batches = data.TrainBatches(
+        tokens, config.seed, config.model.block_size, shape, MOST_STEPS_PER_DISPATCH
+    )
     places_NAB = meshes.put_places(
         tokens,
         batches.offsets(0, batches.most_steps),
@@ -221,6 +230,52 @@ def sampling_figures(config: TrainConfig, compute: devices.Compute) -> dict:
 
     figures["sample_tokens_per_s_streamed"] = SAMPLE_TOKENS / median_s(stream)
     return figures
+
+
+def data_figures(config: TrainConfig, mesh) -> dict:
+    """Time how train.py reads a corpus that does not fit on the device: its windows, from shards.
+
+    On one core, where the system can pin a process to one: reading and placing share it. First as
+    the files come from the disk, then as the system remembers them.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    vocab_size, block_size = config.model.vocab_size, config.model.block_size
+    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    batch_shape = config.gradient_accumulation_steps, config.batch_size
+    n_steps = max(1, DATA_TOKENS // config.tokens_per_iter)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"train_{i:05}.bin") for i in range(DATA_SHARDS)]
+        tokens_of_one = data.RESIDENT_BYTES // dtype.itemsize // (DATA_SHARDS - 1)
+        ids = np.random.default_rng(0).integers(vocab_size, size=tokens_of_one).astype(dtype)
+        for path in paths:
+            ids.tofile(path)
+        tokens = data.Shards(paths, dtype, vocab_size)
+        figures = {"data_bytes": tokens.nbytes, "data_shards": len(paths)}
+        for name in ("from_disk", "remembered"):
+            if name == "from_disk":
+                forget(paths)
+            begun_s = time.perf_counter()
+            feed = TrainFeed(
+                tokens, config.seed, block_size, batch_shape, mesh, 0, MOST_STEPS_PER_DISPATCH
+            )
+            done = 0
+            while done < n_steps:
+                some = min(feed.most_steps, n_steps - done)
+                jax.block_until_ready(feed.places(some))
+                done += some
+            seconds = time.perf_counter() - begun_s
+            feed.close()
+            figures[f"data_tokens_per_s_{name}"] = n_steps * config.tokens_per_iter / seconds
+    return figures
+
+
+def forget(paths: list[Path]) -> None:
+    """Make the system forget what it remembers of some files, where it can be asked to (Linux)."""
+    for path in paths if hasattr(os, "posix_fadvise") else []:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())  # what is not written yet cannot be forgotten
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def memory_figures() -> dict:

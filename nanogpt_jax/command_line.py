@@ -45,8 +45,6 @@ NANOGPT_FLAGS = {
     "device": "JAX finds the GPU or TPU by itself; JAX_PLATFORMS=cpu in front forces the CPU",
     "compile": "leave it out: JAX always compiles",
     "backend": "leave it out: all devices are used; several machines join by --coordinator_address",
-    "init_from": "leave it out: a run is resumed, or sampled, by itself; --out_dir names another "
-    "(GPT-2's weights cannot be loaded yet)",
     "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",
     "wandb_log": "--wandb here; and metrics.jsonl in the run's folder has all figures",
     "wandb_project": "WANDB_PROJECT=name in front names it, nanogpt_jax if nothing does",

@@ -19,6 +19,8 @@ def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
         raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
 
 
+SCRATCH = "scratch"  # in place of the name of weights: random ones
+
 MAX_PAGE_TOKENS = 5000  # that the page of --web writes at once: nobody shall hold it for long
 
 # The steps of the lecture "Let's build GPT", each a model of its own in rungs.py.
@@ -113,6 +115,11 @@ class OptimConfig:
         _require(decay is None or decay >= 1, self, "lr_decay_iters", "at least 1")
 
 
+def _refuse_resume(init_from: str | None) -> None:
+    if init_from == "resume":  # nanoGPT's
+        raise InputError("init_from=resume: leave it out, the run in out_dir is taken by itself")
+
+
 MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # those over which a batch's rows are shared out
 
@@ -184,7 +191,7 @@ class TrainConfig:
     tokenizer: str | None = None
     """How a text becomes tokens: char, gpt2, bpe (trained on the text, of vocab_size tokens), or a
     tokenizer.json; None: as the dataset has it or init_from needs it, else char."""
-    init_from: str = "scratch"
+    init_from: str = SCRATCH
     """The weights to begin with: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
     folder with a GPT-2 of Hugging Face's (config.json, model.safetensors). They bring their shape;
     a smaller block_size crops them."""
@@ -236,8 +243,7 @@ class TrainConfig:
         _require(
             self.init_from != "", self, "init_from", "scratch, the name of a GPT-2 or a folder"
         )
-        if self.init_from == "resume":
-            raise InputError("init_from=resume: leave it out, a run in out_dir goes on by itself")
+        _refuse_resume(self.init_from)
         _require(self.eval_iters >= 0, self, "eval_iters", "at least 0")
         _require(0 <= self.seed < 2**32, self, "seed", "from 0 to 2**32 - 1")
         divides = self.model.block_size % self.compute.loss_chunks == 0
@@ -308,6 +314,7 @@ class SampleConfig:
     """With --web: its port; 0: a free one."""
 
     def __post_init__(self):
+        _refuse_resume(self.init_from)
         ok = self.init_from is None or self.out_dir is None
         _require(ok, self, "init_from", "left out where out_dir names a run")
         _require(self.num_samples >= 1, self, "num_samples", "at least 1")

@@ -25,6 +25,7 @@ from nanogpt_jax.command_line import parse_args, split_settings
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.loader import EvalFeed, TrainFeed
 from nanogpt_jax.presets import LECTURE
 from nanogpt_jax.programs import make_programs
 from nanogpt_jax.run_folder import check_writable
@@ -149,42 +150,34 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -
     weights_key, dropout_key = steps.stream_keys(config.seed)
     state = programs.init_state(weights_key)
 
-    block_size, batch_size = model_config.block_size, config.batch_size
-    splits = {name: meshes.put_corpus(tokens, mesh) for name, tokens in corpus.splits.items()}
-    batch_shape = config.gradient_accumulation_steps, batch_size
-    batches = data.TrainBatches(
-        corpus.splits["train"], config.seed, block_size, batch_shape, STEPS_PER_DISPATCH
+    block_size = model_config.block_size
+    batch_shape = config.gradient_accumulation_steps, config.batch_size
+    feed = TrainFeed(
+        corpus.splits["train"], config.seed, block_size, batch_shape, mesh, 0, STEPS_PER_DISPATCH
     )
     # The whole validation split; of the other one as many windows, spread over it.
     eval_rows = max(1, EVAL_TOKENS // block_size)
     n_batches = len(data.eval_batches(corpus.splits["val"], block_size, eval_rows)[0])
 
-    def places(split: str, offsets: np.ndarray):
-        by_rows = meshes.by_rows(mesh, axis=offsets.ndim - 1)
-        return meshes.put_places(corpus.splits[split], offsets, block_size + 1, by_rows)
-
-    def evaluate(split: str) -> float:
-        tokens = corpus.splits[split]
-        offsets_NB, counts_NB = data.eval_batches(tokens, block_size, eval_rows, n_batches)
-        places_NB = places(split, offsets_NB)
-        sums, counted = programs.eval_steps(state.params, splits[split], places_NB, counts_NB)
-        return float(np.asarray(sums).sum(dtype=np.float64) / np.asarray(counted).sum())
-
+    val_feed, part_of_train = (
+        EvalFeed(corpus.splits[split], block_size, eval_rows, mesh, n_batches)
+        for split in ("val", "train")
+    )
     evaluated_at, val_losses, step = [], [], 0
     while True:
         if step % config.eval_interval == 0 or step == config.max_iters:
             evaluated_at.append(step)
-            val_losses.append(evaluate("val"))
+            val_losses.append(val_feed.loss(programs.eval_steps, state.params))
         to_evaluation = config.eval_interval - step % config.eval_interval
-        n_steps = min(batches.most_steps, to_evaluation, config.max_iters - step)
+        n_steps = min(feed.most_steps, to_evaluation, config.max_iters - step)
         if n_steps == 0:
             break
-        places_NAB = places("train", batches.offsets(step, n_steps))
         state, _ = programs.train_steps(
-            state, splits["train"], places_NAB, np.int32(n_steps), dropout_key
+            state, feed.corpus, feed.places(n_steps), np.int32(n_steps), dropout_key
         )
         step += n_steps
         advance(n_steps)
+    feed.close()
 
     write = jax.jit(
         partial(generate.generate, programs.model), static_argnames=("n_tokens", "sampling")
@@ -200,7 +193,7 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -
     is_the_lectures = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT
     published = PUBLISHED.get(config.config, {}) if is_the_lectures else {}
     published = {at: loss for at, loss in published.items() if at <= config.max_iters}
-    train_loss = evaluate("train")
+    train_loss = part_of_train.loss(programs.eval_steps, state.params)
     seconds = time.perf_counter() - begun_s
     return Climbed(config, evaluated_at, val_losses, train_loss, published, text, seconds)
 

@@ -142,4 +142,4 @@ def put_places(
 
 def put_corpus(tokens: np.ndarray, mesh: Mesh) -> jax.Array | None:
     """Put a corpus that fits onto every device; None of one that does not."""
-    return put(tokens, replicated(mesh)) if data.is_resident(tokens) else None
+    return put(np.asarray(tokens), replicated(mesh)) if data.is_resident(tokens) else None

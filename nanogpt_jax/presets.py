@@ -7,7 +7,14 @@ import dataclasses
 from pathlib import Path
 
 from nanogpt_jax.command_line import parse_args, read_settings, split_settings
-from nanogpt_jax.config import ComputeConfig, ModelConfig, OptimConfig, TrainConfig, field_types
+from nanogpt_jax.config import (
+    SCRATCH,
+    ComputeConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    field_types,
+)
 from nanogpt_jax.errors import InputError, did_you_mean
 
 
@@ -49,11 +56,20 @@ def shakespeare() -> TrainConfig:
     )
 
 
-def gpt2(config: str = "gpt2", n_layer=12, n_head=12, n_embd=768) -> TrainConfig:
+SHAPES = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+
+
+def gpt2(name: str = "gpt2") -> TrainConfig:
     """nanoGPT's GPT-2 recipe: 124M parameters, 0.5M tokens a step, 600,000 steps on OpenWebText."""
     return TrainConfig(
-        config=config,
+        config=name,
         dataset="openwebtext",
+        tokenizer="gpt2",
         batch_size=16,  # 480 sequences an update, as nanoGPT's 40 x 12, and can be shared by 16
         gradient_accumulation_steps=30,
         max_iters=600_000,
@@ -62,9 +78,7 @@ def gpt2(config: str = "gpt2", n_layer=12, n_head=12, n_embd=768) -> TrainConfig
         model=ModelConfig(
             vocab_size=50304,  # GPT-2's 50257, padded to a multiple of 64: faster on GPU and TPU
             block_size=1024,
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
+            **SHAPES[name],
         ),
         optim=OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95),
         compute=ComputeConfig(loss_chunks=8),  # the logits of a batch would take 3.3 GB
@@ -73,17 +87,72 @@ def gpt2(config: str = "gpt2", n_layer=12, n_head=12, n_embd=768) -> TrainConfig
 
 def gpt2_medium() -> TrainConfig:
     """The shape of GPT-2 medium, 354M parameters, in nanoGPT's GPT-2 recipe."""
-    return gpt2("gpt2-medium", n_layer=24, n_head=16, n_embd=1024)
+    return gpt2("gpt2-medium")
 
 
 def gpt2_large() -> TrainConfig:
     """The shape of GPT-2 large, 772M parameters, in nanoGPT's GPT-2 recipe."""
-    return gpt2("gpt2-large", n_layer=36, n_head=20, n_embd=1280)
+    return gpt2("gpt2-large")
 
 
 def gpt2_xl() -> TrainConfig:
     """The shape of GPT-2 XL, 1555M parameters, in nanoGPT's GPT-2 recipe."""
-    return gpt2("gpt2-xl", n_layer=48, n_head=25, n_embd=1600)
+    return gpt2("gpt2-xl")
+
+
+def of_pretrained(name: str, **fields) -> TrainConfig:
+    """Begin with OpenAI's weights: their shape is read from them, and so not stated here."""
+    return TrainConfig(
+        tokenizer="gpt2",
+        init_from=name,
+        model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **SHAPES[name]),
+        **fields,
+    )
+
+
+def finetune_shakespeare() -> TrainConfig:
+    """OpenAI's GPT-2, 124M parameters, finetuned on Shakespeare in 20 steps, as nanoGPT does."""
+    return of_pretrained(
+        "gpt2",
+        config="finetune-shakespeare",
+        dataset="shakespeare",
+        batch_size=1,
+        gradient_accumulation_steps=32,  # 32,768 tokens an update: Shakespeare has nine of these
+        max_iters=20,
+        eval_interval=5,
+        log_interval=1,
+        # small and constant: the weights are good already
+        optim=OptimConfig(learning_rate=3e-5, min_lr=3e-5, decay_lr=False),
+        compute=ComputeConfig(loss_chunks=8),
+    )
+
+
+def eval_gpt2(name: str = "gpt2") -> TrainConfig:
+    """OpenAI's GPT-2, 124M parameters, on OpenWebText's validation split. Loss 3.12."""
+    return of_pretrained(
+        name,
+        config=f"eval-{name}",
+        dataset="openwebtext",
+        batch_size=8,
+        eval_iters=500,
+        eval_only=True,
+        compute=ComputeConfig(loss_chunks=8),
+    )
+
+
+def eval_gpt2_medium() -> TrainConfig:
+    """The same of GPT-2 medium, 354M parameters. Loss 2.84."""
+    return eval_gpt2("gpt2-medium")
+
+
+def eval_gpt2_large() -> TrainConfig:
+    """The same of GPT-2 large, 773M parameters. Loss 2.67."""
+    return eval_gpt2("gpt2-large")
+
+
+def eval_gpt2_xl() -> TrainConfig:
+    """The same of GPT-2 XL, 1556M parameters. Loss 2.54."""
+    return eval_gpt2("gpt2-xl")
 
 
 def lecture(rung: str, learning_rate=1e-3, max_iters=5000, **changes) -> TrainConfig:
@@ -165,7 +234,11 @@ LECTURE = (
     (lecture_bigram, lecture_head, lecture_multihead, lecture_feedforward, lecture_deep)
     + (lecture_residual, lecture_layernorm, lecture_colab, lecture_scaled)
 )  # fmt: skip
-_ALL = (tiny, small, shakespeare, gpt2, gpt2_medium, gpt2_large, gpt2_xl, *LECTURE)
+_GPT2 = (gpt2, gpt2_medium, gpt2_large, gpt2_xl)
+_PRETRAINED = (finetune_shakespeare, eval_gpt2, eval_gpt2_medium, eval_gpt2_large, eval_gpt2_xl)
+_ALL = (tiny, small, shakespeare, *_GPT2, *_PRETRAINED, *LECTURE)
+# What pretrained weights say themselves.
+OF_WEIGHTS = {"architecture", "n_layer", "n_head", "n_embd", "bias", "activation", "known_tokens"}
 PRESETS = {preset.__name__.replace("_", "-"): preset for preset in _ALL}
 
 
@@ -207,6 +280,11 @@ def parse_train_config(
         known = f"presets are {', '.join(PRESETS)}"
         hint = did_you_mean(name, PRESETS)
         raise InputError(f"there is no preset or JSON file {name!r}: {known}.{hint}")
-    presets = "\n".join(f"  {key:19} {preset.__doc__}" for key, preset in PRESETS.items())
+    presets = "\n".join(f"  {key:20} {preset.__doc__}" for key, preset in PRESETS.items())
     default = cls(**vars(default))
-    return parse_args(cls, settings, default, f"{about}\n\nPresets:\n{presets}")
+    config = parse_args(cls, settings, default, f"{about}\n\nPresets:\n{presets}")
+    given = split_settings(argv, cls).keys() & OF_WEIGHTS
+    if given and config.init_from != SCRATCH:
+        flags = ", ".join(f"--{name}" for name in sorted(given))
+        raise InputError(f"the weights of {config.init_from} bring {flags}: leave it out")
+    return config

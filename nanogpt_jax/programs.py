@@ -25,6 +25,7 @@ class Programs(NamedTuple):
     model: nn.Module  # the GPT, or a rung of the lecture
     abstract_state: steps.TrainState  # ShapeDtypeStructs, each with its sharding
     init_state: Callable  # (weights_key) -> state
+    first_state: Callable  # (params) -> state, of parameters that come from elsewhere
     train_steps: Callable  # (state, corpus, places_NAB, n, dropout_key) -> (state, metrics)
     eval_steps: Callable  # (params, corpus, places_NB, counts_NB) -> (sums, counts)
 
@@ -41,6 +42,9 @@ def make_programs(config: TrainConfig, compute: Compute, mesh: Mesh) -> Programs
         model=model,
         abstract_state=sharding.with_shardings(abstract, places),
         init_state=jax.jit(init_state, out_shardings=places),
+        first_state=jax.jit(
+            partial(steps.first_state, tx), donate_argnames="params", out_shardings=places
+        ),
         train_steps=jax.jit(
             partial(steps.train_steps, model, tx),
             donate_argnames="state",  # the new state takes the old one's memory

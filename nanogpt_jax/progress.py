@@ -18,9 +18,17 @@ from nanogpt_jax.optim import learning_rate_schedule
 from nanogpt_jax.report import draw, read_metrics
 from nanogpt_jax.run_folder import METRICS, PICTURE
 from nanogpt_jax.steps import Metrics
+from nanogpt_jax.tokenizer import bits_per_byte
 
 REDRAW_S = 60
 MOST_SKIPPED = 50  # updates in a row: the loss scale was halved each time
+
+
+def loss_in_words(val_loss: float, bytes_per_token: float | None) -> str:
+    """Return a validation loss as it is told: "val loss 1.9180 (2.767 bits per byte)"."""
+    if not bytes_per_token:
+        return f"val loss {val_loss:.4f}"
+    return f"val loss {val_loss:.4f} ({bits_per_byte(val_loss, bytes_per_token):.3f} bits per byte)"
 
 
 class Diverged(ArithmeticError):
@@ -36,6 +44,7 @@ class Progress:
         is_first: of several processes one writes files and shows the bar.
         peak_flops: FLOP/s that the makers promise of all devices together; None of a chip that is
             not in chips.py, of which no MFU is told.
+        bytes_per_token: of the validation split, for bits per byte; None where it is not known.
     """
 
     def __init__(
@@ -46,8 +55,9 @@ class Progress:
         skipped: int = 0,
         is_first: bool = True,
         peak_flops: float | None = None,
+        bytes_per_token: float | None = None,
     ):
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.bytes_per_token = folder, config, bytes_per_token
         self.steps_per_s = 0.0  # of the last dispatch that was reported
         self.train_loss = None
         self.skipped = skipped  # a skipped update does not advance the learning rate's schedule
@@ -154,7 +164,8 @@ class Progress:
         speed = self.steps_per_s * self.config.tokens_per_iter
         shown = f", {speed:,.0f} tokens/s" if speed else ""
         best = "" if is_best else f" (best {self.best[0]:.4f} at step {self.best[1]})"
-        self.say(f"step {step:6d}: {train}val loss {val_loss:.4f}{best}{shown}{self._skips()}")
+        loss = loss_in_words(val_loss, self.bytes_per_token)
+        self.say(f"step {step:6d}: {train}{loss}{best}{shown}{self._skips()}")
         now_s = time.perf_counter()
         if now_s - self._drawn_s > REDRAW_S:
             self._draw()
@@ -195,6 +206,8 @@ class Progress:
             row["train_loss"] = self.train_loss
         if val_loss is not None:
             row["val_loss"] = val_loss
+            if self.bytes_per_token:
+                row["val_bits_per_byte"] = bits_per_byte(val_loss, self.bytes_per_token)
         last_update = max(0, step - 1 - self.skipped)
         row["lr"] = float(self._learning_rates[last_update])
         if self.config.compute.dtype == "float16":

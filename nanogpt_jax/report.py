@@ -5,6 +5,7 @@ that holds the chip. --x is step, tokens or time.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,11 +87,14 @@ def read_run(folder: Path, x: str) -> list[dict]:
 
 def describe(run: list[dict]) -> str:
     """Return a run in a line."""
-    evaluated = [(row["val_loss"], row["step"]) for row in run if "val_loss" in row]
-    loss, step = min(evaluated, default=(float("nan"), 0))
+    evaluated = [row for row in run if "val_loss" in row]
+    best = min(evaluated, key=lambda row: row["val_loss"], default={})
+    loss, step, bits = best.get("val_loss", math.nan), best.get("step", 0), ""
+    if "val_bits_per_byte" in best:  # of another tokenizer, only these can be compared
+        bits = f" ({best['val_bits_per_byte']:.3f} bits per byte)"
     last = run[-1]
     return (
-        f"best val loss {loss:.4f} at step {step:,}; {last['step']:,} steps in "
+        f"best val loss {loss:.4f}{bits} at step {step:,}; {last['step']:,} steps in "
         f"{last['elapsed_s']:,.0f} s, {last['tokens_per_s']:,} tokens/s"
     )
 

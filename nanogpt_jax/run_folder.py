@@ -26,9 +26,9 @@ CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.pn
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 # What may change from one start of a run to the next: it does not touch the updates themselves.
 FREE_FIELDS = {
-    "config", "out_dir", "dataset", "data_dir", "max_iters", "eval_interval", "log_interval",
-    "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache", "compile_for",
-    "coordinator_address", "num_processes", "process_id", "heartbeat_timeout_s",
+    "config", "out_dir", "dataset", "data_dir", "tokenizer", "max_iters", "eval_interval",
+    "log_interval", "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache",
+    "compile_for", "coordinator_address", "num_processes", "process_id", "heartbeat_timeout_s",
     *field_types(ComputeConfig),
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ every run, so a run can be sampled anywhere.
 
 import codecs
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,9 +87,9 @@ class CharTokenizer:
         """Return the text of token ids; one past the vocabulary shows as U+FFFD."""
         return "".join(self.chars[i] if i < self.vocab_size else "\ufffd" for i in ids)
 
-    def stream_decoder(self) -> Callable[[Iterable[int]], str]:
-        """Return a function that decodes ids as they come."""
-        return self.decode
+    def stream_decoder(self) -> Callable[..., str]:
+        """Return a function (ids, final) that decodes ids as they come."""
+        return lambda ids, final=False: self.decode(ids)
 
     def to_json(self) -> str:
         """Return what `from_json` reads."""
@@ -202,10 +203,13 @@ class BPETokenizer:
         """Return the text of token ids; what is no UTF-8 in it shows as U+FFFD."""
         return self._bytes(ids).decode("utf-8", "replace")
 
-    def stream_decoder(self) -> Callable[[Iterable[int]], str]:
-        """Return a function that decodes ids as they come, and holds half a character back."""
+    def stream_decoder(self) -> Callable[..., str]:
+        """Return a function (ids, final) that decodes ids as they come.
+
+        The beginning of a character is held back until its end comes, or `final` is True.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda ids: decoder.decode(self._bytes(ids))
+        return lambda ids, final=False: decoder.decode(self._bytes(ids), final)
 
     def _bytes(self, ids) -> bytes:
         known = self.token_bytes
@@ -219,11 +223,15 @@ class BPETokenizer:
 Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
 
 
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Return a loss in nats a token as bits a byte of text, which compares tokenizers."""
+    return loss / math.log(2) / bytes_per_token
+
+
 def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray) -> float:
     """Return how many bytes of text a token of a split stands for, in the mean.
 
-    What separates documents is no text: it counts no bytes. Bits per byte, which compares models
-    of different tokenizers, are the loss in nats a token / ln 2 / this.
+    What separates documents is no text: it counts no bytes.
     """
     lengths = np.array([len(token) for token in tokenizer.token_bytes])
     if isinstance(tokenizer, BPETokenizer):

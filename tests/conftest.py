@@ -64,10 +64,13 @@ def book(tmp_path) -> Path:
 
 @pytest.fixture
 def run(tmp_path):
-    """Run a script of the repository in an empty folder: run("train.py", "--config", "tiny")."""
+    """Run a script of the repository, or a module, in an empty folder.
+
+    Like run("train.py", "--config", "tiny") or run("-m", "nanogpt_jax.report").
+    """
 
     def run_script(script: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script)]
+        command = [sys.executable, script if script == "-m" else str(ROOT / script)]
         one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         kwargs = {"cwd": tmp_path, "text": True, "capture_output": True, "timeout": 300} | kwargs
         kwargs = {"env": one_device} | kwargs

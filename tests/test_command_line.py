@@ -141,7 +141,7 @@ def test_bad_input_to_training_is_answered_in_one_line(run, place, without_jax, 
         ("--num_samples 0", ["num_samples", "at least 1", "got 0"]),
         ("--max_new_tokens -1", ["max_new_tokens", "--stream", "got -1"]),
         ("--temprature=1", ["--temprature", "Did you mean temperature?"]),
-        ("--init_from=resume", ["--init_from"]),
+        ("--init_from=resume", ["init_from=resume", "leave it out"]),
         ("--checkpoint=first", ["'first'", "best", "latest"]),
     ],
 )

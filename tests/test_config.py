@@ -173,6 +173,11 @@ def test_the_answer_is_whole_in_a_narrow_terminal_and_for_a_long_value(monkeypat
     ("argv", "message"),
     [
         (["--n_embd=10", "--n_head=3"], "n_embd must be a multiple of n_head=3, got 10"),
+        (["--init_from=resume"], "init_from=resume: leave it out"),
+        (["--init_from="], "init_from must be scratch, the name of a GPT-2 or a folder"),
+        (["--tokenizer="], "tokenizer must be char, gpt2, bpe or a path"),
+        (["--known_tokens=0"], "known_tokens must be from 1 to"),
+        (["--known_tokens=66", "--vocab_size=65"], "known_tokens must be from 1 to vocab_size=65"),
         (["--n_head=5"], "n_embd must be a multiple of n_head=5, got 128"),
         (["--n_embd=-128"], "n_embd must be at least 1, got -128"),
         (["--n_layer=0"], "n_layer must be at least 1, got 0"),

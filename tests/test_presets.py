@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -17,7 +18,14 @@ GPT2 = ADAMW | {
     "learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "beta2": 0.95,
     "max_iters": 600_000, "batch_size": 16, "gradient_accumulation_steps": 30, "block_size": 1024,
     "vocab_size": 50304, "dropout": 0.0, "eval_interval": 1000, "eval_iters": 200,
-    "dataset": "openwebtext", "activation": "gelu", "seed": 1337,
+    "dataset": "openwebtext", "activation": "gelu", "seed": 1337, "tokenizer": "gpt2",
+}  # fmt: skip
+PRETRAINED = {
+    "block_size": 1024, "bias": True, "activation": "gelu_tanh", "dropout": 0.0, "seed": 1337,
+    "tokenizer": "gpt2",
+}  # fmt: skip
+EVALUATION = PRETRAINED | {
+    "dataset": "openwebtext", "batch_size": 8, "eval_iters": 500, "eval_only": True,
 }  # fmt: skip
 OF_NANOGPT = {
     "small": CHARACTERS | {
@@ -32,6 +40,16 @@ OF_NANOGPT = {
     "gpt2-medium": GPT2 | {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": GPT2 | {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": GPT2 | {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    # There from gpt2-xl; its evaluation takes 40 random windows, ours all 36.
+    "finetune-shakespeare": PRETRAINED | {
+        "init_from": "gpt2", "dataset": "shakespeare", "batch_size": 1, "eval_interval": 5,
+        "gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5,
+        "decay_lr": False, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    },
+    "eval-gpt2": EVALUATION | {"init_from": "gpt2"},
+    "eval-gpt2-medium": EVALUATION | {"init_from": "gpt2-medium"},
+    "eval-gpt2-large": EVALUATION | {"init_from": "gpt2-large"},
+    "eval-gpt2-xl": EVALUATION | {"init_from": "gpt2-xl"},
 }  # fmt: skip
 
 
@@ -134,3 +152,27 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
     path.write_text('{"config": "smal", "max_iters": 10}')
     with pytest.raises(InputError, match=r"'smal'.*Did you mean small"):
         parse_train_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("n_layer", 2), ("n_head", 1), ("n_embd", 64), ("bias", True), ("activation", "gelu")],
+)
+def test_a_flag_that_the_weights_decide_is_refused(flag, value):
+    """It would be ignored, silently."""
+    argv = ["--config=tiny", "--init_from=gpt2", f"--{flag}={value}"]
+    with pytest.raises(InputError, match=f"the weights of gpt2 bring --{flag}: leave it out"):
+        parse_train_config(argv)
+
+
+def test_flags_that_the_weights_leave_open_can_be_given():
+    argv = ["--init_from=gpt2", "--dropout=0.1", "--block_size=256", "--vocab_size=50304"]
+    model = parse_train_config(argv).model
+    assert (model.dropout, model.block_size, model.vocab_size) == (0.1, 256, 50304)
+
+
+def test_the_configuration_of_a_run_that_began_with_weights_can_be_given(tmp_path):
+    config = PRESETS["finetune-shakespeare"]()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_flat_dict(config)))
+    assert parse_train_config(["--config", str(path)]).model == config.model

@@ -18,7 +18,7 @@ from nanogpt_jax.answers import MAX_START
 from nanogpt_jax.command_line import parse_args, split_settings
 from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig
 from nanogpt_jax.errors import InputError, run_command
-from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
+from nanogpt_jax.tokenizer import Tokenizer
 
 SEPARATOR = "-" * 15
 
@@ -43,8 +43,6 @@ def main(argv: list[str]) -> int:
     if start == "":
         raise InputError("start must have at least one character, but is empty")
     tokenizer.encode_prompt(start or "")  # unknown characters, said before JAX is loaded
-    if config.web and (folder is None or not isinstance(tokenizer, CharTokenizer)):
-        raise InputError("web: the page plays runs of characters, but this is none: leave it out")
     if config.web and len(start or "") > MAX_START:
         raise InputError(
             f"start must have at most {MAX_START:,} characters with --web, but has {len(start):,}"
@@ -106,7 +104,7 @@ def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig
 
 
 def play(
-    config: SampleConfig, folder: Path, model_config: ModelConfig, tokenizer: CharTokenizer
+    config: SampleConfig, folder: Path | None, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> int:
     """Restore the parameters and serve the page until Ctrl-C; return the exit code."""
     from nanogpt_jax import web

@@ -25,8 +25,11 @@ N_LIKELIEST = 10
 class Answers:
     """Answers to the events of the page, each a tuple of what its outputs shall show."""
 
-    def __init__(self, player, config: SampleConfig, folder: Path):
-        """Take a `player.Player`, the settings that the page does not ask for, and the run."""
+    def __init__(self, player, config: SampleConfig, folder: Path | None):
+        """Take a `player.Player`, the settings that the page does not ask for, and the run.
+
+        Without a run, the model's weights are from elsewhere.
+        """
         self.player, self.config, self.folder = player, config, folder
         self._look = lru_cache(maxsize=4)(player.look)  # many characters of a text are clicked
 
@@ -48,7 +51,7 @@ class Answers:
             if len(text) > MAX_TEXT:
                 raise InputError(f"the text is full at {MAX_TEXT:,} characters: write a new one")
             config = read_numbers(self.config, dict(zip(NUMBERS, numbers, strict=True)))
-            made = max(0, len(text) - len(start))
+            made = max(0, self.player.n_tokens(text) - self.player.n_tokens(start))
             yield text, ""
             for piece in in_time(self.player.write(text, config, made)):
                 text += piece
@@ -57,19 +60,20 @@ class Answers:
             yield text, views.error(str(error))
 
     def see(self, text: str, layer: str | None, head: str | None) -> tuple:
-        """Return what is seen of a text, its last character chosen.
+        """Return what is seen of a text, its last token chosen.
 
-        They are: the characters to click on, the part of the text that they are, the position of
-        the chosen one, forecast, attention, and the map of attention.
+        They are: the tokens to click on, the text that was read, the position of the chosen one,
+        forecast, attention, and the map of attention.
         """
+        seen = text[-MAX_TEXT:]
         try:
-            if not text:
+            if not seen:
                 raise InputError("Nothing is written yet.")
-            sight = self._look(text[-MAX_TEXT:])
+            sight = self._look(seen)
         except InputError as error:
             return views.error(str(error)), "", 0, "", "", None
-        seen, position = sight.text, len(sight.text) - 1
-        clickable = views.surprise(seen, sight.surprise_T, position)
+        position = len(sight.tokens) - 1
+        clickable = views.surprise(sight.tokens, sight.surprise_T, position)
         return (
             clickable,
             seen,
@@ -78,13 +82,13 @@ class Answers:
         )
 
     def choose(self, seen: str, layer: str | None, head: str | None, position: int) -> tuple:
-        """Return (position, forecast, attention) of a character, the nearest that there is."""
+        """Return (position, forecast, attention) of a token, the nearest that there is."""
         if not seen:
             return 0, "", ""
-        position = min(max(0, int(position)), len(seen) - 1)
         sight = self._look(seen)
+        position = min(max(0, int(position)), len(sight.tokens) - 1)
         forecast = views.forecast(
-            seen,
+            sight.tokens,
             position,
             sight.likeliest(position, N_LIKELIEST),
             sight.probability_of_next(position),
@@ -95,18 +99,23 @@ class Answers:
         """Return where a head looks from a position; nothing where there is no attention."""
         if not seen or layer is None:
             return ""
-        weights_TT = self._look(seen).attention(*_numbers(layer, head))
-        return views.attention(seen, weights_TT, position, _name(layer, head))
+        sight = self._look(seen)
+        weights_TT = sight.attention(*_numbers(layer, head))
+        name = _name(layer, head)
+        return views.attention(sight.tokens, weights_TT, position, name, self.player.unit)
 
     def map(self, seen: str, layer: str | None, head: str | None):
         """Return the picture of a head's weights; None where there is no attention."""
         if not seen or layer is None:
             return None
-        weights_TT = self._look(seen).attention(*_numbers(layer, head))
-        return views.attention_map(seen, weights_TT, _name(layer, head))
+        sight = self._look(seen)
+        weights_TT = sight.attention(*_numbers(layer, head))
+        return views.attention_map(sight.tokens, weights_TT, _name(layer, head), self.player.unit)
 
     def loss(self) -> tuple:
         """Return (picture, sentence) of the run's loss as it is now."""
+        if self.folder is None:
+            return None, "There is no curve to draw: these weights were not trained here."
         try:
             run = report.read_run(self.folder, "step")
         except InputError as error:

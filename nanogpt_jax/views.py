@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 STRONGEST_SURPRISE = 5.0  # nats, where the colour is full: less than a chance in a hundred
-MOST_LABELS = 64  # characters along an axis of the map that can still be read
+MOST_LABELS = 64  # tokens along an axis of the map that can still be read
 
 STYLE = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.7 ui-monospace, monospace;
@@ -30,12 +30,15 @@ STYLE = """
 """
 
 
-def visible(character: str) -> str:
-    """Return a character as something that can be seen, escaped for HTML."""
+def visible(token: str) -> str:
+    """Return a token, a character or several, as something that can be seen, escaped for HTML."""
     known = {" ": "␣", "\n": "↵", "\t": "⇥"}
-    if character in known or character.isprintable():
-        return escape(known.get(character, character))
-    return f"U+{ord(character):04X}"
+    return "".join(
+        escape(known.get(character, character))
+        if character in known or character.isprintable()
+        else f"U+{ord(character):04X}"
+        for character in token
+    )
 
 
 def note(sentence: str) -> str:
@@ -48,10 +51,10 @@ def error(sentence: str) -> str:
     return f'<p class="view-error" role="alert">{escape(sentence)}</p>'
 
 
-def surprise(text: str, surprise_T: np.ndarray, position: int) -> str:
-    """Return the text to click on, each character the deeper the less it was expected."""
+def surprise(tokens: list[str], surprise_T: np.ndarray, position: int) -> str:
+    """Return the text to click on, each token the deeper the less it was expected."""
     parts = []
-    for i, (character, nats) in enumerate(zip(text, surprise_T, strict=True)):
+    for i, (token, nats) in enumerate(zip(tokens, surprise_T, strict=True)):
         is_first = np.isnan(nats)
         depth = 0.0 if is_first else min(1.0, nats / STRONGEST_SURPRISE)
         title = "the first: nothing to go by" if is_first else f"probability {np.exp(-nats):.1%}"
@@ -59,91 +62,103 @@ def surprise(text: str, surprise_T: np.ndarray, position: int) -> str:
         parts.append(
             f'<span role="button" tabindex="{0 if is_here else -1}" data-position="{i}" '
             f'aria-pressed="{str(is_here).lower()}" title="{title}" '
-            f'style="{_shade("235 120 0", depth)}">{_in_text(character)}</span>'
-            + ("\n" if character == "\n" else "")
+            f'style="{_shade("235 120 0", depth)}">{_in_text(token)}</span>'
+            + "\n"
+            * token.count("\n")
         )
     return f'<div class="text">{"".join(parts)}</div>'
 
 
 def forecast(
-    text: str, position: int, likeliest: list[tuple[str, float]], came: float | None
+    tokens: list[str], position: int, likeliest: list[tuple[str, float]], came: float | None
 ) -> str:
-    """Return bars of the likeliest characters after a position, the one that came marked.
+    """Return bars of the likeliest tokens after a position, the one that came marked.
 
     Args:
-        likeliest: characters with their probabilities, best first.
-        came: the probability of the character that really came next; None at the end of the text.
+        likeliest: tokens with their probabilities, best first.
+        came: the probability of the token that really came next; None at the end of the text.
     """
-    next_character = text[position + 1 : position + 2]
+    next_token = "".join(tokens[position + 1 : position + 2])
     rows = list(likeliest)
-    if next_character and next_character not in dict(rows):
-        rows.append((next_character, came))
+    if next_token and next_token not in dict(rows):
+        rows.append((next_token, came))
     highest = max(probability for _, probability in rows)
     bars = "".join(
-        f"<span>{visible(character)}</span>"
-        f'<span class="bar {"came" if character == next_character else ""}" '
+        f"<span>{visible(token)}</span>"
+        f'<span class="bar {"came" if token == next_token else ""}" '
         f'style="width:{probability / highest:.1%}"></span>'
         f'<span class="number">{probability:.1%}</span>'
-        for character, probability in rows
+        for token, probability in rows
     )
-    read = "".join(map(visible, text[max(0, position - 11) : position + 1]))
+    read = "".join(map(visible, tokens[max(0, position - 11) : position + 1]))
     came_next = (
-        f"<b>{visible(next_character)}</b> (orange)"
-        if next_character
+        f"<b>{visible(next_token)}</b> (orange)"
+        if next_token
         else "nothing yet: the text ends here"
     )
     head = f'<p class="view-note">After <code>{read}</code> came {came_next}.</p>'
     return f'{head}<div class="forecast">{bars}</div>'
 
 
-def attention(text: str, weights_TT: np.ndarray, position: int, name: str) -> str:
-    """Return the text with each character the deeper the more is taken from it at a position."""
+def attention(
+    tokens: list[str], weights_TT: np.ndarray, position: int, name: str, unit: str
+) -> str:
+    """Return the text with each token the deeper the more is taken from it at a position.
+
+    Args:
+        unit: what a token is called: "character" or "token".
+    """
     weights_S = weights_TT[position]
     highest = weights_S.max()
     most = int(weights_S.argmax())
     parts = []
-    for i, (character, weight) in enumerate(zip(text, weights_S, strict=True)):
+    for i, (token, weight) in enumerate(zip(tokens, weights_S, strict=True)):
         kind = "here" if i == position else "faint" if i > position else ""
         parts.append(
             f'<span class="{kind}" title="weight {weight:.1%}" '
-            f'style="{_shade("40 115 255", weight / highest)}">{_in_text(character)}</span>'
-            + ("\n" if character == "\n" else "")
+            f'style="{_shade("40 115 255", weight / highest)}">{_in_text(token)}</span>'
+            + "\n"
+            * token.count("\n")
         )
     ago = position - most
-    place = "itself" if ago == 0 else f"{ago} character{'s' if ago > 1 else ''} before"
+    place = "itself" if ago == 0 else f"{ago} {unit}{'s' if ago > 1 else ''} before"
     return (
-        f'<p class="view-note">{escape(name)}, at <b>{visible(text[position])}</b>: most from '
-        f"<b>{visible(text[most])}</b>, {place} ({highest:.0%}).</p>"
+        f'<p class="view-note">{escape(name)}, at <b>{visible(tokens[position])}</b>: most from '
+        f"<b>{visible(tokens[most])}</b>, {place} ({highest:.0%}).</p>"
         f'<div class="text">{"".join(parts)}</div>'
     )
 
 
-def attention_map(text: str, weights_TT: np.ndarray, name: str):
+def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: str):
     """Return a matplotlib Figure of all weights: a row for each position, what it takes whence."""
     from matplotlib.colors import PowerNorm  # half a second: only now
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6.4), dpi=130, layout="tight")
     axes = figure.subplots()
-    # Where many characters share the weight, each has little: the root brings them out.
+    # Where many tokens share the weight, each has little: the root brings them out.
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     image = axes.imshow(weights_TT, cmap="Blues", norm=norm, interpolation="nearest")
-    axes.set(title=name, xlabel="takes from this character", ylabel="this character")
+    axes.set(title=name, xlabel=f"takes from this {unit}", ylabel=f"this {unit}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     # Past the alphabets that matplotlib's font has, and in a long text, positions by number.
+    text = "".join(tokens)
     if len(text) <= MOST_LABELS and all(ord(character) < 0x500 for character in text):
-        labels = ["↵" if c == "\n" else "·" if c.isspace() else c for c in text]
+        labels = [
+            "".join("↵" if c == "\n" else "·" if c.isspace() else c for c in token)
+            for token in tokens
+        ]
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(range(len(text)), labels, parse_math=False)
+            axis.set_ticks(range(len(tokens)), labels, parse_math=False)
             axis.set_tick_params(labelsize=min(9, 400 / len(text)), length=0)
     figure.colorbar(image, label="weight (those of a row sum to 1)", shrink=0.6, fraction=0.04)
     return figure
 
 
-def _in_text(character: str) -> str:
-    """Return a character for running text, where a blank is better left blank."""
-    return " " if character == " " else visible(character)
+def _in_text(token: str) -> str:
+    """Return a token for running text, where a blank is better left blank."""
+    return visible(token).replace("␣", " ")
 
 
 def _shade(rgb: str, depth: float) -> str:

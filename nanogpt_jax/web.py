@@ -63,13 +63,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"port {port} of host {host} {reason}{hint}") from None
 
 
-def serve(player, config: SampleConfig, folder: Path, listener: socket.socket) -> None:
+def serve(player, config: SampleConfig, folder: Path | None, listener: socket.socket) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
         player: a `player.Player`.
         config: the page's first settings.
-        folder: of the run, whose loss is shown.
+        folder: of the run, whose loss is shown; None of weights from elsewhere.
         listener: see `listen`.
     """
     # Read when Gradio is imported: ask nobody for news, and keep no list of what was written.
@@ -122,11 +122,12 @@ def with_policy(app):
     return answer
 
 
-def page(player, config: SampleConfig, folder: Path):
+def page(player, config: SampleConfig, folder: Path | None):
     """Return the page as gradio.Blocks; see `serve`."""
     import gradio as gr
 
-    answers = Answers(player, config, folder)
+    answers, unit = Answers(player, config, folder), player.unit
+    name = folder.resolve().name if folder else config.init_from
     n_heads = player.n_heads
     has_attention = bool(n_heads)
 
@@ -145,9 +146,9 @@ def page(player, config: SampleConfig, folder: Path):
     block_size = player.model.config.block_size
     with gr.Blocks(title="nanogpt_jax", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(
-            f"# nanogpt_jax: {folder.resolve().name}\nA model that writes one character after the "
-            f"other. For each it reads the last {block_size:,} characters at the most, and draws "
-            "the next by their probabilities."
+            f"# nanogpt_jax: {name}\nA model that writes one {unit} after the other. For each it "
+            f"reads the last {block_size:,} {unit}s at the most, and draws the next by their "
+            "probabilities."
         )
         with gr.Tab("Write"), gr.Row():
             with gr.Column(scale=5, min_width=320):
@@ -168,10 +169,11 @@ def page(player, config: SampleConfig, folder: Path):
                     temperature = gr.Slider(
                         0, max(2, config.temperature), config.temperature, step=0.05,
                         label="Temperature", min_width=200,
-                        info="Low: safe. High: wild. 0: always the likeliest character.",
+                        info=f"Low: safe. High: wild. 0: always the likeliest {unit}.",
                     )  # fmt: skip
                     max_new_tokens = gr.Slider(
-                        1, MAX_PAGE_TOKENS, config.max_new_tokens, step=1, label="Characters",
+                        1, MAX_PAGE_TOKENS, config.max_new_tokens, step=1,
+                        label=f"{unit.capitalize()}s",
                         min_width=200, info="How many to write.",
                     )  # fmt: skip
                 with gr.Row():
@@ -189,8 +191,8 @@ def page(player, config: SampleConfig, folder: Path):
                     )  # fmt: skip
             with gr.Column(scale=6, min_width=320):
                 gr.Markdown(
-                    f"### What the model sees\nThe last {block_size:,} characters of the text. The "
-                    "deeper the orange, the less the model expected that character. Click one, or "
+                    f"### What the model sees\nThe last {block_size:,} {unit}s of the text. The "
+                    f"deeper the orange, the less the model expected that {unit}. Click one, or "
                     "move with the arrow keys."
                 )
                 seen = gr.HTML(js_on_load=CHOOSE, elem_id="seen")
@@ -198,11 +200,11 @@ def page(player, config: SampleConfig, folder: Path):
                 forecast = gr.HTML(elem_id="forecast")
                 gr.Markdown(
                     "### Where it looks\nTo decide what comes next, attention takes something from "
-                    "each character so far: the deeper the blue, the more. Layers work one after "
+                    f"each {unit} so far: the deeper the blue, the more. Layers work one after "
                     "the other, the heads of a layer side by side."
                     if has_attention
                     else "### Where it looks\nNowhere: this model has no attention. It knows the "
-                    "last character only."
+                    f"last {unit} only."
                 )
                 with gr.Row(visible=has_attention):
                     layer = gr.Radio(
@@ -224,7 +226,7 @@ def page(player, config: SampleConfig, folder: Path):
         with gr.Tab("Loss") as loss_tab:
             gr.Markdown(
                 "How wrong the model was while it was trained: the mean surprise at the next "
-                "character, in nats. Validation is on text that it was not trained on."
+                f"{unit}, in nats. Validation is on text that it was not trained on."
             )
             loss_plot = gr.Plot(show_label=False, elem_id="loss", elem_classes="picture")
             loss_line = gr.Textbox(show_label=False, container=False, interactive=False)

@@ -16,7 +16,7 @@ LAYERS = (
     {"config", "tokenizer", "data", "download", "chips", "profiling"},
     {"command_line", "corpora", "run_folder", "counts", "references", "optim", "startup"}
     | {"devices", "mesh", "attention"},
-    {"presets", "model", "report", "loggers", "views"},
+    {"presets", "model", "report", "loggers", "views", "loader"},
     {"steps", "generate", "rungs", "accounting", "answers"},
     {"checkpoint", "progress", "sharding", "inspection"},
     {"programs", "player"},

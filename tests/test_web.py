@@ -65,12 +65,13 @@ def player(home):
     return Player(*restored, tokenizer.load(folder))
 
 
-def fresh_player(architecture, chars="\n abc"):
-    shape = {"block_size": 8, "vocab_size": len(chars), "n_embd": 8} | layers_of(architecture)
-    model = make_model(ModelConfig(**shape))
-    return Player(
-        model, steps.init_params(model, jax.random.key(0)), tokenizer.CharTokenizer(chars)
-    )
+LETTERS = tokenizer.CharTokenizer("\n abc")
+
+
+def fresh_player(architecture, reader=LETTERS):
+    shape = {"block_size": 8, "vocab_size": reader.vocab_size, "n_embd": 8}
+    model = make_model(ModelConfig(**shape | layers_of(architecture)))
+    return Player(model, steps.init_params(model, jax.random.key(0)), reader)
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_a_look_is_what_the_model_says_of_the_part_that_it_sees(player, text):
     logits_BTV, _ = player.model.apply({"params": player.params}, jnp.array(tokens_T)[None])
     log_probs_TV = jax.nn.log_softmax(logits_BTV[0])
     sight = player.look(text)
-    assert sight.text == seen
+    assert "".join(sight.tokens) == seen
     assert math.isnan(sight.surprise_T[0])
     surprise_T = [-log_probs_TV[i, token] for i, token in enumerate(tokens_T[1:])]
     np.testing.assert_allclose(sight.surprise_T[1:], surprise_T, rtol=1e-4)
@@ -157,6 +158,29 @@ def test_a_page_answers_for_every_architecture(architecture, n_heads, tmp_path):
     assert (picture is not None) == bool(n_heads)
 
 
+def test_a_page_of_byte_pairs_shows_tokens(tmp_path):
+    reader = tokenizer.BPETokenizer.train(["the cat sat on the mat\n" * 20], 290)
+    player = fresh_player("gpt", reader)
+    answer = answers.Answers(player, CONFIG, None)
+    text = "the cat sat on the mat 🎭 then the rat"
+    n_tokens = len(reader.encode(text))
+    seen, window, position, forecast, attention, _ = answer.see(text, "1", answers.MEAN)
+    assert window == text
+    assert position == player.model.config.block_size - 1 < n_tokens < len(text)
+    (shown,) = re.findall(r'aria-pressed="true".*?>([^<]+)</span>', seen)
+    assert reader.token_bytes[reader.encode(text)[-1]] == shown.encode()
+    assert "nothing yet" in forecast
+    position, forecast, attention = answer.choose(window, "1", answers.MEAN, 2)
+    assert position == 2
+    assert "(orange)" in forecast
+    assert "1 token before" in attention or "tokens before" in attention or "itself" in attention
+    assert "There is no curve to draw" in answer.loss()[1]
+    pieces = list(player.write("the cat", dataclasses.replace(CONFIG, max_new_tokens=9)))
+    assert len(pieces) == 9
+    *_, (grown, wrong) = answer.go_on("the cat sat", "the cat", *numbers(max_new_tokens=2))
+    assert (wrong, grown.startswith("the cat sat")) == ("", True)
+
+
 # What is shown
 
 
@@ -166,7 +190,7 @@ def test_text_is_escaped_wherever_it_is_shown():
     shown = [
         views.surprise(text, np.full(6, 1.0), 2),
         views.forecast(text, 2, [("<", 0.5), ("&", 0.25)], 0.1),
-        views.attention(text, uniform_TT, 0, "<i>"),
+        views.attention(text, uniform_TT, 0, "<i>", "character"),
         views.error(text),
         views.visible("<") + views.visible("&"),
     ]
@@ -174,6 +198,12 @@ def test_text_is_escaped_wherever_it_is_shown():
         assert not re.search("<[bi]>(?!&|[↵␣])", html), html
         assert "&lt;" in html
     assert "<i>" not in shown[2]
+
+
+def test_a_token_of_several_characters_is_shown_whole():
+    assert views.visible(" the\n") == "␣the↵"
+    html = views.surprise([" the", "\n\n", "cat"], np.array([np.nan, 1, 2]), 0)
+    assert re.findall(r">([^<>]+)</span>(\n*)", html) == [(" the", ""), ("↵↵", "\n\n"), ("cat", "")]
 
 
 def test_blanks_and_what_has_no_shape_can_be_seen():
@@ -201,7 +231,8 @@ def test_surprise_is_the_deeper_the_less_a_character_was_expected():
 
 
 def test_attention_names_what_most_is_taken_from():
-    html = views.attention("abcd", np.tril(np.eye(4) + np.eye(4, k=-2)), 3, "layer 1, head 2")
+    weights_TT = np.tril(np.eye(4) + np.eye(4, k=-2))
+    html = views.attention("abcd", weights_TT, 3, "layer 1, head 2", "character")
     assert "layer 1, head 2, at <b>d</b>: most from <b>b</b>, 2 characters before" in html
 
 
@@ -210,7 +241,7 @@ def test_attention_names_what_most_is_taken_from():
     [("$a $\n", ["$", "a", "·", "$", "↵"]), ("日本", []), ("a" * 65, [])],
 )
 def test_the_maps_axes_are_the_text_where_it_can_be_read(text, labels, tmp_path):
-    figure = views.attention_map(text, np.tril(np.ones(2 * (len(text),))), "layer 1")
+    figure = views.attention_map(text, np.tril(np.ones(2 * (len(text),))), "layer 1", "character")
     figure.savefig(tmp_path / "map.png")
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert shown == labels if labels else set("".join(shown)) <= set("0123456789\N{MINUS SIGN}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import pretrained, run_folder
+from nanogpt_jax import hub, huggingface, pretrained, run_folder
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.answers import MAX_START
 from nanogpt_jax.command_line import parse_args, split_settings
@@ -28,17 +28,17 @@ def main(argv: list[str]) -> int:
     settings = split_settings(argv, SampleConfig)
     config = parse_args(SampleConfig, settings, SampleConfig(), __doc__)
     if config.init_from:
-        folder, model_config = None, pretrained.read_config(config.init_from)
-        tokenizer = pretrained.read_tokenizer(config.init_from)
+        folder, model_config = None, huggingface.read_config(config.init_from)
+        tokenizer = tokenizers.read(hub.find(config.init_from, hub.TOKENIZER))
     else:
         folder = Path(config.out_dir) if config.out_dir else run_folder.newest()
         model_config = run_folder.read_model_config(folder)
         tokenizer = tokenizers.load(folder)
-    if tokenizer is None:
-        raise InputError(
-            f"{folder or config.init_from} has no {tokenizers.FILE_NAME}, so its tokens cannot be "
-            "read: put the one that they were made with there"
-        )
+        if tokenizer is None:
+            raise InputError(
+                f"{folder} has no {tokenizers.FILE_NAME}: its .bin files came without their text, "
+                "so its tokens cannot be read"
+            )
     start = read_start(config.start)
     if start == "":
         raise InputError("start must have at least one character, but is empty")

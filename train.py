@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 
 import nanogpt_jax
-from nanogpt_jax import accounting, chips, corpora, loggers, pretrained, run_folder, startup
+from nanogpt_jax import (
+    accounting,
+    chips,
+    corpora,
+    huggingface,
+    loggers,
+    pretrained,
+    run_folder,
+    startup,
+)
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
 from nanogpt_jax.corpora import Corpus
@@ -47,9 +56,9 @@ def main(argv: list[str]) -> int:
         run_folder.check_usable(Path(config.out_dir))
     asked_vocab_size, asked_tokenizer = config.model.vocab_size, config.tokenizer
     if config.init_from != SCRATCH:
-        model = pretrained.fit(config.model, config.init_from)
+        model = huggingface.fit(config.model, config.init_from)
         config = dataclasses.replace(config, model=model)
-        asked_tokenizer = asked_tokenizer or pretrained.tokenizer_of(config.init_from)
+        asked_tokenizer = asked_tokenizer or huggingface.tokenizer_of(config.init_from)
     min_tokens = config.model.block_size + 1
     prepare = partial(
         corpora.resolve, config.dataset, Path(config.data_dir), min_tokens, asked_tokenizer,

@@ -6,6 +6,7 @@ Measured figures, with machine and versions, stand in the README's Results.
 import dataclasses
 from pathlib import Path
 
+from nanogpt_jax import hub
 from nanogpt_jax.command_line import parse_args, read_settings, split_settings
 from nanogpt_jax.config import (
     SCRATCH,
@@ -56,14 +57,6 @@ def shakespeare() -> TrainConfig:
     )
 
 
-SHAPES = {
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-}
-
-
 def gpt2(name: str = "gpt2") -> TrainConfig:
     """nanoGPT's GPT-2 recipe: 124M parameters, 0.5M tokens a step, 600,000 steps on OpenWebText."""
     return TrainConfig(
@@ -78,7 +71,7 @@ def gpt2(name: str = "gpt2") -> TrainConfig:
         model=ModelConfig(
             vocab_size=50304,  # GPT-2's 50257, padded to a multiple of 64: faster on GPU and TPU
             block_size=1024,
-            **SHAPES[name],
+            **hub.SHAPES[name],
         ),
         optim=OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95),
         compute=ComputeConfig(loss_chunks=8),  # the logits of a batch would take 3.3 GB
@@ -105,7 +98,7 @@ def of_pretrained(name: str, **fields) -> TrainConfig:
     return TrainConfig(
         tokenizer="gpt2",
         init_from=name,
-        model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **SHAPES[name]),
+        model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **hub.SHAPES[name]),
         **fields,
     )
 

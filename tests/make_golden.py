@@ -5,9 +5,10 @@
 
 Arrays are stored under dotted names, parameters under those of nanogpt_jax.model. Everything is
 float32 and on one thread of the CPU. Weights are ten times larger than a new GPT-2's, so that a
-wrong detail shows in the fifth digit.
+wrong detail shows in the fifth digit. pretrained.npz has whole models as Hugging Face saves them.
 """
 
+import tempfile
 from math import cos, pi
 from pathlib import Path
 
@@ -21,6 +22,15 @@ EXACT = {"activation": "gelu", "n_layer": 2, "n_head": 3, "n_embd": 12}
 TANH = {"activation": "gelu_tanh", "n_layer": 1, "n_head": 2, "n_embd": 16}
 SIZES = {"vocab_size": 31, "block_size": 16}
 STD = 0.2
+
+# Whole models, from one head to five: (n_layer, n_head, n_embd, block_size, vocab_size, theirs).
+SAVED = (
+    (1, 1, 4, 8, 7, {}),
+    (2, 2, 6, 12, 13, {"activation_function": "gelu"}),
+    (1, 3, 12, 9, 23, {"n_inner": 48}),
+    (3, 4, 8, 16, 10, {"activation_function": "gelu_pytorch_tanh"}),
+    (2, 5, 10, 11, 17, {}),
+)
 
 N_STEPS = 10
 OPTIM = {
@@ -164,6 +174,37 @@ def make_updates(name: str, config: dict) -> None:
     )
 
 
+def make_saved(name: str) -> None:
+    """Save models as the files they are, a batch's logits, and how each goes on from its start."""
+    out = {}
+    for index, (*sizes, fields) in enumerate(SAVED):
+        names = "n_layer", "n_head", "n_embd", "n_positions", "vocab_size"
+        fields = dict(zip(names, sizes, strict=True)) | fields
+        torch.manual_seed(index)
+        model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None, **fields)).eval()
+        with torch.no_grad():
+            for param_name, param in model.named_parameters():
+                param.normal_(float(is_scale(param_name)), STD)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            files = {path.stem: path.read_bytes() for path in Path(folder).iterdir()}
+        batch_BT = torch.randint(fields["vocab_size"], (3, fields["n_positions"]))
+        start_BT, n_new = batch_BT[:, :3], fields["n_positions"] - 3
+        made_BT = model.generate(
+            start_BT, attention_mask=start_BT * 0 + 1, do_sample=False, max_new_tokens=n_new,
+            pad_token_id=0,
+        )  # fmt: skip
+        of_model = {
+            "config": np.frombuffer(files["config"], np.uint8),
+            "model": np.frombuffer(files["model"], np.uint8),
+            "batch_BT": batch_BT.numpy().astype(np.int32),
+            "logits_BTV": model(batch_BT).logits.detach().numpy(),
+            "made_BT": made_BT.numpy().astype(np.int32),
+        }
+        out |= dotted(f"{index}", of_model)
+    np.savez_compressed(FOLDER / f"{name}.npz", **out)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
@@ -172,3 +213,4 @@ if __name__ == "__main__":
         make_gradients(f"exact_gelu_{ending}", {**SIZES, **EXACT, "bias": bias}, n_tokens=16)
         make_gradients(f"tanh_gelu_{ending}", {**SIZES, **TANH, "bias": bias}, n_tokens=11)
     make_updates("adamw", {**SIZES, **EXACT, "bias": True})
+    make_saved("pretrained")

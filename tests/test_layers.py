@@ -13,22 +13,24 @@ PACKAGE = Path(nanogpt_jax.__file__).parent
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "tokenizer", "data", "download", "chips", "profiling"},
+    {"config", "tokenizer", "data", "download", "hub", "chips", "profiling"},
     {"command_line", "corpora", "run_folder", "counts", "references", "optim", "startup"}
-    | {"devices", "mesh", "attention"},
+    | {"devices", "mesh", "attention", "huggingface", "weights"},
     {"presets", "model", "report", "loggers", "views", "loader"},
     {"steps", "generate", "rungs", "accounting", "answers"},
     {"checkpoint", "progress", "sharding", "inspection"},
-    {"programs", "player"},
+    {"programs", "player", "pretrained"},
     {"bench", "tpu", "lecture", "web"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "counts", "references"}
 WITHOUT_JAX |= {"accounting", "report", "loggers", "views", "answers", "web"}
+WITHOUT_JAX |= {"hub", "huggingface", "weights", "pretrained"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+PYTORCH = {"torch", "transformers"}  # only its files are read and written
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -109,6 +111,13 @@ def test_nothing_reads_or_writes_pickles(path):
         if isinstance(node, ast.Call):
             assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}
             assert not {arg.value for arg in node.args if isinstance(arg, ast.Constant)} & PICKLES
+
+
+@pytest.mark.parametrize(
+    "path", [*(PACKAGE / f"{name}.py" for name in MODULES), *SCRIPTS], ids=lambda path: path.stem
+)
+def test_nothing_imports_pytorch(path):
+    assert not {name.split(".")[0] for name in imported_modules(path)} & PYTORCH
 
 
 def test_the_scripts_exist_that_are_searched_for_pickles():

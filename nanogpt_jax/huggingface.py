@@ -1,0 +1,232 @@
+"""A GPT-2 as Hugging Face's `transformers` keeps it: shape, names and tokenizer. No JAX.
+
+FOLDER/config.json             the shape
+       model.safetensors       the weights, or several such files and their index; see pretrained.py
+       tokenizer.json          what encodes and decodes
+       tokenizer_config.json   which class of `transformers` reads that
+"""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from nanogpt_jax import hub
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+
+MOST_CONFIG_BYTES = 2**20
+# Our fields, theirs, and a bound beyond any GPT-2: a hostile file shall not keep the machine busy.
+SIZES = (
+    ("n_layer", "n_layer", 2**10),
+    ("n_head", "n_head", 2**10),
+    ("n_embd", "n_embd", 2**16),
+    ("block_size", "n_positions", 2**20),
+    ("vocab_size", "vocab_size", 2**24),
+)
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu"}
+READ_ACTIVATIONS = {**ACTIVATIONS, "gelu_pytorch_tanh": "gelu_tanh"}
+# What a GPT-2 there can be besides, and is not here. A field left out has this value.
+FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "auto_map": None,  # a model with code of its own
+    "quantization_config": None,
+}
+OURS = "nanogpt_jax"  # a field that `transformers` keeps, and does not read
+
+
+def read_config(source: str) -> ModelConfig:
+    """Return the shape of a GPT-2, of a name without reading anything; dropout is 0.
+
+    Raises:
+        InputError: there is none, or it is of another kind than model.py computes.
+    """
+    if hub.is_name(source):
+        sizes = {"block_size": hub.BLOCK_SIZE, "vocab_size": hub.VOCAB_SIZE, **hub.SHAPES[source]}
+        return ModelConfig(bias=True, activation="gelu_tanh", **sizes)
+    path = hub.find(source, hub.CONFIG)
+    loaded = _read_object(path)
+
+    def require(ok: bool, name: str, requirement: str) -> None:
+        if not ok:
+            came = f"got {loaded[name]!r:.80}" if name in loaded else "but is missing"
+            raise InputError(f"{path}: {name} must be {requirement}, {came}")
+
+    if "made_with" in loaded and "model_type" not in loaded:
+        raise InputError(
+            f"{path}: is a run's own, where init_from takes a GPT-2 of Hugging Face's: "
+            f"python -m nanogpt_jax.pretrained export {source} FOLDER makes one of it"
+        )
+    require(loaded.get("model_type") == "gpt2", "model_type", "gpt2")
+    sizes = {}
+    for ours, theirs, most in SIZES:
+        size = loaded.get(theirs)
+        is_int = isinstance(size, int) and not isinstance(size, bool)
+        require(is_int and 1 <= size <= most, theirs, f"a whole number from 1 to {most}")
+        sizes[ours] = size
+    for name, only in FIXED.items():
+        require(loaded.get(name, only) == only, name, f"{json.dumps(only)} or left out")
+    hidden = 4 * sizes["n_embd"]
+    require(loaded.get("n_inner") in (None, hidden), "n_inner", f"null or 4 n_embd = {hidden}")
+    activation = loaded.get("activation_function", "gelu_new")
+    known = isinstance(activation, str) and activation in READ_ACTIVATIONS
+    require(known, "activation_function", f"one of {', '.join(READ_ACTIVATIONS)}")
+    extra = loaded.get(OURS, {"bias": True})
+    ok = isinstance(extra, dict) and extra.keys() == {"bias"} and isinstance(extra["bias"], bool)
+    require(ok, OURS, 'like {"bias": false} or left out')
+    try:
+        return ModelConfig(bias=extra["bias"], activation=READ_ACTIVATIONS[activation], **sizes)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _read_object(path: Path) -> dict:
+    try:
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            raise InputError(f"{path}: must be a short JSON file, but is larger than 1 MiB")
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: must be a JSON file, but {str(error)[:80]}") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: must hold one JSON object")
+    return loaded
+
+
+def fit(config: ModelConfig, source: str) -> ModelConfig:
+    """Return the shape of a model that begins with the weights of a GPT-2.
+
+    It is theirs, but for the context, which may be shorter, the dropout and the vocabulary's
+    padding, which `config` says.
+
+    Raises:
+        InputError: the context is longer than theirs, or `read_config` refuses.
+    """
+    theirs = read_config(source)
+    if config.block_size > theirs.block_size:
+        raise InputError(
+            f"block_size must be at most {theirs.block_size} with the weights of {source}, "
+            f"got {config.block_size}"
+        )
+    return replace(
+        theirs,
+        block_size=config.block_size,
+        dropout=config.dropout,
+        vocab_size=max(theirs.vocab_size, config.vocab_size or 0),
+        known_tokens=theirs.vocab_size,
+    )
+
+
+def tokenizer_of(source: str) -> str | None:
+    """Return what --tokenizer would be for a GPT-2: "gpt2", its file, or None if it has none."""
+    if hub.is_name(source):
+        return "gpt2"
+    path = Path(source, hub.TOKENIZER)
+    return str(path) if path.is_file() else None
+
+
+def check_fits(config: ModelConfig, source: str) -> ModelConfig:
+    """Check that the weights of a GPT-2 can fill a model, and return their own shape.
+
+    The context may be shorter, and the vocabulary padded; all else is as the weights have it.
+
+    Raises:
+        InputError: they cannot, or `read_config` refuses.
+    """
+    theirs = read_config(source)
+
+    def require(ok: bool, name: str, requirement: str) -> None:
+        if not ok:
+            raise InputError(
+                f"{name} must be {requirement} with the weights of {source}, "
+                f"got {getattr(config, name)!r}"
+            )
+
+    for name in ("architecture", "n_layer", "n_head", "n_embd", "bias", "activation"):
+        value = getattr(theirs, name)
+        require(getattr(config, name) == value, name, f"{value}")
+    positions, tokens = theirs.block_size, theirs.vocab_size
+    require(config.block_size <= positions, "block_size", f"at most {positions}")
+    padded = config.vocab_size is not None and config.vocab_size >= tokens
+    require(padded, "vocab_size", f"at least {tokens}")
+    known = config.known_tokens or config.vocab_size  # zero rows would be likely tokens
+    require(known <= tokens, "known_tokens", f"from 1 to {tokens}")
+    return theirs
+
+
+def tensor_name(name: str) -> str:
+    """Translate our "h_0.attn.c_attn.kernel" to "h.0.attn.c_attn.weight"."""
+    module, _, leaf = re.sub(r"^h_(\d+)\.", r"h.\1.", name).rpartition(".")
+    return f"{module}.bias" if leaf == "bias" else f"{module}.weight"
+
+
+def end_of_text_id(tokenizer: Tokenizer | None) -> int | None:
+    """Return the id of the token between two documents; None where there is none."""
+    has_one = isinstance(tokenizer, BPETokenizer) and tokenizer.separator == END_OF_TEXT
+    return int(tokenizer.encode_prompt(END_OF_TEXT)[0]) if has_one else None
+
+
+def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """Return the files that describe a model of ours, the weights aside: name -> content.
+
+    Args:
+        config: its vocab_size without padding.
+
+    Raises:
+        InputError: the tokenizer has more tokens than the model, or a lone surrogate.
+    """
+    end = end_of_text_id(tokenizer)
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    names = {theirs: getattr(config, ours) for ours, theirs, _ in SIZES}
+    fixed = {name: value for name, value in FIXED.items() if value is not None}
+    dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
+    activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation]
+    model = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    model |= {**names, "n_inner": None, "activation_function": activation, **fixed, **dropouts}
+    model |= {**ends, OURS: {"bias": config.bias}}
+    files = {"generation_config.json": _to_json(ends)}
+    if tokenizer is not None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise InputError(
+                f"the tokenizer must have at most the model's {config.vocab_size} tokens, but has "
+                f"{tokenizer.vocab_size}"
+            )
+        ends = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        files[hub.TOKENIZER] = _tokenizer_json(tokenizer)
+        files["tokenizer_config.json"] = _to_json(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": config.block_size,
+                **ends,
+            }
+        )
+    return {**files, hub.CONFIG: _to_json(model)}  # the last: without it nothing loads
+
+
+def _to_json(content: dict) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> str:
+    """Return the file of Hugging Face's `tokenizers`; of characters, each is a word."""
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.to_json()
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Words
+
+    try:
+        words = Words(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}, ""))
+    except UnicodeEncodeError:
+        raise InputError("the tokenizer must be of whole characters, not surrogates") from None
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    words.decoder = decoders.Fuse()
+    return words.to_str()

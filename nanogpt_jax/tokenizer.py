@@ -6,6 +6,7 @@ every run, so a run can be sampled anywhere.
 """
 
 import codecs
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -217,6 +218,11 @@ class BPETokenizer:
 
 
 Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
+
+
+def hash_of(tokenizer: Tokenizer) -> str:
+    """Return eight digits that tell tokenizers apart."""
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:8]
 
 
 def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray) -> float:

@@ -1,30 +1,33 @@
 """Get a corpus onto disk, as nanoGPT lays it out: `train.bin`, `val.bin`, `meta.json`. No JAX.
 
-A corpus is a name (`shakespeare_char`, `pydocs`), a UTF-8 text file, a folder of text files, or a
-folder that already has `train.bin` and `val.bin`, made by nanoGPT or by anything else.
+A corpus is a name, a text file, JSONL or parquet file, a folder of them, or a folder that already
+has `train.bin` and `val.bin`, made by nanoGPT or by anything else.
 """
 
-import contextlib
 import hashlib
-import json
-import os
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import download
+from nanogpt_jax import download, shards
 from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.data import SPLITS, check_whole, open_tokens
+from nanogpt_jax.choice import Choice
+from nanogpt_jax.data import SPLITS, Tokens, check_whole, open_tokens
+from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
 from nanogpt_jax.errors import InputError, did_you_mean
-from nanogpt_jax.tokenizer import CharTokenizer
+from nanogpt_jax.preparation import PROGRESS, prepare_folder, read_json
+from nanogpt_jax.shards import SHARD_TOKENS
+from nanogpt_jax.sources import Texts, read_pieces
+from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
 
-SHAKESPEARE, PYDOCS = "shakespeare_char", "pydocs"
-NAMES = (SHAKESPEARE, PYDOCS)
-TRAIN_FRACTION = 0.9
+SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS = "shakespeare_char", "shakespeare", "pydocs"
+NAMES = (SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS, *HUB)
 SHAKESPEARE_VAL_TOKENS = 111_540
 SHAKESPEARE_FINGERPRINT = "a320d332271226fa"
+KINDS = {".parquet": Parquet, ".jsonl": JsonLines, ".jsonl.gz": JsonLines, ".txt": Texts}
 
 
 @dataclass(frozen=True)
@@ -32,33 +35,53 @@ class Corpus:
     """Token ids of both splits, checked, with what is needed to read them."""
 
     name: str
-    splits: dict[str, np.ndarray]  # "train" and "val", each of shape (n_tokens,)
-    vocab_size: int
-    tokenizer: CharTokenizer | None  # None: `.bin` files without one; training needs none
+    splits: dict[str, Tokens]  # "train" and "val", each of shape (n_tokens,)
+    vocab_size: int  # rows that a model needs, padding among them
+    tokenizer: Tokenizer | None  # None: `.bin` files without one; training needs none
     fingerprint: str  # of all token ids: a run is only resumed on the text it began with
+    known_tokens: int | None = None  # ids that exist; None: unknown
+
+    @cached_property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text that a token of the validation split stands for, in the mean."""
+        if self.tokenizer is None:
+            return None
+        return tokenizers.bytes_per_token(self.tokenizer, self.splits["val"])
 
 
-def resolve(dataset: str | None, data_dir: Path, min_tokens: int) -> Path:
+def resolve(
+    dataset: str | None,
+    data_dir: Path,
+    min_tokens: int,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+) -> Path:
     """Return the folder with a dataset's `train.bin` and `val.bin`; prepare it where it must be.
 
     Only where the user named nothing, and nothing can be downloaded, Python's own manual stands in
-    for tiny Shakespeare, with a notice.
+    for tiny Shakespeare, with a notice. What takes hours is not begun, but refused.
 
     Args:
         dataset: a name, a path, or None for the default.
         data_dir: where datasets are prepared.
         min_tokens: what each split must have; nothing is written for a text that is too short.
+        tokenizer: char, gpt2, bpe or a tokenizer.json; None: what the dataset usually has.
+        vocab_size: of bpe.
 
     Raises:
         InputError: an unknown name, a text that cannot be read, is empty or too short.
         download.Unavailable: a dataset that was named and cannot be downloaded.
     """
+    if dataset in HUB:
+        folder = _named_folder(dataset, Path(data_dir), _choice(dataset, tokenizer, vocab_size))
+        if (folder / PROGRESS).exists() or not _has_tokens(folder):
+            raise InputError(_how_to_prepare(HUB[dataset], data_dir, tokenizer, vocab_size))
     if dataset is not None:
-        return prepare(dataset, data_dir, min_tokens)
+        return prepare(dataset, data_dir, min_tokens, tokenizer, vocab_size)
     try:
-        return prepare(SHAKESPEARE, data_dir, min_tokens)
+        return prepare(SHAKESPEARE, data_dir, min_tokens, tokenizer, vocab_size)
     except download.Unavailable as error:
-        folder = prepare(PYDOCS, data_dir, min_tokens)
+        folder = prepare(PYDOCS, data_dir, min_tokens, tokenizer, vocab_size)
         stars = "*" * 88
         print(
             f"\n{stars}\n"
@@ -73,31 +96,54 @@ def resolve(dataset: str | None, data_dir: Path, min_tokens: int) -> Path:
         return folder
 
 
-def prepare(dataset: str, data_dir: Path, min_tokens: int = 1) -> Path:
-    """Return the folder of a named dataset, prepared; see `resolve`."""
+def _how_to_prepare(corpus: Hub, data_dir: Path, tokenizer: str | None, size: int | None) -> str:
+    flags = f" --tokenizer {tokenizer}" if tokenizer else ""
+    flags += f" --vocab_size {size}" if tokenizer == "bpe" and size else ""
+    flags += f" --data_dir {data_dir}" if Path(data_dir) != Path("data") else ""
+    return (
+        f"{corpus.name} must be prepared before training, since that takes hours: python "
+        f"data/prepare.py {corpus.name}{flags}. It needs about {corpus.gpt2_tokens / 5e8:,.0f} GB "
+        f"of disk ({corpus.gpt2_tokens / 1e9:,.2f}B tokens) and downloads about "
+        f"{corpus.download_bytes / 1e9:,.0f} GB, which are not stored"
+    )
+
+
+def prepare(
+    dataset: str,
+    data_dir: Path,
+    min_tokens: int = 1,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Path:
+    """Return the folder of a named dataset, prepared, however long it takes; see `resolve`.
+
+    Args:
+        shard_tokens: most tokens of a file.
+    """
     data_dir = Path(data_dir)
     if data_dir.exists() and not data_dir.is_dir():
         raise InputError(f"data_dir must be a folder, but {data_dir} is a file")
-    if dataset == SHAKESPEARE:
-        folder = data_dir / SHAKESPEARE
-        source = folder / "input.txt"
-        if not source.exists() and (folder / "train.bin").exists():
+    if dataset in NAMES:
+        choice = _choice(dataset, tokenizer, vocab_size)
+        folder = _named_folder(dataset, data_dir, choice)
+        if _is_foreign(folder):
             return folder  # prepared elsewhere, and brought here without its text
-        if not source.exists():
-            _store_shakespeare(source)
-        return _write_splits(_read_text(source), folder, str(source), min_tokens)
-    if dataset == PYDOCS:
-        from pydoc_data.topics import topics
-
-        text = "\n\n".join(topics[key] for key in sorted(topics))
-        return _write_splits(text, data_dir / PYDOCS, "pydoc_data.topics", min_tokens)
+        source = _named_source(dataset, data_dir)
+        return prepare_folder(source, folder, choice, min_tokens, shard_tokens)
     for path in (data_dir / dataset, Path(dataset)):
-        if any((path / f"{split}.bin").exists() for split in SPLITS):
+        if (path / PROGRESS).exists():
+            raise _unfinished(path)
+        if _has_tokens(path):
+            if tokenizer is not None:
+                _give_tokenizer(path, tokenizer, vocab_size)
             return path
         if path.is_file() or path.is_dir():
-            return _write_splits(
-                _read_text(path), _folder_of(path, data_dir), str(path), min_tokens
-            )
+            source = find_source(path)
+            usual = "char" if isinstance(source, Texts) else "gpt2"
+            choice = Choice.of(tokenizer or usual, vocab_size)
+            folder = _folder_of(path, data_dir, choice.label)
+            return prepare_folder(source, folder, choice, min_tokens, shard_tokens)
     prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
     hint = did_you_mean(dataset, {*NAMES, *prepared})
     hint = hint or f" If you have its train.bin and val.bin, put them into {data_dir / dataset}"
@@ -107,24 +153,135 @@ def prepare(dataset: str, data_dir: Path, min_tokens: int = 1) -> Path:
     )
 
 
-def known_val_tokens(dataset: str | None, data_dir: Path) -> int | None:
-    """Return the size of a dataset's validation split; None where it is not prepared here."""
-    places = [data_dir / (dataset or SHAKESPEARE)]
-    if dataset is not None:
-        places += [Path(dataset), _folder_of(Path(dataset), data_dir)]
-    for folder in places:
-        path = folder / "val.bin"
-        if path.is_file():
-            return (
-                path.stat().st_size // np.dtype(_read_meta(folder).get("dtype", "uint16")).itemsize
-            )
-    return None
+def _choice(name: str, tokenizer: str | None, vocab_size: int | None) -> Choice:
+    usual = "char" if name in (SHAKESPEARE, PYDOCS) else "gpt2"
+    return Choice.of(tokenizer or usual, vocab_size)
 
 
-def _folder_of(text: Path, data_dir: Path) -> Path:
+def _named_folder(name: str, data_dir: Path, choice: Choice) -> Path:
+    is_usual = choice.label == _choice(name, None, None).label
+    return data_dir / (name if is_usual else f"{name}-{choice.label}")
+
+
+def _named_source(name: str, data_dir: Path):
+    if name in HUB:
+        return HUB[name]
+    if name == PYDOCS:
+        from pydoc_data.topics import topics
+
+        return Texts("pydoc_data.topics", "\n\n".join(topics[key] for key in sorted(topics)))
+    places = [data_dir / place / "input.txt" for place in (SHAKESPEARE, SHAKESPEARE_BPE)]
+    path = next((path for path in places if path.exists()), data_dir / name / "input.txt")
+    if not path.exists():
+        _store_shakespeare(path)
+    return Texts(str(path), [path])
+
+
+def _store_shakespeare(path: Path) -> None:
+    content = download.tiny_shakespeare(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shards.write_atomically(path, content)
+    except OSError as error:
+        raise InputError(f"{path}: must be writable, but: {error.strerror}") from None
+    print(f"downloaded tiny Shakespeare to {path}")
+
+
+def find_source(path: Path):
+    """Return the source of a file, or of all files of one kind below a folder, by their names.
+
+    Raises:
+        InputError: there are none, or several kinds.
+    """
+    if path.is_file():
+        kind = next((KINDS[end] for end in KINDS if path.name.endswith(end)), Texts)
+        return kind(str(path), [path])
+    found = {end: sorted(path.rglob(f"*{end}")) for end in KINDS}
+    found = {end: files for end, files in found.items() if files}
+    if not found:
+        raise InputError(
+            f"{path}: must have .txt files, or train.bin and val.bin, or .jsonl or .parquet files, "
+            "but has none"
+        )
+    if len(found) > 1:
+        counts = " and ".join(f"{len(files)} {end}" for end, files in found.items())
+        raise InputError(
+            f"{path}: must have files of one kind, but has {counts}: name one folder "
+            "or file of them"
+        )
+    ((end, files),) = found.items()
+    return KINDS[end](str(path), files)
+
+
+def _folder_of(source: Path, data_dir: Path, label: str) -> Path:
     """Return where one's own text is prepared: a hash keeps two books called input.txt apart."""
-    place = hashlib.sha256(str(text.resolve()).encode()).hexdigest()[:8]
-    return data_dir / f"{text.resolve().stem}-{place}"
+    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
+    suffix = "" if label == "char" else f"-{label}"
+    return data_dir / f"{source.resolve().stem}-{place}{suffix}"
+
+
+def _has_tokens(folder: Path) -> bool:
+    names = (f"{split}{ending}.bin" for split in SPLITS for ending in ("", "_00000"))
+    return any((folder / name).exists() for name in names)
+
+
+def _is_foreign(folder: Path) -> bool:
+    ours = any((folder / name).exists() for name in (PROGRESS, "meta.json"))
+    return _has_tokens(folder) and not ours
+
+
+def _unfinished(folder: Path) -> InputError:
+    return InputError(
+        f"{folder}: must be prepared to its end, but is not yet: run python data/prepare.py again, "
+        "as it was begun"
+    )
+
+
+def _give_tokenizer(folder: Path, asked: str, vocab_size: int | None) -> None:
+    """Refuse a folder that has another tokenizer; put the one that was asked for where none is."""
+    meta, choice = read_json(folder / "meta.json"), Choice.of(asked, vocab_size)
+    dtype = meta.get("dtype", "uint16")
+    has = tokenizers.load(folder) or _tokenizer_of_nanogpt(folder, dtype)
+    if has is not None and not choice.made(has, meta.get("tokenizer")):
+        raise InputError(
+            f"{folder}: --tokenizer must be the one that its token files were made with, but "
+            f"{asked} is another: leave it out, or name the text itself"
+        )
+    if has is not None or choice.label == "char":
+        return
+    if choice.vocab_size is not None:
+        raise InputError(
+            f"{folder}: bpe is trained on a text, but the folder has none: name the "
+            f"{tokenizers.FILE_NAME} that its token files were made with"
+        )
+    try:
+        tokenizers.save(choice.make(None, {}), folder)
+    except InputError as error:  # training needs none
+        print(f"{folder}: what is trained on it cannot be read as text: {error}", file=sys.stderr)
+    except OSError as error:
+        raise InputError(f"{folder}: must be writable, but: {error.strerror}") from None
+
+
+def known_val_tokens(
+    dataset: str | None, data_dir: Path, tokenizer: str | None = None, vocab_size: int | None = None
+) -> int | None:
+    """Return the size of a dataset's validation split; None where it is not prepared here."""
+    data_dir, name = Path(data_dir), dataset or SHAKESPEARE
+    if name in NAMES:
+        places = [_named_folder(name, data_dir, _choice(name, tokenizer, vocab_size))]
+    else:
+        labels = [Choice.of(tokenizer, vocab_size).label] if tokenizer else ["char", "gpt2"]
+        places = [data_dir / name, Path(name)]
+        places += [_folder_of(Path(name), data_dir, label) for label in labels]
+    for folder in places:
+        if _has_tokens(folder):
+            meta = read_json(folder / "meta.json")
+            if "val_tokens" in meta:
+                return meta["val_tokens"]
+            width = np.dtype(meta.get("dtype", "uint16")).itemsize
+            files = [folder / file["name"] for file in shards.files_of(folder, "val", meta)]
+            return sum(path.stat().st_size for path in files if path.exists()) // width
+    return None
 
 
 def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) -> Corpus:
@@ -138,140 +295,52 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
         InputError: a file is missing, cut off, too short, or has ids past the vocabulary.
     """
     folder = Path(folder)
-    meta = _read_meta(folder)
+    if (folder / PROGRESS).exists():
+        raise _unfinished(folder)
+    meta = read_json(folder / "meta.json")
     dtype = meta.get("dtype", "uint16")
-    for split in SPLITS:
-        check_whole(folder / f"{split}.bin", dtype)
+    files = {split: shards.files_of(folder, split, meta) for split in SPLITS}
+    _check_sizes(folder, files, dtype)
     tokenizer = tokenizers.load(folder) or _tokenizer_of_nanogpt(folder, dtype)
-    known_size = tokenizer.vocab_size if tokenizer else meta.get("vocab_size")
-    if known_size is None and (folder / "meta.pkl").exists() and vocab_size is None:
-        largest = max(int(np.fromfile(folder / f"{s}.bin", dtype).max(initial=0)) for s in SPLITS)
-        known_size = largest + 1
+    known = tokenizer.vocab_size if tokenizer else meta.get("vocab_size")
+    counted = None
+    if known is None and (folder / "meta.pkl").exists() and vocab_size is None:
+        counted = _largest_id(folder, files, dtype) + 1
         print(
             f"{folder}: meta.pkl is not read, since a pickle can run any code. The vocabulary is "
-            f"taken as {known_size}, the largest id + 1; to sample text, put the input.txt that "
+            f"taken as {counted}, the largest id + 1; to sample text, put the input.txt that "
             "train.bin was made from beside it."
         )
-    size = vocab_size or known_size or 50304  # the last is nanoGPT's: GPT-2's vocabulary, padded
-    if known_size and size < known_size:
-        raise InputError(f"vocab_size must be at least {known_size} for {folder}, got {size}")
+    # The last is nanoGPT's: GPT-2's vocabulary, padded.
+    size = vocab_size or known or counted or 50304
+    if known and size < known:
+        raise InputError(f"vocab_size must be at least {known} for {folder}, got {size}")
     splits, crcs = {}, []
     for split in SPLITS:
-        path = folder / f"{split}.bin"
-        splits[split], crc = open_tokens(path, dtype, size, min_tokens)
+        paths = [folder / file["name"] for file in files[split]]
+        trusted = meta["splits"][split]["crc32"] if "splits" in meta else None
+        splits[split], crc = open_tokens(paths, dtype, known or size, min_tokens, trusted)
         crcs.append(crc)
-        expected = meta.get(f"{split}_tokens", len(splits[split]))
-        if len(splits[split]) != expected:
-            raise InputError(
-                f"{path}: must have {expected} tokens, as meta.json says, but has "
-                f"{len(splits[split])}: delete the folder and make it anew"
-            )
     fingerprint = "".join(f"{crc:08x}" for crc in crcs)
-    return Corpus(folder.name, splits, size, tokenizer, fingerprint)
+    return Corpus(folder.name, splits, size, tokenizer, fingerprint, known)
 
 
-def _store_shakespeare(path: Path) -> None:
-    content = download.tiny_shakespeare(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, content)
-    except OSError as error:
-        raise InputError(f"{path}: must be writable, but: {error.strerror}") from None
-    print(f"downloaded tiny Shakespeare to {path}")
-
-
-def _read_text(path: Path) -> str:
-    """Read one UTF-8 file, or all *.txt below a folder in the order of their names."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
-    if not files:
-        raise InputError(f"{path}: must have .txt files, or train.bin and val.bin, but has none")
-    texts = []
-    for file in files:
-        try:
-            content = file.read_bytes()
-            if (at := content.find(b"\0")) >= 0:
-                raise InputError(f"{file}: must be UTF-8 text, but is binary (a 0 at byte {at})")
-            text = content.decode("utf-8").removeprefix("\ufeff")  # Windows' byte order mark
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
+def _check_sizes(folder: Path, files: dict[str, list[dict]], dtype: str) -> None:
+    """Refuse token files that are missing, cut off, or of another size than meta.json says."""
+    for file in (file for split in SPLITS for file in files[split]):
+        path = folder / file["name"]
+        n_tokens = check_whole(path, dtype) // np.dtype(dtype).itemsize
+        expected = file.get("tokens", n_tokens)
+        if n_tokens != expected:
             raise InputError(
-                f"{file}: must be UTF-8 text, but byte {error.start} is "
-                f"0x{content[error.start]:02x}: save it as UTF-8"
-            ) from None
-        texts.append(text.replace("\r\n", "\n"))
-    text = "\n".join(texts)
-    if not text.strip():
-        raise InputError(f"{path}: must hold text, but is empty")
-    return text
+                f"{path}: must have {expected} tokens, as meta.json says, but has {n_tokens}: "
+                "delete the folder and make it anew"
+            )
 
 
-def _write_splits(text: str, folder: Path, source: str, min_tokens: int) -> Path:
-    """Tokenise a text and write 90 % to train.bin, the rest to val.bin, unless that was done."""
-    sha256 = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    tokenizer = CharTokenizer.from_text(text)
-    cut = int(len(text) * TRAIN_FRACTION)
-    shortest = min(cut, len(text) - cut)
-    if shortest < min_tokens:
-        raise InputError(
-            f"{source}: each split must have at least block_size + 1 = {min_tokens} characters, "
-            f"but of {len(text)} one gets {shortest}: use more text or a smaller --block_size"
-        )
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    meta = {
-        "source": source,
-        "source_sha256": sha256,
-        "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
-        "train_tokens": cut,
-        "val_tokens": len(text) - cut,
-    }
-    written = _read_meta(folder)
-    width = np.dtype(dtype).itemsize
-    sizes = {folder / f"{split}.bin": meta[f"{split}_tokens"] * width for split in SPLITS}
-    if written.get("source_sha256") == sha256 and all(
-        path.exists() and path.stat().st_size == size for path, size in sizes.items()
-    ):
-        return folder
-    ids = tokenizer.encode(text).astype(np.dtype(dtype).newbyteorder("<"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "meta.json").unlink(missing_ok=True)  # it is written last, and says: all is there
-        _write_atomically(folder / "train.bin", ids[:cut].tobytes())
-        _write_atomically(folder / "val.bin", ids[cut:].tobytes())
-        tokenizers.save(tokenizer, folder)
-        _write_atomically(folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"{folder}: must be writable, but: {error.strerror}") from None
-    print(
-        f"prepared {source}: {len(text):,} characters, {tokenizer.vocab_size} distinct; "
-        f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate"
-    )
-    return folder
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name first, so that no half of it is ever taken for the whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def _read_meta(folder: Path) -> dict:
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: must be a JSON file, but {error}") from None
-    if not isinstance(meta, dict) or meta.get("dtype", "uint16") not in ("uint16", "uint32"):
-        raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32", but is not')
-    return meta
+def _largest_id(folder: Path, files: dict[str, list[dict]], dtype: str) -> int:
+    paths = [folder / file["name"] for split in SPLITS for file in files[split]]
+    return max(int(np.fromfile(path, dtype).max(initial=0)) for path in paths)
 
 
 def _tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
@@ -279,7 +348,8 @@ def _tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
     source = folder / "input.txt"
     if not source.exists():
         return None
-    text = _read_text(source)
+    with source.open("rb") as file:
+        text = "".join(text for text, _ in read_pieces(file, str(source)))
     tokenizer = CharTokenizer.from_text(text)
     parts = [
         np.fromfile(folder / f"{s}.bin", dtype) for s in SPLITS if (folder / f"{s}.bin").exists()

@@ -46,7 +46,7 @@ def tiny_shakespeare(path: Path) -> bytes:
         reasons[f"{url} sent another text, its sha256 differs"] = url
     reason = "; ".join(reasons)
     raise Unavailable(
-        f"shakespeare_char could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as "
+        f"tiny Shakespeare could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as "
         f"{path}",
         reason,
     )

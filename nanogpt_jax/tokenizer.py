@@ -6,6 +6,7 @@ every run, so a run can be sampled anywhere.
 """
 
 import codecs
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -226,6 +227,11 @@ Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Return a loss in nats a token as bits a byte of text, which compares tokenizers."""
     return loss / math.log(2) / bytes_per_token
+
+
+def hash_of(tokenizer: Tokenizer) -> str:
+    """Return eight digits that tell tokenizers apart."""
+    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:8]
 
 
 def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray) -> float:

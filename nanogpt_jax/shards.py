@@ -1,0 +1,167 @@
+"""Write token ids as files of bounded size, so that writing can stop anywhere and go on. No JAX.
+
+A shard grows under the name `.partial`, and gets its own when it is whole and lies on the disk. A
+split that fits one shard is nanoGPT's `train.bin`; of more they are `train_00000.bin` and so on.
+"""
+
+import contextlib
+import os
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+SHARD_TOKENS = 100_000_000  # 200 MB
+_OURS = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under another name first, so that no half of it is ever taken for the whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def delete(folder: Path) -> None:
+    """Delete all token files of a folder, whole and partial."""
+    for path in folder.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink()
+
+
+def files_of(folder: Path, split: str, meta: dict) -> list[dict]:
+    """Return name, and where meta.json says so tokens and crc32, of each file of a split."""
+    if "splits" in meta:
+        return meta["splits"][split]["files"]
+    whole = folder / f"{split}.bin"
+    shards = [] if whole.exists() else sorted(folder.glob(f"{split}_[0-9]*.bin"))
+    if shards:
+        return [{"name": path.name} for path in shards]
+    size = f"{split}_tokens"
+    return [{"name": whole.name} | ({"tokens": meta[size]} if size in meta else {})]
+
+
+def are_whole(folder: Path, meta: dict) -> bool:
+    """Return whether every file that meta.json lists is there with its size."""
+    width = np.dtype(meta.get("dtype", "uint16")).itemsize
+    files = [
+        folder_file for split in ("train", "val") for folder_file in files_of(folder, split, meta)
+    ]
+    return all(_size(folder / file["name"]) == file.get("tokens", -1) * width for file in files)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+class ShardWriter:
+    """The shards of one split as they grow.
+
+    Args:
+        state: what `sync` returned, to go on from there; None: nothing is written yet.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, state: dict | None):
+        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        state = state or {"files": [], "open_tokens": 0, "open_crc32": 0, "crc32": 0}
+        self.files = list(state["files"])
+        self._open_tokens, self._open_crc32 = state["open_tokens"], state["open_crc32"]
+        self._crc32 = state["crc32"]  # of the whole split
+        self._file = self._partial.open("r+b" if self._partial.exists() else "w+b")
+        self._file.truncate(self._open_tokens * self._dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    @staticmethod
+    def recover(folder: Path, split: str, dtype: str, state: dict) -> bool:
+        """Bring the files back to what `state` says; return whether all that it says is there."""
+        width = np.dtype(dtype).itemsize
+        names = [file["name"] for file in state["files"]]
+        if any(_size(folder / f["name"]) != f["tokens"] * width for f in state["files"]):
+            return False
+        still_open = f"{split}_{len(names):05d}.bin"
+        partial = folder / f"{still_open}.partial"
+        # It may have become whole since, and got its name.
+        for name in (still_open, *([f"{split}.bin"] if not names else [])):
+            if not partial.exists() and (folder / name).exists():
+                (folder / name).replace(partial)
+        for path in folder.glob(f"{split}*.bin*"):
+            if _OURS.fullmatch(path.name) and path.name not in (*names, partial.name):
+                path.unlink()
+        return (_size(partial) or 0) >= state["open_tokens"] * width
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f"{self._split}_{len(self.files):05d}.bin.partial"
+
+    @property
+    def tokens(self) -> int:
+        """All that were appended."""
+        return sum(file["tokens"] for file in self.files) + self._open_tokens
+
+    def append(self, ids: np.ndarray) -> None:
+        """Write ids of shape (n,) behind those that are there."""
+        while len(ids):
+            if self._open_tokens == self._shard_tokens:  # only now: the last one may be the only
+                self._close(f"{self._split}_{len(self.files):05d}.bin")
+                self._file = self._partial.open("w+b")
+            part = ids[: self._shard_tokens - self._open_tokens]
+            content = part.astype(self._dtype).tobytes()
+            self._file.write(content)
+            self._open_crc32 = zlib.crc32(content, self._open_crc32)
+            self._crc32 = zlib.crc32(content, self._crc32)
+            self._open_tokens += len(part)
+            ids = ids[len(part) :]
+
+    def sync(self) -> dict:
+        """Bring what was appended onto the disk; return where that is."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {
+            "files": self.files,
+            "open_tokens": self._open_tokens,
+            "open_crc32": self._open_crc32,
+            "crc32": self._crc32,
+        }
+
+    def finish(self) -> dict:
+        """Close the last shard; return what meta.json says of the split."""
+        several = f"{self._split}_{len(self.files):05d}.bin"
+        self._close(several if self.files else f"{self._split}.bin")
+        return {"tokens": self.tokens, "crc32": self._crc32, "files": self.files}
+
+    def _close(self, name: str) -> None:
+        self.sync()
+        self._file.close()
+        self._partial.replace(self._folder / name)
+        _sync_folder(self._folder)
+        entry = {"name": name, "tokens": self._open_tokens, "crc32": self._open_crc32}
+        self.files = [*self.files, entry]
+        self._open_tokens = self._open_crc32 = 0
+
+    def close(self) -> None:
+        """Let go of the file, as it is."""
+        with contextlib.suppress(OSError):  # a full disk: what was on its way is lost, and known so
+            self._file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring names onto the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

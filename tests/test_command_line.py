@@ -88,7 +88,7 @@ def test_here_jax_cannot_be_imported(run, place, without_jax):
         ("--config=none.json", ["none.json", "cannot be read"]),
         ("--config=broken.json", ["broken.json", "must be a JSON file"]),
         ("--config=unknown.json", ["unknown.json", "'n_layers'", "Did you mean n_layer"]),
-        ("--dataset=shakespear", ["'shakespear'", "Did you mean shakespeare_char?"]),
+        ("--dataset=shakespear", ["'shakespear'", "Did you mean shakespeare or shakespeare_char?"]),
         ("--dataset=none.txt", ["'none.txt'"]),
         ("--dataset=empty.txt", ["empty.txt", "is empty"]),
         ("--dataset=short.txt", ["short.txt", "block_size + 1 = 33", "of 23"]),
@@ -164,7 +164,7 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
     [
         ("", ["one dataset must be named", "shakespeare_char"]),
         ("--force", ["one dataset must be named", "pydocs"]),
-        ("shakespear", ["Did you mean shakespeare_char?"]),
+        ("shakespear", ["Did you mean shakespeare or shakespeare_char?"]),
         ("latin.txt", ["latin.txt", "byte 3 is 0xe9"]),
         ("empty.txt", ["empty.txt", "is empty"]),
     ],

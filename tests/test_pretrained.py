@@ -203,15 +203,9 @@ def test_on_a_mesh_each_device_reads_only_its_part(tmp_path, monkeypatch, sizes)
     monkeypatch.setattr(pretrained.weights.Tensor, "read", read)
     _, params = load(source, config, sizes)
     assert_equal(params, expected)
-    shards = sum(
-        len({str(shard.index) for shard in leaf.addressable_shards})
-        for leaf in jax.tree.leaves(params)
-    )
-    assert sizes[0] == 4 or len(n_read) > len(jax.tree.leaves(params))
-    assert len(n_read) <= 4 * shards
-    if sizes == (1, 1, 4):
-        kernel = params["h_0"]["mlp"]["c_fc"]["kernel"]
-        assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 8)}
+    shards = [shard.data.size for x in jax.tree.leaves(params) for shard in x.addressable_shards]
+    assert max(n_read) <= max(shards)
+    assert (max(n_read) < 8 * 32) == (sizes != (4, 1, 1))  # the largest kernel
     np.testing.assert_allclose(
         logits(model, expected, golden["batch_BT"])[..., :10], golden["logits_BTV"], atol=1e-5
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from nanogpt_jax.errors import InputError, did_you_mean
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+FILES = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
 # OpenAI's four, so that a shape is known without a network. Source: Radford et al., "Language
 # models are unsupervised multitask learners", 2019, table 2; heads from the files themselves.
 SHAPES = {
@@ -41,8 +42,8 @@ def find(source: str, file: str) -> Path:
     what = f"there is no {path}" if os.path.isdir(source) else f"{source!r} is neither"
     hint = "" if os.path.isdir(source) else did_you_mean(Path(source).name, SHAPES)
     raise InputError(
-        f"init_from must be {', '.join(SHAPES)} or a folder with a GPT-2's {CONFIG} and {WEIGHTS}, "
-        f"but {what}.{hint}"
+        f"init_from must be {', '.join(SHAPES)} or a folder with {FILES} of a "
+        f"GPT-2, but {what}.{hint}"
     )
 
 
@@ -70,7 +71,7 @@ def _download(name: str, file: str, flag: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except Exception as error:  # the kinds differ between versions of the library and its clients
         reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-        files = TOKENIZER if flag.startswith("--tok") else f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
+        files = TOKENIZER if flag.startswith("--tokenizer") else FILES
         raise InputError(
             f"{name}: {file} could not be downloaded ({reason}): save {files} from "
             f"https://huggingface.co/{repository} in a folder, and give that: {flag}"

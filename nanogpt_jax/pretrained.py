@@ -4,6 +4,8 @@ It writes the run in OUT_DIR to FOLDER as Hugging Face's `transformers` reads it
 AutoModelForCausalLM.from_pretrained("FOLDER") and AutoTokenizer.
 """
 
+import contextlib
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,11 +120,13 @@ def export(run: Path, folder: Path, checkpoint: str = "best") -> None:
             step = _write_weights(run, config, checkpoint, written[0])
             for path, content in zip(written[1:], files.values(), strict=True):
                 path.write_text(content, encoding="utf-8")
+            shutil.copymode(written[-1], written[0])  # safetensors lets its owner alone read it
         except BaseException:
             for path in written:
                 path.unlink(missing_ok=True)
-            if is_new:
-                folder.rmdir()
+            with contextlib.suppress(OSError):
+                if is_new:
+                    folder.rmdir()
             raise
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None

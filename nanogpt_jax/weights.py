@@ -29,7 +29,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     piece: Any  # safetensors' own: piece[index] reads
 
-    def read(self, index=...) -> np.ndarray:
+    def read(self, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
         """Return a part of it, in float32.
 
         Args:

@@ -26,6 +26,7 @@ from nanogpt_jax import (
     pretrained,
     run_folder,
     startup,
+    weights,
 )
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
@@ -75,12 +76,15 @@ def main(argv: list[str]) -> int:
             config.optim, lr_decay_iters=config.optim.lr_decay_iters or config.max_iters
         ),
     )
+    goes_on = False
     if config.overwrite and not config.eval_only:
         run_folder.check_usable(folder)
     else:
         goes_on = run_folder.check_resumable(folder, config, corpus.fingerprint)
-        if config.eval_only and not goes_on and config.init_from == SCRATCH:
-            raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
+    if not goes_on and config.init_from != SCRATCH:  # fetched and found whole, or said now
+        processes.first_alone(partial(weights.open_tensors, config.init_from), "fetched")
+    elif not goes_on and config.eval_only:
+        raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
     writes = processes.is_first and not config.eval_only
     if writes:
         loggers.check(config)

@@ -94,9 +94,8 @@ def gpt2_xl() -> TrainConfig:
 
 
 def of_pretrained(name: str, **fields) -> TrainConfig:
-    """Begin with OpenAI's weights: their shape is read from them, and so not stated here."""
+    """Begin with OpenAI's weights, which bring their tokenizer; rows are padded for speed."""
     return TrainConfig(
-        tokenizer="gpt2",
         init_from=name,
         model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **hub.SHAPES[name]),
         **fields,

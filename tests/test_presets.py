@@ -22,7 +22,6 @@ GPT2 = ADAMW | {
 }  # fmt: skip
 PRETRAINED = {
     "block_size": 1024, "bias": True, "activation": "gelu_tanh", "dropout": 0.0, "seed": 1337,
-    "tokenizer": "gpt2",
 }  # fmt: skip
 EVALUATION = PRETRAINED | {
     "dataset": "openwebtext", "batch_size": 8, "eval_iters": 500, "eval_only": True,

@@ -221,8 +221,11 @@ Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
 
 
 def hash_of(tokenizer: Tokenizer) -> str:
-    """Return eight digits that tell tokenizers apart."""
-    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:8]
+    """Return eight digits that tell tokenizers apart: by their tokens, in whatever file."""
+    digest = hashlib.sha256()
+    for token in tokenizer.token_bytes:
+        digest.update(len(token).to_bytes(4, "little") + token)
+    return digest.hexdigest()[:8]
 
 
 def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray) -> float:

@@ -164,7 +164,7 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
     [
         ("", ["one dataset must be named", "shakespeare_char"]),
         ("--force", ["one dataset must be named", "pydocs"]),
-        ("shakespear", ["Did you mean shakespeare_char?"]),
+        ("shakespear", ["Did you mean shakespeare", "shakespeare_char?"]),
         ("latin.txt", ["latin.txt", "byte 3 is 0xe9"]),
         ("empty.txt", ["empty.txt", "is empty"]),
     ],

@@ -18,8 +18,8 @@ from nanogpt_jax.choice import Choice
 from nanogpt_jax.data import SPLITS, Tokens, check_whole, open_tokens
 from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
 from nanogpt_jax.errors import InputError, did_you_mean
-from nanogpt_jax.preparation import PROGRESS, prepare_folder, read_json
-from nanogpt_jax.shards import SHARD_TOKENS
+from nanogpt_jax.preparation import PROGRESS, prepare_folder
+from nanogpt_jax.shards import SHARD_TOKENS, read_json
 from nanogpt_jax.sources import Texts, read_pieces
 from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
 
@@ -255,9 +255,19 @@ def _give_tokenizer(folder: Path, asked: str, vocab_size: int | None) -> None:
             f"{tokenizers.FILE_NAME} that its token files were made with"
         )
     try:
-        tokenizers.save(choice.make(None, {}), folder)
+        made = choice.make(None, {})
     except InputError as error:  # training needs none
         print(f"{folder}: what is trained on it cannot be read as text: {error}", file=sys.stderr)
+        return
+    path = folder / shards.files_of(folder, "train", meta)[0]["name"]
+    largest = int(np.fromfile(path, dtype, 2**20).max(initial=0))
+    if largest >= made.vocab_size:
+        raise InputError(
+            f"{path}: --tokenizer must be the one it was made with, but {asked} has "
+            f"{made.vocab_size} tokens, and an id there is {largest}"
+        )
+    try:
+        tokenizers.save(made, folder)
     except OSError as error:
         raise InputError(f"{folder}: must be writable, but: {error.strerror}") from None
 

@@ -7,50 +7,30 @@ byte for byte as if nothing had happened. `meta.json`, written last, says: all i
 
 import contextlib
 import json
-import os
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import shards
+from nanogpt_jax import costs, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.shards import SHARD_TOKENS, ShardWriter, write_atomically
-from nanogpt_jax.sources import train_characters
+from nanogpt_jax.shards import (
+    SHARD_TOKENS,
+    ShardWriter,
+    locked,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from nanogpt_jax.sources import in_batches, read_ahead, train_characters
 from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
 
 PROGRESS = "progress.json"
 SPLITS = ("train", "val")
-BATCH_CHARS = 2**22  # tokenised at once, on all cores: some 200 MB of the tokenizer's own
-BATCH_PIECES = 2**15
+BATCH_CHARS = 2**21  # tokenised at once, on all cores: some 200 MB of the tokenizer's own
 JOURNAL_S = 30.0  # what a kill can lose
-LARGE_BYTES = 10**9  # of a source whose costs are said beforehand
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; an empty one where there is no file.
-
-    Raises:
-        InputError: the file is something else.
-    """
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: must be a JSON file, but {error}") from None
-    if not isinstance(loaded, dict) or loaded.get("dtype", "uint16") not in ("uint16", "uint32"):
-        raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32", but is not')
-    return loaded
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def prepare_folder(
@@ -69,6 +49,7 @@ def prepare_folder(
     """
     stat = source.stat()
     if _is_done(folder, choice, source_stat=stat):
+        _check_done(source, folder, min_tokens)
         return folder
     begun = _journal(folder, choice, stat, shard_tokens)
     facts = begun["facts"] if begun else _scan(source, choice)
@@ -76,13 +57,15 @@ def prepare_folder(
         with contextlib.suppress(OSError):  # touched, or copied: next time it need not be read
             meta = read_json(folder / "meta.json")
             if meta.get("source_stat") != stat:
-                _write_json(folder / "meta.json", meta | {"source_stat": stat})
+                write_json(folder / "meta.json", meta | {"source_stat": stat})
+        _check_done(source, folder, min_tokens)
         return folder
     if choice.label == "char" and "characters" in facts:
         _check_length(source, facts["characters"], min_tokens)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
+            folder.mkdir(exist_ok=True)  # one that was waited for may have left nothing behind
             # Another process may have done it meanwhile.
             if not _is_done(folder, choice, stat, facts.get("sha256")):
                 _Preparation(source, folder, choice, facts, stat, shard_tokens).run(min_tokens)
@@ -133,6 +116,20 @@ def _bar(source, what: str, done: int = 0):
     )  # fmt: skip
 
 
+def _check_done(source, folder: Path, min_tokens: int) -> None:
+    meta = read_json(folder / "meta.json")
+    shortest = min(meta["train_tokens"], meta["val_tokens"])
+    if shortest < min_tokens:
+        raise _too_short(source, shortest, min_tokens)
+
+
+def _too_short(source, shortest: int, min_tokens: int) -> InputError:
+    return InputError(
+        f"{source.name}: each split must have at least block_size + 1 = {min_tokens} tokens, but "
+        f"one gets {shortest} ({source.split_in_words}): use more text or a smaller --block_size"
+    )
+
+
 def _check_length(source, n_chars: int, min_tokens: int) -> None:
     cut = train_characters(n_chars)
     shortest = min(cut, n_chars - cut)
@@ -142,27 +139,6 @@ def _check_length(source, n_chars: int, min_tokens: int) -> None:
             f"characters, but of {n_chars} one gets {shortest}: use more text or a smaller "
             "--block_size"
         )
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from preparing the same folder: they wait."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}: another process prepares it: waiting", file=sys.stderr)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Preparation:
@@ -177,6 +153,10 @@ class _Preparation:
         try:
             tokenizer, begun = self._begin()
             self._tokenise(tokenizer, begun, min_tokens)
+        except InputError:
+            if _journal(self.folder, self.choice, self.stat, self.shard_tokens) is None:
+                self._delete()  # nothing to go on from
+            raise
         except KeyboardInterrupt:
             print(f"\nstopped: the same command goes on with {self.folder}", file=sys.stderr)
             raise
@@ -194,7 +174,7 @@ class _Preparation:
                 return tokenizer, begun
         tokenizer = self.choice.make(self.source, self.facts)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        self._say_costs(tokenizer, dtype)
+        costs.say(self.source, self.folder, tokenizer, np.dtype(dtype).itemsize)
         # First of all, so that nobody takes for whole what is not yet, or not any more.
         write_atomically(self.folder / PROGRESS, b"{}\n")
         (self.folder / "meta.json").unlink(missing_ok=True)
@@ -226,10 +206,12 @@ class _Preparation:
             print(f"going on with {self.folder} from {begun_tokens:,} tokens")
         begun_s = saved_s = time.monotonic()
         n_shards = 0
+        # What is done is noted after a batch: of small shards each, and not only every hundredth.
+        most_chars = min(BATCH_CHARS, 4 * self.shard_tokens)
         pieces = self.source.pieces(self.facts, begun["position"])
         try:
             with _bar(self.source, str(self.folder), begun.get("done", 0)) as bar:
-                for batch in _read_ahead(_batches(pieces)):
+                for batch in read_ahead(in_batches(pieces, most_chars)):
                     texts = [piece.text for piece in batch if piece.text is not None]
                     ids = iter(tokenizer.encode_batch(texts))
                     for piece in batch:
@@ -258,17 +240,11 @@ class _Preparation:
         if changed or shortest < min_tokens:
             for writer in writers.values():
                 writer.close()
-            shards.delete(self.folder)
-            for name in (tokenizers.FILE_NAME, PROGRESS):
-                (self.folder / name).unlink()
+            self._delete()
         if changed:
             raise InputError(f"{self.source.name}: changed while it was read: start again")
         if shortest < min_tokens:
-            raise InputError(
-                f"{self.source.name}: each split must have at least block_size + 1 = {min_tokens} "
-                f"tokens, but one gets {shortest} ({self.source.split_in_words}): use more text "
-                "or a smaller --block_size"
-            )
+            raise _too_short(self.source, shortest, min_tokens)
         splits = {split: writer.finish() for split, writer in writers.items()}
         meta = {
             "source": self.source.name,
@@ -283,7 +259,7 @@ class _Preparation:
             "val_tokens": splits["val"]["tokens"],
             "splits": splits,
         }
-        _write_json(self.folder / "meta.json", meta)
+        write_json(self.folder / "meta.json", meta)
         (self.folder / PROGRESS).unlink()
         n_chars = self.facts.get("characters")
         of_chars = f"{n_chars:,} characters, " if n_chars else ""
@@ -294,66 +270,7 @@ class _Preparation:
             f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate"
         )
 
-    def _say_costs(self, tokenizer: Tokenizer, dtype: str) -> None:
-        """Say of a large source what it needs; refuse where the disk cannot hold it."""
-        width, free = np.dtype(dtype).itemsize, shutil.disk_usage(self.folder).free
-        is_large = self.source.text_bytes > LARGE_BYTES
-        if not is_large and self.source.text_bytes * width < free:
-            return  # a byte is a token at most
-        tokens_per_s, bytes_per_token = _speed(tokenizer)
-        n_tokens = self.source.text_bytes / bytes_per_token
-        if self.choice.label == "gpt2":
-            n_tokens = getattr(self.source, "gpt2_tokens", n_tokens)
-        if n_tokens * width > free:
-            raise InputError(
-                f"{self.folder}: about {n_tokens * width / 1e9:,.1f} GB must be free there for the "
-                f"tokens of {self.source.name}, but {free / 1e9:,.1f} GB are: free some, or name "
-                "another place with --data_dir"
-            )
-        downloaded = getattr(self.source, "download_bytes", 0) / 1e9
-        download = f", {downloaded:,.0f} GB of download (not stored)" if downloaded else ""
-        print(
-            f"{self.source.name} needs about, in {self.folder}: {n_tokens / 1e9:,.2f}B tokens = "
-            f"{n_tokens * width / 1e9:,.1f} GB of {free / 1e9:,.0f} GB free{download}, less than "
-            f"1 GB of memory, and {n_tokens / tokens_per_s / 3600:,.1f} hours on this machine's "
-            f"{os.cpu_count()} cores. It can be stopped and gone on with at any time",
-            file=sys.stderr,
-        )
-
-
-def _speed(tokenizer: Tokenizer) -> tuple[float, float]:
-    """Return tokens/s and bytes a token, tried on Python's manual; characters are not counted."""
-    from pydoc_data.topics import topics
-
-    texts = [text.encode("ascii", "ignore").decode() for text in topics.values()]
-    if isinstance(tokenizer, CharTokenizer):
-        return 20e6, 1.0  # no text but its own has only its characters
-    begun_s = time.perf_counter()
-    n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
-    return n_tokens / (time.perf_counter() - begun_s), sum(map(len, texts)) / n_tokens
-
-
-def _batches(pieces: Iterable) -> Iterator[list]:
-    """Yield pieces in batches, which end where the source can be gone on with, if at all."""
-    batch, n_chars = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        n_chars += len(piece.text or "")
-        is_full = n_chars >= BATCH_CHARS or len(batch) >= BATCH_PIECES
-        if (is_full and piece.position is not None) or n_chars >= 2 * BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _read_ahead(batches: Iterator[list]) -> Iterator[list]:
-    """Yield batches, and read each in a thread while the one before is worked on."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
-            yield batch
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    def _delete(self) -> None:
+        shards.delete(self.folder)
+        for name in (tokenizers.FILE_NAME, PROGRESS):
+            (self.folder / name).unlink(missing_ok=True)

@@ -5,12 +5,17 @@ split that fits one shard is nanoGPT's `train.bin`; of more they are `train_0000
 """
 
 import contextlib
+import json
 import os
 import re
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from nanogpt_jax.errors import InputError
 
 SHARD_TOKENS = 100_000_000  # 200 MB
 _OURS = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
@@ -29,6 +34,49 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; an empty one where there is no file.
+
+    Raises:
+        InputError: the file is something else.
+    """
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: must be a JSON file, but {error}") from None
+    if not isinstance(loaded, dict) or loaded.get("dtype", "uint16") not in ("uint16", "uint32"):
+        raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32", but is not')
+    return loaded
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file as a whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from preparing the same folder: they wait."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}: another process prepares it: waiting", file=sys.stderr)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def delete(folder: Path) -> None:

@@ -9,12 +9,14 @@ import hashlib
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from nanogpt_jax.errors import InputError
 
+BATCH_PIECES = 2**15
 PIECE_BYTES = 2**16  # a tokenizer wants a hundred times the memory of what it is given
 LONGEST_BYTES = 2**24  # of a text in which no place to cut is found: then it is cut anywhere
 TRAIN_FRACTION = 0.9
@@ -105,7 +107,7 @@ def stat_of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         found = file.stat()
-        digest.update(f"{file}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        digest.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -196,3 +198,29 @@ class Texts:
 def train_characters(n_chars: int) -> int:
     """Return how many characters of a text are trained on: nanoGPT's nine tenths, or more."""
     return max(int(n_chars * TRAIN_FRACTION), n_chars - MOST_VAL_CHARS)
+
+
+def in_batches(pieces: Iterable[Piece], most_chars: int) -> Iterator[list[Piece]]:
+    """Yield pieces in batches, which end where the source can be gone on with, if at all."""
+    batch, n_chars = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        n_chars += len(piece.text or "")
+        is_full = n_chars >= most_chars or len(batch) >= BATCH_PIECES
+        if (is_full and piece.position is not None) or n_chars >= 2 * most_chars:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch
+
+
+def read_ahead(batches: Iterator[list]) -> Iterator[list]:
+    """Yield batches, and read each in a thread while the one before is worked on."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -158,6 +158,11 @@ class BPETokenizer:
     default_start = "\n"  # nanoGPT's
 
     @property
+    def merges(self) -> list:
+        """Pairs of tokens that become one, in the order in which they are looked for."""
+        return json.loads(self.to_json())["model"]["merges"]
+
+    @property
     def separator(self) -> str:
         """What stands between two documents: END_OF_TEXT, where the vocabulary has it."""
         return END_OF_TEXT if END_OF_TEXT in self._special.values() else ""
@@ -230,8 +235,11 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 def hash_of(tokenizer: Tokenizer) -> str:
-    """Return eight digits that tell tokenizers apart."""
-    return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:8]
+    """Return eight digits that tell tokenizers apart: of tokens and merges, however written."""
+    content = [token.hex() for token in tokenizer.token_bytes]
+    if isinstance(tokenizer, BPETokenizer):
+        content += [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer.merges]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:8]
 
 
 def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_jax import corpora, download
+from nanogpt_jax import download
 from nanogpt_jax.corpora import open_corpus, prepare, resolve
 from nanogpt_jax.download import Unavailable
 from nanogpt_jax.errors import InputError
@@ -147,23 +148,25 @@ def test_a_changed_text_is_prepared_anew(book, data_dir):
     assert new.fingerprint != old.fingerprint
 
 
-@pytest.mark.parametrize("cut_at", ["train.bin", "val.bin", "meta.json"])
+@pytest.mark.parametrize(
+    "cut_at", ["progress.json", "tokenizer.json", "train.bin", "val.bin", "meta.json"]
+)
 @pytest.mark.parametrize("then", ["old", "new"])
 def test_an_interrupted_preparation_is_made_anew(book, data_dir, monkeypatch, cut_at, then):
     """The two texts have one length, so sizes tell nothing; meta.json, written last, must."""
     texts = {"old": book.read_text(encoding="utf-8")}
     texts["new"] = texts["old"][::-1]
     folder = prepare(str(book), data_dir)
-    write = corpora._write_atomically
+    replace = Path.replace
 
-    def write_until(path, content):
-        if path.name == cut_at:
+    def replace_until(path, target):
+        if target.name == cut_at:
             raise KeyboardInterrupt
-        write(path, content)
+        return replace(path, target)
 
     book.write_text(texts["new"], encoding="utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(corpora, "_write_atomically", write_until)
+        patch.setattr(Path, "replace", replace_until)
         with pytest.raises(KeyboardInterrupt):
             prepare(str(book), data_dir)
     book.write_text(texts[then], encoding="utf-8")
@@ -275,7 +278,7 @@ def test_a_folder_without_texts_is_named(tmp_path, data_dir):
     ("misspelt", "near"), [("shakespear_char", "shakespeare_char"), ("pydoc", "pydocs")]
 )
 def test_a_misspelt_dataset_answers_with_the_near_match(data_dir, misspelt, near):
-    with pytest.raises(InputError, match=f"no '{misspelt}'. Did you mean {near}\\?"):
+    with pytest.raises(InputError, match=f"no '{misspelt}'. Did you mean {near}\\b"):
         resolve(misspelt, data_dir, 9)
     assert not data_dir.exists()
 
@@ -543,18 +546,23 @@ def test_a_download_that_cannot_be_stored_names_the_place(tmp_path, serve):
         resolve("shakespeare_char", blocked, 9)
 
 
-@pytest.mark.parametrize("full_at", ["input.txt", "train.bin"])
-def test_a_full_disk_leaves_no_partial_file(data_dir, serve, monkeypatch, full_at):
-    serve(PLAY)
-    write_bytes = Path.write_bytes
+@pytest.mark.parametrize("full_at", ["input.txt", "train", "val", "meta.json"])
+def test_a_full_disk_leaves_no_file_that_is_taken_for_whole(data_dir, serve, monkeypatch, full_at):
+    serve(PLAY, PLAY)
+    fsync = os.fsync
 
-    def write_half(path, content):
-        if path.name.startswith(full_at):
-            write_bytes(path, content[: len(content) // 2])
+    def full(descriptor):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.startswith(full_at):
             raise OSError(28, "No space left on device")
-        return write_bytes(path, content)
+        fsync(descriptor)
 
-    monkeypatch.setattr(Path, "write_bytes", write_half)
-    with pytest.raises(InputError, match="No space left on device"):
-        resolve("shakespeare_char", data_dir, 9)
-    assert full_at not in " ".join(files_below(data_dir))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="No space left on device"):
+            resolve("shakespeare_char", data_dir, 9)
+    if (data_dir / "shakespeare_char").exists():
+        with pytest.raises(InputError):
+            open_corpus(data_dir / "shakespeare_char", 9)
+    corpus = open_corpus(resolve("shakespeare_char", data_dir, 9), 9)
+    assert corpus.tokenizer.decode(corpus.splits["train"]) == PLAY[: int(len(PLAY) * 0.9)]
+    assert files_below(data_dir) == PREPARED

@@ -13,7 +13,18 @@ PACKAGE = Path(nanogpt_jax.__file__).parent
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {"config", "tokenizer", "data", "download", "hub", "sources", "shards", "chips", "profiling"},
+    {
+        "config",
+        "tokenizer",
+        "data",
+        "download",
+        "hub",
+        "sources",
+        "shards",
+        "costs",
+        "chips",
+        "profiling",
+    },
     {"command_line", "choice", "documents", "preparation", "run_folder", "counts", "references"}
     | {"optim", "startup", "devices", "mesh", "attention", "huggingface", "weights"},
     {"corpora", "presets", "model", "report", "loggers", "views", "loader"},
@@ -25,7 +36,7 @@ LAYERS = (
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "counts", "references"}
-WITHOUT_JAX |= {"hub", "sources", "shards", "choice", "documents", "preparation"}
+WITHOUT_JAX |= {"hub", "sources", "shards", "costs", "choice", "documents", "preparation"}
 WITHOUT_JAX |= {"accounting", "report", "loggers", "views", "answers", "web"}
 WITHOUT_JAX |= {"hub", "huggingface", "weights", "pretrained"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -190,6 +190,17 @@ def test_bpe_travels_in_its_file(bpe, tmp_path):
     assert loaded.vocab_size == bpe.vocab_size
 
 
+def test_tokenizers_are_told_apart_by_what_they_do_not_by_how_they_are_written(bpe):
+    """Versions of the library write merges as one text or as two."""
+    content = json.loads(bpe.to_json())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    content["post_processor"] = None
+    rewritten = tokenizers.from_json(json.dumps(content, indent=3))
+    assert tokenizers.hash_of(rewritten) == tokenizers.hash_of(bpe)
+    others = (CharTokenizer("ab"), CharTokenizer("abc"), BPETokenizer.train(["the cat"], 260))
+    assert len({tokenizers.hash_of(tokenizer) for tokenizer in (bpe, *others)}) == 4
+
+
 def test_a_file_with_padding_and_truncation_encodes_whole_texts(bpe, tmp_path):
     """As some models on the hub have it."""
     content = json.loads(bpe.to_json())

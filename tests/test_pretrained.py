@@ -361,6 +361,29 @@ def test_a_config_that_is_a_book_is_not_read(gpt2):
     refused(gpt2, "larger than 1 MiB")
 
 
+def test_a_model_that_begins_with_weights_has_their_shape_and_its_own_context(gpt2):
+    theirs = huggingface.read_config(gpt2)
+    asked = ModelConfig(block_size=theirs.block_size - 1, n_layer=9, dropout=0.1)
+    fitted = huggingface.fit(asked, gpt2)
+    assert fitted == replace(
+        theirs, block_size=asked.block_size, dropout=0.1, known_tokens=theirs.vocab_size
+    )
+    padded = huggingface.fit(replace(asked, vocab_size=64), gpt2)
+    assert (padded.vocab_size, padded.known_tokens) == (64, theirs.vocab_size)
+    fewer = huggingface.fit(replace(asked, vocab_size=1), gpt2)
+    assert fewer.vocab_size == theirs.vocab_size, "a preset's own vocabulary does not crop theirs"
+    with pytest.raises(InputError, match=f"block_size must be at most {theirs.block_size} with"):
+        huggingface.fit(replace(asked, block_size=theirs.block_size + 1), gpt2)
+
+
+def test_weights_bring_their_tokenizer_where_they_have_one(gpt2):
+    assert huggingface.tokenizer_of("gpt2-xl") == "gpt2"
+    path = Path(gpt2, "tokenizer.json")
+    assert huggingface.tokenizer_of(gpt2) is None
+    path.write_text("{}")
+    assert huggingface.tokenizer_of(gpt2) == str(path)
+
+
 def test_the_four_names_have_their_shape_without_a_network(monkeypatch):
     monkeypatch.setattr(huggingface.hub, "find", None)
     config = huggingface.read_config("gpt2-xl")

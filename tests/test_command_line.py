@@ -88,7 +88,7 @@ def test_here_jax_cannot_be_imported(run, place, without_jax):
         ("--config=none.json", ["none.json", "cannot be read"]),
         ("--config=broken.json", ["broken.json", "must be a JSON file"]),
         ("--config=unknown.json", ["unknown.json", "'n_layers'", "Did you mean n_layer"]),
-        ("--dataset=shakespear", ["'shakespear'", "Did you mean shakespeare_char?"]),
+        ("--dataset=shakespear", ["'shakespear'", "Did you mean shakespeare", "shakespeare_char?"]),
         ("--dataset=none.txt", ["'none.txt'"]),
         ("--dataset=empty.txt", ["empty.txt", "is empty"]),
         ("--dataset=short.txt", ["short.txt", "block_size + 1 = 33", "of 23"]),

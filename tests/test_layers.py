@@ -25,8 +25,8 @@ LAYERS = (
         "chips",
         "profiling",
     },
-    {"command_line", "choice", "documents", "preparation", "run_folder", "counts", "references"}
-    | {"optim", "startup"}
+    {"command_line", "choice", "documents", "preparation", "opening", "run_folder", "counts"}
+    | {"references", "optim", "startup"}
     | {"devices", "mesh", "attention"},
     {"corpora", "presets", "model", "report", "loggers", "views"},
     {"steps", "generate", "rungs", "accounting", "answers"},
@@ -37,7 +37,16 @@ LAYERS = (
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "counts", "references"}
-WITHOUT_JAX |= {"hub", "sources", "shards", "costs", "choice", "documents", "preparation"}
+WITHOUT_JAX |= {
+    "hub",
+    "sources",
+    "shards",
+    "costs",
+    "choice",
+    "documents",
+    "preparation",
+    "opening",
+}
 WITHOUT_JAX |= {"accounting", "report", "loggers", "views", "answers", "web"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]

@@ -6,8 +6,6 @@ has `train.bin` and `val.bin`, made by nanoGPT or by anything else.
 
 import hashlib
 import sys
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,38 +13,20 @@ import numpy as np
 from nanogpt_jax import download, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.choice import Choice
-from nanogpt_jax.data import SPLITS, Tokens, check_whole, open_tokens
 from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
 from nanogpt_jax.errors import InputError, did_you_mean
-from nanogpt_jax.preparation import PROGRESS, prepare_folder
-from nanogpt_jax.shards import SHARD_TOKENS, read_json
-from nanogpt_jax.sources import Texts, read_pieces
-from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
+from nanogpt_jax.opening import Corpus, open_corpus, tokenizer_of_nanogpt
+from nanogpt_jax.preparation import prepare_folder
+from nanogpt_jax.shards import PROGRESS, SHARD_TOKENS, read_json
+from nanogpt_jax.sources import Texts
+
+__all__ = ["Corpus", "known_val_tokens", "open_corpus", "prepare", "resolve"]
 
 SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS = "shakespeare_char", "shakespeare", "pydocs"
 NAMES = (SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS, *HUB)
 SHAKESPEARE_VAL_TOKENS = 111_540
 SHAKESPEARE_FINGERPRINT = "a320d332271226fa"
 KINDS = {".parquet": Parquet, ".jsonl": JsonLines, ".jsonl.gz": JsonLines, ".txt": Texts}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Token ids of both splits, checked, with what is needed to read them."""
-
-    name: str
-    splits: dict[str, Tokens]  # "train" and "val", each of shape (n_tokens,)
-    vocab_size: int  # rows that a model needs, padding among them
-    tokenizer: Tokenizer | None  # None: `.bin` files without one; training needs none
-    fingerprint: str  # of all token ids: a run is only resumed on the text it began with
-    known_tokens: int | None = None  # ids that exist; None: unknown
-
-    @cached_property
-    def bytes_per_token(self) -> float | None:
-        """Bytes of text that a token of the validation split stands for, in the mean."""
-        if self.tokenizer is None:
-            return None
-        return tokenizers.bytes_per_token(self.tokenizer, self.splits["val"])
 
 
 def resolve(
@@ -74,8 +54,10 @@ def resolve(
     """
     if dataset in HUB:
         folder = _named_folder(dataset, Path(data_dir), _choice(dataset, tokenizer, vocab_size))
-        if (folder / PROGRESS).exists() or not _has_tokens(folder):
+        finished = (folder / "meta.json").exists() and not (folder / PROGRESS).exists()
+        if not finished and not shards.is_foreign(folder):
             raise InputError(_how_to_prepare(HUB[dataset], data_dir, tokenizer, vocab_size))
+        return folder
     if dataset is not None:
         return prepare(dataset, data_dir, min_tokens, tokenizer, vocab_size)
     try:
@@ -127,14 +109,13 @@ def prepare(
     if dataset in NAMES:
         choice = _choice(dataset, tokenizer, vocab_size)
         folder = _named_folder(dataset, data_dir, choice)
-        if _is_foreign(folder):
+        if shards.is_foreign(folder):
             return folder  # prepared elsewhere, and brought here without its text
         source = _named_source(dataset, data_dir)
         return prepare_folder(source, folder, choice, min_tokens, shard_tokens)
     for path in (data_dir / dataset, Path(dataset)):
-        if (path / PROGRESS).exists():
-            raise _unfinished(path)
-        if _has_tokens(path):
+        shards.check_finished(path)
+        if shards.has_tokens(path):
             if tokenizer is not None:
                 _give_tokenizer(path, tokenizer, vocab_size)
             return path
@@ -220,28 +201,11 @@ def _folder_of(source: Path, data_dir: Path, label: str) -> Path:
     return data_dir / f"{source.resolve().stem}-{place}{suffix}"
 
 
-def _has_tokens(folder: Path) -> bool:
-    names = (f"{split}{ending}.bin" for split in SPLITS for ending in ("", "_00000"))
-    return any((folder / name).exists() for name in names)
-
-
-def _is_foreign(folder: Path) -> bool:
-    ours = any((folder / name).exists() for name in (PROGRESS, "meta.json"))
-    return _has_tokens(folder) and not ours
-
-
-def _unfinished(folder: Path) -> InputError:
-    return InputError(
-        f"{folder}: must be prepared to its end, but is not yet: run python data/prepare.py again, "
-        "as it was begun"
-    )
-
-
 def _give_tokenizer(folder: Path, asked: str, vocab_size: int | None) -> None:
     """Refuse a folder that has another tokenizer; put the one that was asked for where none is."""
     meta, choice = read_json(folder / "meta.json"), Choice.of(asked, vocab_size)
     dtype = meta.get("dtype", "uint16")
-    has = tokenizers.load(folder) or _tokenizer_of_nanogpt(folder, dtype)
+    has = tokenizers.load(folder) or tokenizer_of_nanogpt(folder, dtype)
     if has is not None and not choice.made(has, meta.get("tokenizer")):
         raise InputError(
             f"{folder}: --tokenizer must be the one that its token files were made with, but "
@@ -284,7 +248,7 @@ def known_val_tokens(
         places = [data_dir / name, Path(name)]
         places += [_folder_of(Path(name), data_dir, label) for label in labels]
     for folder in places:
-        if _has_tokens(folder):
+        if shards.has_tokens(folder):
             meta = read_json(folder / "meta.json")
             if "val_tokens" in meta:
                 return meta["val_tokens"]
@@ -292,79 +256,3 @@ def known_val_tokens(
             files = [folder / file["name"] for file in shards.files_of(folder, "val", meta)]
             return sum(path.stat().st_size for path in files if path.exists()) // width
     return None
-
-
-def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) -> Corpus:
-    """Open and check both splits of a prepared folder.
-
-    Args:
-        min_tokens: what each split must have, block_size + 1.
-        vocab_size: what the model shall have; None: what the folder says.
-
-    Raises:
-        InputError: a file is missing, cut off, too short, or has ids past the vocabulary.
-    """
-    folder = Path(folder)
-    if (folder / PROGRESS).exists():
-        raise _unfinished(folder)
-    meta = read_json(folder / "meta.json")
-    dtype = meta.get("dtype", "uint16")
-    files = {split: shards.files_of(folder, split, meta) for split in SPLITS}
-    _check_sizes(folder, files, dtype)
-    tokenizer = tokenizers.load(folder) or _tokenizer_of_nanogpt(folder, dtype)
-    known = tokenizer.vocab_size if tokenizer else meta.get("vocab_size")
-    counted = None
-    if known is None and (folder / "meta.pkl").exists() and vocab_size is None:
-        counted = _largest_id(folder, files, dtype) + 1
-        print(
-            f"{folder}: meta.pkl is not read, since a pickle can run any code. The vocabulary is "
-            f"taken as {counted}, the largest id + 1; to sample text, put the input.txt that "
-            "train.bin was made from beside it."
-        )
-    # The last is nanoGPT's: GPT-2's vocabulary, padded.
-    size = vocab_size or known or counted or 50304
-    if known and size < known:
-        raise InputError(f"vocab_size must be at least {known} for {folder}, got {size}")
-    splits, crcs = {}, []
-    for split in SPLITS:
-        paths = [folder / file["name"] for file in files[split]]
-        trusted = meta["splits"][split]["crc32"] if "splits" in meta else None
-        splits[split], crc = open_tokens(paths, dtype, known or size, min_tokens, trusted)
-        crcs.append(crc)
-    fingerprint = "".join(f"{crc:08x}" for crc in crcs)
-    return Corpus(folder.name, splits, size, tokenizer, fingerprint, known)
-
-
-def _check_sizes(folder: Path, files: dict[str, list[dict]], dtype: str) -> None:
-    """Refuse token files that are missing, cut off, or of another size than meta.json says."""
-    for file in (file for split in SPLITS for file in files[split]):
-        path = folder / file["name"]
-        n_tokens = check_whole(path, dtype) // np.dtype(dtype).itemsize
-        expected = file.get("tokens", n_tokens)
-        if n_tokens != expected:
-            raise InputError(
-                f"{path}: must have {expected} tokens, as meta.json says, but has {n_tokens}: "
-                "delete the folder and make it anew"
-            )
-
-
-def _largest_id(folder: Path, files: dict[str, list[dict]], dtype: str) -> int:
-    paths = [folder / file["name"] for split in SPLITS for file in files[split]]
-    return max(int(np.fromfile(path, dtype).max(initial=0)) for path in paths)
-
-
-def _tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
-    """Rebuild the tokenizer of nanoGPT's character datasets, which keep input.txt beside it."""
-    source = folder / "input.txt"
-    if not source.exists():
-        return None
-    with source.open("rb") as file:
-        text = "".join(text for text, _ in read_pieces(file, str(source)))
-    tokenizer = CharTokenizer.from_text(text)
-    parts = [
-        np.fromfile(folder / f"{s}.bin", dtype) for s in SPLITS if (folder / f"{s}.bin").exists()
-    ]
-    same = np.array_equal(np.concatenate(parts), tokenizer.encode(text))
-    if not same:
-        print(f"{folder}: train.bin was not made from input.txt's characters", file=sys.stderr)
-    return tokenizer if same else None

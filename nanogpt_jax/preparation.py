@@ -17,7 +17,9 @@ from nanogpt_jax import costs, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.shards import (
+    PROGRESS,
     SHARD_TOKENS,
+    SPLITS,
     ShardWriter,
     locked,
     read_json,
@@ -27,10 +29,8 @@ from nanogpt_jax.shards import (
 from nanogpt_jax.sources import in_batches, read_ahead, train_characters
 from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
 
-PROGRESS = "progress.json"
-SPLITS = ("train", "val")
 BATCH_CHARS = 2**21  # tokenised at once, on all cores: some 200 MB of the tokenizer's own
-JOURNAL_S = 30.0  # what a kill can lose
+JOURNAL_S = 10.0  # what a kill can lose
 
 
 def prepare_folder(

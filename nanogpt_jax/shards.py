@@ -17,6 +17,8 @@ import numpy as np
 
 from nanogpt_jax.errors import InputError
 
+SPLITS = ("train", "val")
+PROGRESS = "progress.json"  # is there while the files are not all there
 SHARD_TOKENS = 100_000_000  # 200 MB
 _OURS = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
 
@@ -77,6 +79,31 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def has_tokens(folder: Path) -> bool:
+    """Return whether a folder has token files, of whatever kind."""
+    names = (f"{split}{ending}.bin" for split in SPLITS for ending in ("", "_00000"))
+    return any((folder / name).exists() for name in names)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Return whether a folder has token files that were not made here."""
+    ours = any((folder / name).exists() for name in (PROGRESS, "meta.json"))
+    return has_tokens(folder) and not ours
+
+
+def check_finished(folder: Path) -> None:
+    """Refuse a folder whose preparation was begun, but not brought to its end.
+
+    Raises:
+        InputError: it was not.
+    """
+    if (folder / PROGRESS).exists():
+        raise InputError(
+            f"{folder}: must be prepared to its end, but is not yet: run python data/prepare.py "
+            "again, as it was begun"
+        )
 
 
 def delete(folder: Path) -> None:

@@ -13,20 +13,10 @@ PACKAGE = Path(nanogpt_jax.__file__).parent
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors"},
-    {
-        "config",
-        "tokenizer",
-        "data",
-        "download",
-        "hub",
-        "sources",
-        "shards",
-        "costs",
-        "chips",
-        "profiling",
-    },
-    {"command_line", "choice", "documents", "preparation", "run_folder", "counts", "references"}
-    | {"optim", "startup", "devices", "mesh", "attention", "huggingface", "weights"},
+    {"config", "tokenizer", "data", "download", "hub", "sources", "shards", "costs", "chips"}
+    | {"profiling"},
+    {"command_line", "choice", "documents", "preparation", "opening", "run_folder", "counts"}
+    | {"references", "optim", "startup", "devices", "mesh", "attention", "huggingface", "weights"},
     {"corpora", "presets", "model", "report", "loggers", "views", "loader"},
     {"steps", "generate", "rungs", "accounting", "answers"},
     {"checkpoint", "progress", "sharding", "inspection"},
@@ -36,9 +26,9 @@ LAYERS = (
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "counts", "references"}
-WITHOUT_JAX |= {"hub", "sources", "shards", "costs", "choice", "documents", "preparation"}
-WITHOUT_JAX |= {"accounting", "report", "loggers", "views", "answers", "web"}
+WITHOUT_JAX |= {"sources", "shards", "costs", "choice", "documents", "preparation", "opening"}
 WITHOUT_JAX |= {"hub", "huggingface", "weights", "pretrained"}
+WITHOUT_JAX |= {"accounting", "report", "loggers", "views", "answers", "web"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

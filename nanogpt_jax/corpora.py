@@ -57,7 +57,8 @@ def resolve(
         finished = (folder / "meta.json").exists() and not (folder / PROGRESS).exists()
         if not finished and not shards.is_foreign(folder):
             raise InputError(_how_to_prepare(HUB[dataset], data_dir, tokenizer, vocab_size))
-        return folder
+        if finished:
+            return folder
     if dataset is not None:
         return prepare(dataset, data_dir, min_tokens, tokenizer, vocab_size)
     try:
@@ -109,8 +110,10 @@ def prepare(
     if dataset in NAMES:
         choice = _choice(dataset, tokenizer, vocab_size)
         folder = _named_folder(dataset, data_dir, choice)
-        if shards.is_foreign(folder):
-            return folder  # prepared elsewhere, and brought here without its text
+        if shards.is_foreign(folder):  # prepared elsewhere, and brought here
+            if tokenizer is not None:
+                _give_tokenizer(folder, tokenizer, vocab_size)
+            return folder
         source = _named_source(dataset, data_dir)
         return prepare_folder(source, folder, choice, min_tokens, shard_tokens)
     for path in (data_dir / dataset, Path(dataset)):

@@ -67,14 +67,16 @@ class Shards:
         if step != 1:
             raise ValueError("shards are read in steps of 1")
         first = bisect.bisect_right(self._begins, begin) - 1
-        found = []
-        for part, start in zip(self._parts[first:], self._begins[first:], strict=False):
-            if start >= end and found:
-                break
-            found.append(part[max(0, begin - start) : max(0, end - start)])
-        if not found:
-            return np.empty(0, self.dtype)
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        part, start = self._parts[min(first, len(self._parts) - 1)], self._begins[first]
+        if end - start <= len(part):  # as nearly always
+            return part[begin - start : max(begin, end) - start]
+        last = bisect.bisect_left(self._begins, end) - 1
+        return np.concatenate(
+            [
+                self._parts[i][max(0, begin - self._begins[i]) : end - self._begins[i]]
+                for i in range(first, last + 1)
+            ]
+        )
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         if copy is False:

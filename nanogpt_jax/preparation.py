@@ -48,12 +48,12 @@ def prepare_folder(
         InputError: a source that cannot be used, a full disk, another tokenizer than asked for.
     """
     stat = source.stat()
-    if _is_done(folder, choice, source_stat=stat):
+    if _is_done(folder, source_stat=stat):
         _check_done(source, folder, min_tokens)
         return folder
     begun = _journal(folder, choice, stat, shard_tokens)
     facts = begun["facts"] if begun else _scan(source, choice)
-    if _is_done(folder, choice, source_sha256=facts.get("sha256")):
+    if _is_done(folder, source_sha256=facts.get("sha256")):
         with contextlib.suppress(OSError):  # touched, or copied: next time it need not be read
             meta = read_json(folder / "meta.json")
             if meta.get("source_stat") != stat:
@@ -67,7 +67,7 @@ def prepare_folder(
         with locked(folder):
             folder.mkdir(exist_ok=True)  # one that was waited for may have left nothing behind
             # Another process may have done it meanwhile.
-            if not _is_done(folder, choice, stat, facts.get("sha256")):
+            if not _is_done(folder, stat, facts.get("sha256")):
                 _Preparation(source, folder, choice, facts, stat, shard_tokens).run(min_tokens)
     except OSError as error:
         raise InputError(f"{folder}: must be writable, but: {error.strerror}") from None
@@ -78,14 +78,13 @@ def prepare_folder(
 
 
 def _is_done(
-    folder: Path, choice, source_stat: str | None = None, source_sha256: str | None = None
+    folder: Path, source_stat: str | None = None, source_sha256: str | None = None
 ) -> bool:
     meta = read_json(folder / "meta.json")
     same_stat = source_stat is not None and meta.get("source_stat") == source_stat
     same_text = source_sha256 is not None and meta.get("source_sha256") == source_sha256
     return (
         (same_stat or same_text)
-        and meta.get("tokenizer", "char") == choice.label
         and not (folder / PROGRESS).exists()
         and shards.are_whole(folder, meta)
     )

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from make_text import make_text
 
-from nanogpt_jax import corpora, costs, documents, hub, preparation, shards
+from nanogpt_jax import choice, corpora, costs, documents, hub, preparation, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.corpora import open_corpus, prepare, resolve
 from nanogpt_jax.errors import InputError
@@ -128,6 +128,23 @@ def test_without_gpt2s_tokenizer_nothing_is_written(book, data_dir, monkeypatch)
     with pytest.raises(InputError, match="could not be downloaded"):
         prepare(str(book), data_dir, tokenizer="gpt2")
     assert list(data_dir.iterdir()) == []
+
+
+def test_gpt2s_tokenizer_is_known_in_whatever_file(data_dir, bpe, monkeypatch):
+    monkeypatch.setattr(choice, "GPT2_HASH", tokenizers.hash_of(tokenizers.read(bpe)))
+    (data_dir / "shakespeare").mkdir(parents=True)
+    (data_dir / "shakespeare" / "input.txt").write_text("".join(make_text(3000, n_words=1000)))
+    folder = prepare("shakespeare", data_dir, 9, str(bpe))
+    assert folder == resolve("shakespeare", data_dir, 9) == data_dir / "shakespeare"
+
+
+def test_an_id_that_only_padding_has_is_refused(tmp_path, bpe):
+    folder = foreign_folder(tmp_path / "owt", tokenizers.read(bpe))
+    (folder / "tokenizer.json").write_bytes(bpe.read_bytes())
+    assert open_corpus(folder, 9, vocab_size=512).known_tokens == 500
+    np.full(20, 500, "<u2").tofile(folder / "val.bin")
+    with pytest.raises(InputError, match="size 500, but token 0 is 500"):
+        open_corpus(folder, 9, vocab_size=512)
 
 
 def foreign_folder(folder: Path, tokenizer) -> Path:
@@ -470,7 +487,7 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path, dat
 
 
 def test_a_shard_that_got_its_name_is_taken_back_where_it_was_not_noted(
-    tmp_path, data_dir, bpe, monkeypatch
+    tmp_path, data_dir, bpe, monkeypatch, capsys
 ):
     """The moment between the two: whatever it is killed at, the bytes are the same."""
     path = tmp_path / "text.txt"
@@ -486,12 +503,12 @@ def test_a_shard_that_got_its_name_is_taken_back_where_it_was_not_noted(
 
     monkeypatch.setattr(Path, "replace", replace_some)
     for n in range(2, 60):
-        left[0] = n
+        left[0], noted = n, position(data_dir)
         try:
             folder = prepare(str(path), data_dir, 1, str(bpe), shard_tokens=9000)
             break
         except KeyboardInterrupt:
-            continue
+            assert (noted is None) == ("going on" not in capsys.readouterr().out)
     assert n > 5
     assert token_files(folder) == whole
 

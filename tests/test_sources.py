@@ -1,5 +1,6 @@
 """Pieces of a text have the tokens of the whole, and say where to go on."""
 
+import gzip
 import io
 import json
 
@@ -8,14 +9,14 @@ import pytest
 from make_text import make_text
 
 from nanogpt_jax import sources
-from nanogpt_jax.documents import JsonLines
+from nanogpt_jax.documents import JsonLines, Parquet
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.sources import MOST_VAL_CHARS, Texts, cut_text, read_pieces, train_characters
 from nanogpt_jax.tokenizer import BPETokenizer
 
 AWKWARD = (
     "We'll  cut   this\n\nwhere\n it\tdoes \u00a0not matter: 1 000 000, don't!\r\n  «Été» 世界 "
-    "\u2003wide\u3000spaces \u0085 and <|endoftext|> e\u0301 🎭 x\n\n\n y \n z"
+    "\u2003wide\u3000spaces \u0085 and <|endoftext|> e\u0301 🎭 x\n\n\n y \n z   \n\n  a     \tb"
 )
 
 
@@ -56,17 +57,17 @@ def test_pieces_of_a_file_have_the_tokens_of_the_whole(tokenizer, monkeypatch, l
         assert rest == pieces[i + 1 :]
 
 
-def test_a_text_without_spaces_is_cut_in_the_end(monkeypatch):
-    """Or one file without any would have to lie in memory whole."""
-    monkeypatch.setattr(sources, "PIECE_BYTES", 16)
-    monkeypatch.setattr(sources, "LONGEST_BYTES", 64)
-    text = "世界" * 100
-    for pieces in (
-        list(cut_text(text)),
-        [piece for piece, _ in read_pieces(io.BytesIO(text.encode()), "text.txt")],
-    ):
-        assert "".join(pieces) == text
-        assert max(map(len, pieces)) <= 64
+@pytest.mark.parametrize("longest", range(64, 84))
+def test_a_text_without_spaces_is_cut_in_the_end(monkeypatch, longest):
+    """Or one file without any would have to lie in memory whole. A line end is not cut in two."""
+    monkeypatch.setattr(sources, "PIECE_BYTES", longest)
+    monkeypatch.setattr(sources, "LONGEST_BYTES", longest)
+    text = ("世界" * 7 + "\r\n") * 9
+    pieces = list(cut_text(text))
+    assert "".join(pieces) == text
+    of_file = [piece for piece, _ in read_pieces(io.BytesIO(text.encode()), "text.txt")]
+    assert "".join(of_file) == text.replace("\r\n", "\n")
+    assert max(map(len, pieces + of_file)) <= 2 * longest
 
 
 @pytest.mark.parametrize("n", [10, 99, 1000, 10 * MOST_VAL_CHARS])
@@ -110,18 +111,29 @@ def test_any_position_leads_to_the_rest(tmp_path, monkeypatch):
     assert pieces[-1].done == source.size
 
 
-def test_any_position_in_documents_leads_to_the_rest(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_any_position_in_documents_leads_to_the_rest(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("nanogpt_jax.documents.PIECE_BYTES", 64)
-    lines = [json.dumps({"text": f"document {i} " * (i % 7)}) for i in range(60)]
-    for name, part in (("a.jsonl", lines[:25]), ("b.jsonl", lines[25:])):
-        (tmp_path / name).write_text("\n".join(part) + "\n\n")
-    source = JsonLines("all", sorted(tmp_path.iterdir()))
+    texts = [f"document {i} " * (i % 7) for i in range(60)]
+    for name, part in (("a", texts[:25]), ("b", texts[25:])):
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":
+            pyarrow = pytest.importorskip("pyarrow")
+            pytest.importorskip("pyarrow.parquet")
+            pyarrow.parquet.write_table(pyarrow.table({"text": part}), path, row_group_size=11)
+        else:
+            content = "".join(json.dumps({"text": text}) + "\n\n" for text in part).encode()
+            path.write_bytes(gzip.compress(content) if kind == "jsonl.gz" else content)
+    source = (Parquet if kind == "parquet" else JsonLines)("all", sorted(tmp_path.iterdir()))
     pieces = list(source.pieces({}))
     places = [i for i, piece in enumerate(pieces) if piece.position]
     assert len(places) > 20
     for i in places:
         position = json.loads(json.dumps(pieces[i].position))
-        assert list(source.pieces({}, position)) == pieces[i + 1 :]
+        rest = list(source.pieces({}, position))
+        assert [(p.split, p.text, p.position) for p in rest] == [
+            (p.split, p.text, p.position) for p in pieces[i + 1 :]
+        ]
 
 
 def test_a_long_binary_file_is_named_with_its_place(tmp_path):

@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     dataset_folder = processes.first_alone(prepare, "prepared")
     corpus = corpora.open_corpus(dataset_folder, min_tokens, config.model.vocab_size)
+    if config.init_from != SCRATCH:
+        huggingface.check_tokenizer(config.init_from, corpus.tokenizer, config.tokenizer)
     usual = PRESETS[config.config]().dataset if config.config in PRESETS else None
     folder = run_folder.choose(config, corpus.name, usual or corpora.SHAKESPEARE)
     config = dataclasses.replace(
@@ -81,8 +83,9 @@ def main(argv: list[str]) -> int:
         run_folder.check_usable(folder)
     else:
         goes_on = run_folder.check_resumable(folder, config, corpus.fingerprint)
-    if not goes_on and config.init_from != SCRATCH:  # fetched and found whole, or said now
-        processes.first_alone(partial(weights.open_tensors, config.init_from), "fetched")
+    if config.init_from != SCRATCH:  # fetched and found whole, or said now
+        needed = [] if goes_on else [config.init_from]
+        processes.first_alone(lambda: list(map(weights.open_tensors, needed)), "fetched")
     elif not goes_on and config.eval_only:
         raise InputError(f"--eval_only needs a run with a checkpoint, but {folder} holds none")
     writes = processes.is_first and not config.eval_only
@@ -95,7 +98,8 @@ def main(argv: list[str]) -> int:
 def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     """Return a model's shape with its corpus's vocabulary, in which padding is known as such."""
     known = corpus.known_tokens or model.known_tokens
-    known = known if known and known < corpus.vocab_size else None
+    pads = known and known < corpus.vocab_size and model.architecture == "gpt"
+    known = known if pads else None
     return dataclasses.replace(model, vocab_size=corpus.vocab_size, known_tokens=known)
 
 

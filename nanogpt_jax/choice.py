@@ -10,7 +10,6 @@ from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.errors import InputError, did_you_mean
 from nanogpt_jax.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
-GPT2_HASH = "0f29192b"  # by `tokenizer.hash_of`
 BPE_VOCAB_SIZE = 4096
 BPE_CHARS = 100_000_000  # that BPE is trained on
 
@@ -51,7 +50,7 @@ class Choice:
                 f"{asked!r}.{did_you_mean(asked, ('char', 'gpt2', 'bpe'))}"
             )
         found = tokenizers.hash_of(tokenizers.read(path))
-        return cls("gpt2" if found == GPT2_HASH else found, path)  # in the same folder
+        return cls("gpt2" if found == hub.TOKENIZER_HASH else found, path)  # in the same folder
 
     def make(self, source, facts: dict) -> Tokenizer:
         """Return the tokenizer; bpe is trained on the source's first 100 million characters."""
@@ -73,13 +72,12 @@ class Choice:
             label: what the folder's meta.json says.
         """
         found = tokenizers.hash_of(tokenizer)
-        if self.label in (label, found, "gpt2" if found == GPT2_HASH else None):
+        if self.label in (label, found, "gpt2" if found == hub.TOKENIZER_HASH else None):
             return True
         if self.label == "char":
             return isinstance(tokenizer, CharTokenizer)
-        if self.vocab_size is not None:
-            return isinstance(tokenizer, BPETokenizer) and tokenizer.vocab_size == self.vocab_size
-        return False
+        # Of what is prepared already, bpe means its own.
+        return self.vocab_size is not None and isinstance(tokenizer, BPETokenizer)
 
 
 def _first_texts(source, facts: dict) -> Iterator[str]:

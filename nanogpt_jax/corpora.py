@@ -111,8 +111,8 @@ def prepare(
         choice = _choice(dataset, tokenizer, vocab_size)
         folder = _named_folder(dataset, data_dir, choice)
         if shards.is_foreign(folder):  # prepared elsewhere, and brought here
-            if tokenizer is not None:
-                _give_tokenizer(folder, tokenizer, vocab_size)
+            if tokenizer is not None or tokenizers.load(folder) is None:
+                _give_tokenizer(folder, tokenizer or choice.label, vocab_size)
             return folder
         source = _named_source(dataset, data_dir)
         return prepare_folder(source, folder, choice, min_tokens, shard_tokens)
@@ -234,7 +234,8 @@ def _give_tokenizer(folder: Path, asked: str, vocab_size: int | None) -> None:
             f"{made.vocab_size} tokens, and an id there is {largest}"
         )
     try:
-        tokenizers.save(made, folder)
+        content = f"{made.to_json()}\n".encode()
+        shards.write_atomically(folder / tokenizers.FILE_NAME, content)
     except OSError as error:
         raise InputError(f"{folder}: must be writable, but: {error.strerror}") from None
 

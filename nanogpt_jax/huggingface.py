@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_jax import hub
+from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
@@ -131,6 +132,33 @@ def tokenizer_of(source: str) -> str | None:
         return "gpt2"
     path = Path(source, hub.TOKENIZER)
     return str(path) if path.is_file() else None
+
+
+def check_tokenizer(source: str, tokenizer: Tokenizer | None, asked: str | None) -> None:
+    """Check that a corpus has the tokens that a GPT-2's weights know.
+
+    Args:
+        tokenizer: the corpus's; of one that has none it cannot be said.
+        asked: --tokenizer, which is taken at its word where the weights come without one.
+
+    Raises:
+        InputError: it has others, or nobody says which the weights know.
+    """
+    theirs = tokenizer_of(source)
+    if tokenizer is None or (theirs is None and asked is not None):
+        return
+    if theirs is None:
+        raise InputError(
+            f"{source} has no {hub.TOKENIZER}, so the tokens that its weights know are not known: "
+            "put the one that belongs to them there, or name it with --tokenizer"
+        )
+    is_hub = hub.is_name(source)
+    known = hub.TOKENIZER_HASH if is_hub else tokenizers.hash_of(tokenizers.read(Path(theirs)))
+    if tokenizers.hash_of(tokenizer) != known:
+        raise InputError(
+            f"dataset must be of the tokens that the weights of {source} know, but has others: "
+            f"leave --tokenizer out, and name the text itself"
+        )
 
 
 def check_fits(config: ModelConfig, source: str) -> ModelConfig:

@@ -85,8 +85,8 @@ class Player:
             text: what the model reads first.
             config: how tokens are drawn.
             made: how many of the text were drawn before: of a text that was stopped and goes on,
-                each token is drawn with the random numbers that it would have had. So it goes on
-                as if it never had stopped, until the context is first full.
+                each token is drawn with the random numbers that it would have had. So a text of
+                characters goes on as if it never had stopped, until the context is first full.
 
         Raises:
             InputError: the text is empty, or has characters that the model never saw.

@@ -62,7 +62,6 @@ def gpt2(name: str = "gpt2") -> TrainConfig:
     return TrainConfig(
         config=name,
         dataset="openwebtext",
-        tokenizer="gpt2",
         batch_size=16,  # 480 sequences an update, as nanoGPT's 40 x 12, and can be shared by 16
         gradient_accumulation_steps=30,
         max_iters=600_000,

@@ -30,6 +30,7 @@ FREE_FIELDS = {
     "log_interval", "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache",
     "compile_for", "coordinator_address", "num_processes", "process_id", "heartbeat_timeout_s",
     *field_types(ComputeConfig),
+    "known_tokens",  # a corpus may have got its tokenizer only now; the weights are the same
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from nanogpt_jax.errors import InputError
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
+PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,21 @@ class BPETokenizer:
         kinds = {part["type"] for part in _parts(fields.get("pre_tokenizer"))}
         if fields["model"]["type"] != "BPE" or "ByteLevel" not in kinds:
             raise ValueError("it is not byte-level BPE")
-        try:
-            self._tokenizer = Tokenizer.from_str(content)
+        try:  # two, since how they read END_OF_TEXT is a state that threads would share
+            self._of_text, self._of_prompt = (Tokenizer.from_str(content) for _ in range(2))
         except Exception as error:  # Exception itself is what it raises
             raise ValueError(str(error)) from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        if sorted(self._tokenizer.get_vocab().values()) != list(range(self.vocab_size)):
+        for tokenizer in (self._of_text, self._of_prompt):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._of_text.encode_special_tokens = True
+        self.vocab_size = self._of_text.get_vocab_size()
+        if sorted(self._of_text.get_vocab().values()) != list(range(self.vocab_size)):
             raise ValueError("its ids are not 0, 1, 2, ...")
-        added = self._tokenizer.get_added_tokens_decoder()
+        added = self._of_text.get_added_tokens_decoder()
         self._special = {i: token.content for i, token in added.items()}
+        if len({token for token in self.token_bytes if len(token) == 1}) < 256:
+            raise ValueError("it does not have all 256 bytes")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -169,15 +174,22 @@ class BPETokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token: those that its characters stand for."""
+        """The bytes of each token: those that its characters stand for.
+
+        Raises:
+            ValueError: a character that stands for none.
+        """
         byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
-        tokens = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
-        return [
-            self._special[i].encode()
-            if i in self._special
-            else bytes(byte_of[char] for char in token)
-            for i, token in enumerate(tokens)
-        ]
+        tokens = [self._of_text.id_to_token(i) for i in range(self.vocab_size)]
+        try:
+            return [
+                self._special[i].encode()
+                if i in self._special
+                else bytes(byte_of[char] for char in token)
+                for i, token in enumerate(tokens)
+            ]
+        except KeyError as error:
+            raise ValueError(f"the character {error} in its tokens stands for no byte") from None
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`, int64 of shape (n,); "<|endoftext|>" in it is mere text.
@@ -189,16 +201,15 @@ class BPETokenizer:
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """Return the ids of a start text, in which "<|endoftext|>" is the one token it names."""
-        return self._encode_batch([text], specials_are_text=False)[0]
+        return self._encode(self._of_prompt, [text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         """Return the ids of each of many texts, encoded on all cores."""
-        return self._encode_batch(list(texts), specials_are_text=True)
+        return self._encode(self._of_text, list(texts))
 
-    def _encode_batch(self, texts: list[str], specials_are_text: bool) -> list[np.ndarray]:
-        self._tokenizer.encode_special_tokens = specials_are_text
+    def _encode(self, tokenizer, texts: list[str]) -> list[np.ndarray]:
         try:
-            found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
             raise InputError(
                 "the text must be of whole characters, but has a lone surrogate: write it in UTF-8"
@@ -223,7 +234,7 @@ class BPETokenizer:
 
     def to_json(self) -> str:
         """Return what `from_json` reads."""
-        return self._tokenizer.to_str()
+        return self._of_prompt.to_str()
 
 
 Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
@@ -235,10 +246,14 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 def hash_of(tokenizer: Tokenizer) -> str:
-    """Return eight digits that tell tokenizers apart: of tokens and merges, however written."""
+    """Return eight digits that tell tokenizers apart, by what they do, however it is written."""
     content = [token.hex() for token in tokenizer.token_bytes]
     if isinstance(tokenizer, BPETokenizer):
         content += [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer.merges]
+        # How a text is cut before it is merged: seen by what becomes of some tokens' own text.
+        some = tokenizer.token_bytes[:: 1 + tokenizer.vocab_size // 8192]
+        texts = [token.decode("utf-8", "ignore") for token in some]
+        content += [str(ids.tolist()) for ids in tokenizer.encode_batch([PROBE, *texts])]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:8]
 
 
@@ -284,19 +299,20 @@ def from_json(content: str) -> Tokenizer:
     Raises:
         ValueError: it describes none that this version knows.
     """
-    loaded = json.loads(content)
     try:
+        loaded = json.loads(content)
         if loaded.get("type") == "char":
-            if not isinstance(loaded["chars"], str) or not loaded["chars"]:
-                raise ValueError("chars must be a text")
-            return CharTokenizer(loaded["chars"])
+            chars = loaded["chars"]
+            if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
+                raise ValueError("its chars are no text, or not sorted, each once")
+            return CharTokenizer(chars)
         if loaded["model"]["type"] == "WordLevel":  # as pretrained.py writes one of characters
             chars = sorted(loaded["model"]["vocab"], key=loaded["model"]["vocab"].get)
             if chars != sorted(chars) or any(len(char) != 1 for char in chars):
                 raise ValueError("its words are not characters")
             return CharTokenizer("".join(chars))
         return BPETokenizer(content)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("it is neither of characters nor of byte-level BPE") from None
 
 

@@ -18,7 +18,7 @@ GPT2 = ADAMW | {
     "learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 2000, "beta2": 0.95,
     "max_iters": 600_000, "batch_size": 16, "gradient_accumulation_steps": 30, "block_size": 1024,
     "vocab_size": 50304, "dropout": 0.0, "eval_interval": 1000, "eval_iters": 200,
-    "dataset": "openwebtext", "activation": "gelu", "seed": 1337, "tokenizer": "gpt2",
+    "dataset": "openwebtext", "activation": "gelu", "seed": 1337,
 }  # fmt: skip
 PRETRAINED = {
     "block_size": 1024, "bias": True, "activation": "gelu_tanh", "dropout": 0.0, "seed": 1337,

@@ -384,6 +384,26 @@ def test_weights_bring_their_tokenizer_where_they_have_one(gpt2):
     assert huggingface.tokenizer_of(gpt2) == str(path)
 
 
+def test_a_corpus_of_other_tokens_than_the_weights_know_is_refused(gpt2):
+    """It would train, on noise: token 5 of the one is not token 5 of the other."""
+    mine, other = (BPETokenizer.train([text * 20], 270) for text in ("the cat sat", "on a mat"))
+    chars = CharTokenizer("abc")
+    tokenizers.save(mine, gpt2)
+    huggingface.check_tokenizer(gpt2, mine, None)
+    huggingface.check_tokenizer(gpt2, None, None)  # .bin files that came without one
+    for source, tokenizer in ((gpt2, other), (gpt2, chars), ("gpt2", mine), ("gpt2", chars)):
+        with pytest.raises(InputError, match=f"the tokens that the weights of {source} know"):
+            huggingface.check_tokenizer(source, tokenizer, None)
+
+
+def test_weights_without_a_tokenizer_ask_for_one(gpt2):
+    """As `model.save_pretrained` leaves them."""
+    chars = CharTokenizer("abc")
+    with pytest.raises(InputError, match=r"has no tokenizer.json, so .*name it with --tokenizer"):
+        huggingface.check_tokenizer(gpt2, chars, None)
+    huggingface.check_tokenizer(gpt2, chars, "char")
+
+
 def test_the_four_names_have_their_shape_without_a_network(monkeypatch):
     monkeypatch.setattr(huggingface.hub, "find", None)
     config = huggingface.read_config("gpt2-xl")

@@ -1,5 +1,6 @@
 import json
 import string
+import threading
 
 import numpy as np
 import pytest
@@ -201,6 +202,53 @@ def test_tokenizers_are_told_apart_by_what_they_do_not_by_how_they_are_written(b
     assert len({tokenizers.hash_of(tokenizer) for tokenizer in (bpe, *others)}) == 4
 
 
+def test_tokenizers_that_cut_a_text_otherwise_are_told_apart():
+    """They have the same tokens and merges, and make other ids of a text."""
+    bpe = BPETokenizer.train(["in 1999 the cat, in 2024 the mat " * 20], 300)
+    content = json.loads(bpe.to_json())
+    digits = {"type": "Digits", "individual_digits": True}
+    parts = [digits, content["pre_tokenizer"]]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    assert tokenizers.hash_of(tokenizers.from_json(json.dumps(content))) != tokenizers.hash_of(bpe)
+
+
+def test_threads_do_not_disturb_each_other(bpe):
+    """The page writes for one visitor and looks for another."""
+    text = f"the cat{END_OF_TEXT}sat"
+    n_text, n_prompt = len(bpe.encode(text)), len(bpe.encode_prompt(text))
+    assert n_text > n_prompt
+    wrong = []
+
+    def many(encode, n):
+        try:
+            wrong.extend(1 for _ in range(300) if len(encode(text)) != n)
+        except Exception as error:  # "Already borrowed", of older versions
+            wrong.append(error)
+
+    threads = [
+        threading.Thread(target=many, args=args)
+        for args in [(bpe.encode, n_text), (bpe.encode_prompt, n_prompt)] * 2
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_file_nested_without_end_is_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="must be like"):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("chars", ["ba", "aab", ""])
+def test_characters_that_are_not_each_once_in_their_order_are_refused(tmp_path, chars):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"type": "char", "chars": chars}))
+    with pytest.raises(InputError, match="not sorted, each once"):
+        tokenizers.load(tmp_path)
+
+
 def test_a_file_with_padding_and_truncation_encodes_whole_texts(bpe, tmp_path):
     """As some models on the hub have it."""
     content = json.loads(bpe.to_json())
@@ -219,6 +267,18 @@ def test_a_file_with_padding_and_truncation_encodes_whole_texts(bpe, tmp_path):
         ({"pre_tokenizer": None}, "not byte-level BPE"),
         ({"model": {"type": "BPE"}}, "must be like"),
         ({"model": 3}, "neither of characters nor"),
+        (
+            {
+                "normalizer": {"type": "NFC"},
+                "model": {"type": "BPE", "vocab": {"日": 0}, "merges": []},
+                "added_tokens": [],
+            },
+            "the character '日' in its tokens stands for no byte",
+        ),
+        (
+            {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []},
+            "not have all 256 bytes",
+        ),
         ({"model": {"type": "WordLevel", "vocab": {"ab": 0}, "unk_token": "a"}}, "not characters"),
     ],
 )

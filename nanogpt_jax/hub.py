@@ -16,7 +16,8 @@ SHAPES = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 BLOCK_SIZE, VOCAB_SIZE = 1024, 50257  # of all four
-TOKENIZER_HASH = "5c81a021"  # of their tokenizer, by `tokenizer.hash_of`
+# Of their tokenizer, by `tokenizer.hash_of_tokens` and `tokenizer.hash_of`.
+TOKENS_HASH, TOKENIZER_HASH = "5179c95f", "6f8dee62"
 TIMEOUT_S = 10
 
 

@@ -152,9 +152,10 @@ def check_tokenizer(source: str, tokenizer: Tokenizer | None, asked: str | None)
             f"{source} has no {hub.TOKENIZER}, so the tokens that its weights know are not known: "
             "put the one that belongs to them there, or name it with --tokenizer"
         )
-    is_hub = hub.is_name(source)
-    known = hub.TOKENIZER_HASH if is_hub else tokenizers.hash_of(tokenizers.read(Path(theirs)))
-    if tokenizers.hash_of(tokenizer) != known:
+    known = hub.TOKENS_HASH
+    if not hub.is_name(source):
+        known = tokenizers.hash_of_tokens(tokenizers.read(Path(theirs)))
+    if tokenizers.hash_of_tokens(tokenizer) != known:
         raise InputError(
             f"dataset must be of the tokens that the weights of {source} know, but has others: "
             f"leave --tokenizer out, and name the text itself"

@@ -13,9 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import layers_of
 
 from nanogpt_jax import data, devices, run_folder, sharding, steps
 from nanogpt_jax.checkpoint import Checkpoints
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
@@ -387,6 +390,34 @@ def test_bins_without_a_tokenizer_train_and_no_sample_is_shown(start, tmp_path, 
     assert start(folder, "--max_iters=2", "--vocab_size=9", dataset=tmp_path / "bins") == 0
     assert "The run lies in" in capsys.readouterr().out.splitlines()[-1]
     assert not (folder / "tokenizer.json").exists()
+
+
+def test_a_run_goes_on_when_its_corpus_has_got_its_tokenizer_meanwhile(start, tmp_path, capsys):
+    """As where the hub could not be reached at first; from then on the padding is known as such."""
+    write_dataset(tmp_path / "bins", n_train=600, n_val=60)
+    short = ("--eval_interval=20", "--vocab_size=16")
+    assert start(tmp_path / "run", *short, "--max_iters=20", dataset=tmp_path / "bins") == 0
+    (tmp_path / "bins" / "tokenizer.json").write_text('{"type": "char", "chars": "\\nabcdefgh"}')
+    assert start(tmp_path / "run", *short, "--max_iters=40", dataset=tmp_path / "bins") == 0
+    assert "going on with" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["vocab_size"], config["known_tokens"]) == (16, 9)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "vocab_size", "known_tokens", "expected"),
+    [
+        ("gpt", 16, 9, 9),
+        ("gpt", 9, 9, None),
+        ("gpt", 16, None, None),
+        ("bigram", 16, 9, None),  # its head knows no padding
+    ],
+)
+def test_a_model_knows_its_padding(architecture, vocab_size, known_tokens, expected):
+    model = ModelConfig(**layers_of(architecture))
+    corpus = Corpus("bins", {}, vocab_size, None, "", known_tokens)
+    found = train.with_vocabulary(model, corpus)
+    assert (found.vocab_size, found.known_tokens) == (vocab_size, expected)
 
 
 def test_the_run_ends_with_a_sample(start, tmp_path, capsys):

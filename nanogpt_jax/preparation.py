@@ -78,6 +78,14 @@ def prepare_folder(
     return folder
 
 
+def is_prepared(source, folder: Path, choice) -> bool:
+    """Return whether a source, touched or copied perhaps, lies tokenised in a folder."""
+    if _is_done(folder, source_stat=source.stat()):
+        return True
+    is_whole = _is_done(folder, source_sha256=read_json(folder / "meta.json").get("source_sha256"))
+    return is_whole and _is_done(folder, source_sha256=_scan(source, choice).get("sha256"))
+
+
 def _is_done(
     folder: Path, source_stat: str | None = None, source_sha256: str | None = None
 ) -> bool:
@@ -297,6 +305,7 @@ class _Preparation:
         }
         write_json(self.folder / "meta.json", meta)
         (self.folder / PROGRESS).unlink()
+        self._tidy()
         n_chars = self.facts.get("characters")
         of_chars = f"{n_chars:,} characters, " if n_chars else ""
         is_char = isinstance(tokenizer, CharTokenizer)
@@ -310,7 +319,13 @@ class _Preparation:
         """Read the source again: it may have been touched only."""
         return "sha256" in self.facts and _scan(self.source, self.choice) == self.facts
 
+    def _tidy(self) -> None:
+        """Delete what a process that was killed left of small files it wrote."""
+        for path in self.folder.glob("*.json.*.partial"):
+            path.unlink()
+
     def _delete(self) -> None:
+        self._tidy()
         for path in shards.written(self.folder):
             path.unlink()
         for name in (tokenizers.FILE_NAME, PROGRESS):

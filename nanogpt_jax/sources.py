@@ -19,7 +19,7 @@ from nanogpt_jax.errors import InputError
 
 BATCH_PIECES = 2**15
 PIECE_BYTES = 2**16  # a tokenizer wants a hundred times the memory of what it is given
-LONGEST_BYTES = 2**20  # of a text in which no place to cut is found: then it is cut anywhere
+LONGEST_BYTES = 2**18  # of a text in which no place to cut is found: then it is cut anywhere
 TRAIN_FRACTION = 0.9
 MOST_VAL_CHARS = 10_000_000  # enough to tell a loss to 0.001, and evaluated in a minute
 SPLIT_IN_WORDS = "the last tenth of the characters validates, at most 10 million"
@@ -231,7 +231,7 @@ def in_batches(pieces: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]
         batch.append(piece)
         n_bytes += len((piece.text or "").encode())
         is_full = n_bytes >= most_bytes or len(batch) >= BATCH_PIECES
-        if (is_full and piece.position is not None) or n_bytes >= 2 * most_bytes:
+        if (is_full and piece.position is not None) or n_bytes >= most_bytes + 4 * PIECE_BYTES:
             yield batch
             batch, n_bytes = [], 0
     if batch:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import download, shards
+from nanogpt_jax import costs, download, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.choice import Choice
 from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
 from nanogpt_jax.errors import InputError, did_you_mean
 from nanogpt_jax.opening import Corpus, open_corpus, tokenizer_of_nanogpt
-from nanogpt_jax.preparation import prepare_folder
+from nanogpt_jax.preparation import is_prepared, prepare_folder
 from nanogpt_jax.shards import PROGRESS, SHARD_TOKENS, read_json
 from nanogpt_jax.sources import Texts
 
@@ -60,7 +60,7 @@ def resolve(
         if finished:
             return folder
     if dataset is not None:
-        return prepare(dataset, data_dir, min_tokens, tokenizer, vocab_size)
+        return prepare(dataset, data_dir, min_tokens, tokenizer, vocab_size, is_training=True)
     try:
         return prepare(SHAKESPEARE, data_dir, min_tokens, tokenizer, vocab_size)
     except download.Unavailable as error:
@@ -79,15 +79,17 @@ def resolve(
         return folder
 
 
-def _how_to_prepare(corpus: Hub, data_dir: Path, tokenizer: str | None, size: int | None) -> str:
+def _how_to_prepare(source, data_dir: Path, tokenizer: str | None, size: int | None) -> str:
     flags = f" --tokenizer {tokenizer}" if tokenizer else ""
     flags += f" --vocab_size {size}" if tokenizer == "bpe" and size else ""
     flags += f" --data_dir {data_dir}" if Path(data_dir) != Path("data") else ""
+    command = f"python data/prepare.py {source.name}{flags}"
+    if not isinstance(source, Hub):
+        return f"{source.name} must be prepared before training, since that takes long: {command}"
     return (
-        f"{corpus.name} must be prepared before training, since that takes hours: python "
-        f"data/prepare.py {corpus.name}{flags}. It needs about {corpus.gpt2_tokens / 5e8:,.0f} GB "
-        f"of disk ({corpus.gpt2_tokens / 1e9:,.2f}B tokens) and downloads about "
-        f"{corpus.download_bytes / 1e9:,.0f} GB, which are not stored"
+        f"{source.name} must be prepared before training, since that takes hours: {command}. It "
+        f"needs about {source.gpt2_tokens / 5e8:,.0f} GB of disk ({source.gpt2_tokens / 1e9:,.2f}B "
+        f"tokens) and downloads about {source.download_bytes / 1e9:,.0f} GB, which are not stored"
     )
 
 
@@ -98,11 +100,13 @@ def prepare(
     tokenizer: str | None = None,
     vocab_size: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    is_training: bool = False,
 ) -> Path:
     """Return the folder of a named dataset, prepared, however long it takes; see `resolve`.
 
     Args:
         shard_tokens: most tokens of a file.
+        is_training: refuse what takes long.
     """
     data_dir = Path(data_dir)
     if data_dir.exists() and not data_dir.is_dir():
@@ -127,6 +131,9 @@ def prepare(
             usual = "char" if isinstance(source, Texts) else "gpt2"
             choice = Choice.of(tokenizer or usual, vocab_size)
             folder = _folder_of(path, data_dir, choice.label)
+            is_large = source.text_bytes > costs.LARGE_BYTES
+            if is_training and is_large and not is_prepared(source, folder, choice):
+                raise InputError(_how_to_prepare(source, data_dir, tokenizer, vocab_size))
             return prepare_folder(source, folder, choice, min_tokens, shard_tokens)
     prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
     hint = did_you_mean(dataset, {*NAMES, *prepared})

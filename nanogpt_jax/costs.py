@@ -13,18 +13,19 @@ GPT2_VOCAB_SIZE = 50257
 CHARS_PER_S = 20e6
 
 
-def say(source, folder: Path, tokenizer, id_bytes: int) -> None:
+def say(source, folder: Path, tokenizer, id_bytes: int, freed: int = 0) -> None:
     """Say of a large source what it needs.
 
     Args:
         source: of sources.py or documents.py.
         folder: where the tokens will lie.
         id_bytes: of a token there.
+        freed: bytes there that the tokens take the place of.
 
     Raises:
         InputError: the disk cannot hold the tokens.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + freed
     if source.text_bytes <= LARGE_BYTES and source.text_bytes * id_bytes < free:
         return  # a byte is a token at most
     tokens_per_s, bytes_per_token = speed(tokenizer)

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.sources import MOST_VAL_CHARS, PIECE_BYTES, Piece, cut_text, stat_of
+from nanogpt_jax.sources import (
+    MOST_VAL_CHARS,
+    PIECE_BYTES,
+    Piece,
+    cut_text,
+    hash_of,
+    size_of,
+    stat_of,
+)
 
+TIMEOUT_S = 10
 # A document's text, how much of the source's `size` is read with it, and where the next one is.
 Document: TypeAlias = tuple[str, int, Callable[[], dict]]
 
@@ -29,11 +38,10 @@ class Documents:
 
     def pieces(self, facts: dict, position: dict | None = None) -> Iterator[Piece]:
         """Yield the pieces from a position on."""
-        del facts
         position = position or {"documents": 0, "val_documents": 0, "val_chars": 0, "where": None}
         n, n_val, val_chars = (position[k] for k in ("documents", "val_documents", "val_chars"))
         since = 0
-        for text, done, where in self.read(position["where"]):
+        for text, done, where in self.read(facts, position["where"]):
             if not text:
                 continue
             n += 1
@@ -53,8 +61,12 @@ class Documents:
                 here, since = counts | {"where": where()}, 0
             yield Piece(split, parts[-1], done, here)
 
-    def read(self, where: dict | None) -> Iterator[Document]:
-        """Yield the documents from a place on."""
+    def read(self, facts: dict, where: dict | None) -> Iterator[Document]:
+        """Yield the documents from a place on.
+
+        Args:
+            facts: what `scan` returned.
+        """
         raise NotImplementedError
 
 
@@ -70,7 +82,7 @@ class _Files(Documents):
 
     def __init__(self, name: str, files: list[Path]):
         self.name, self._files = name, files
-        self._sizes = [file.stat().st_size for file in files]
+        self._sizes = [size_of(file) for file in files]
         self.size = sum(self._sizes)
         self.text_bytes = self.size * self.growth
 
@@ -79,7 +91,7 @@ class _Files(Documents):
         return stat_of(self._files)
 
     def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
-        """Read all of it once; return its `sha256` and distinct `chars`."""
+        """Read all of it once; return its `sha256`, `sizes` of files and distinct `chars`."""
         digest, done = hashlib.sha256(), 0
         for path in self._files:
             with _named(path), path.open("rb") as file:
@@ -87,16 +99,17 @@ class _Files(Documents):
                     digest.update(content)
                     done += len(content)
                     advance(done)
-        facts = {"sha256": digest.hexdigest()}
+        facts = {"sha256": digest.hexdigest(), "sizes": hash_of(self._sizes)}
         if wants_chars:
             chars = {"\n"}  # the separator
-            for text, done, _ in self.read(None):
+            for text, done, _ in self.read(facts, None):
                 chars |= set(text or "")
                 advance(done)
             facts["chars"] = "".join(sorted(chars))
         return facts
 
-    def read(self, where: dict | None) -> Iterator[Document]:
+    def read(self, facts: dict, where: dict | None) -> Iterator[Document]:
+        del facts
         where = where or {"file": 0, "at": None}
         done = sum(self._sizes[: where["file"]])
         for i in range(where["file"], len(self._files)):
@@ -117,7 +130,7 @@ class JsonLines(_Files):
     def _read_file(self, path: Path, at: list[int] | None):
         offset, number = at or (0, 0)
         with path.open("rb") as stored, _unpacked(stored, path) as lines:
-            lines.seek(offset)
+            lines.seek(offset)  # of a .gz: all before it is unpacked again, some 200 MB/s
             for line in lines:
                 offset, number = offset + len(line), number + 1
                 if line.strip():
@@ -203,41 +216,61 @@ class Hub(Documents):
     split_in_words = "every 2000th document validates"  # nanoGPT's 0.0005
 
     def stat(self) -> str:
-        """Return what it is: the hub is not asked whether it changed."""
+        """Return what it is, in whichever revision: the hub is not asked whether it changed."""
         return json.dumps([self.repository, self.settings])
 
     def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
-        """Refuse to read all of it once."""
+        """Return the `revision` that is the newest now: all is read of that, whenever it goes on.
+
+        To read all of it once for its characters is refused.
+        """
         del advance
         if wants_chars:
             raise InputError(
                 f"{self.name} must have a tokenizer of byte pairs: gpt2, bpe or a file"
             )
-        return {}
+        _quiet(need("datasets"))
+        import huggingface_hub
 
-    def read(self, where: dict | None) -> Iterator[Document]:
+        asked = self.settings.get("revision")
+        try:
+            found = huggingface_hub.HfApi().dataset_info(
+                self.repository, revision=asked, timeout=TIMEOUT_S
+            )
+        except Exception as error:  # its classes differ between versions
+            raise self._unreadable(error, 0) from None
+        return {"revision": found.sha}
+
+    def read(self, facts: dict, where: dict | None) -> Iterator[Document]:
         datasets = need("datasets")
-        # What it says and retries is its own affair: here it is one line in the end.
-        datasets.disable_progress_bars()
-        for library in ("datasets", "huggingface_hub", "fsspec", "httpx"):
-            logging.getLogger(library).setLevel(logging.CRITICAL)
+        _quiet(datasets)
         begun = where or {"documents": 0, "state": None}
         n = begun["documents"]
         try:
             rows = datasets.load_dataset(
-                self.repository, **self.settings, split="train", streaming=True
+                self.repository, **self.settings | facts, split="train", streaming=True
             ).select_columns(["text"])
             if begun["state"]:
                 rows.load_state_dict(begun["state"])
             for n, row in enumerate(rows, begun["documents"] + 1):
                 yield row["text"], n, lambda n=n: {"documents": n, "state": rows.state_dict()}
         except Exception as error:  # its classes differ between versions
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"{self.name} could not be read from the hub after {n:,} documents ({reason}): the "
-                f"same command goes on from there; without a network put the parquet files of "
-                f"{self.page} into a folder, and name that folder in its place"
-            ) from None
+            raise self._unreadable(error, n) from None
+
+    def _unreadable(self, error: Exception, n: int) -> InputError:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return InputError(
+            f"{self.name} could not be read from the hub after {n:,} documents ({reason}): the "
+            f"same command goes on from there; without a network put the parquet files of "
+            f"{self.page} into a folder, and name that folder in its place"
+        )
+
+
+def _quiet(datasets) -> None:
+    """What it says and retries is its own affair: here it is one line in the end."""
+    datasets.disable_progress_bars()
+    for library in ("datasets", "huggingface_hub", "fsspec", "httpx"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 OPENWEBTEXT = Hub(

@@ -1,6 +1,7 @@
 """Open a prepared folder, made here, by nanoGPT or by anything else, and check it. No JAX."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 
 from nanogpt_jax import shards
 from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.data import SPLITS, Tokens, check_whole, open_tokens
+from nanogpt_jax.data import SPLITS, Shards, Tokens, check_whole, open_tokens
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.sources import read_pieces
 from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
+
+PIECE_TOKENS = 2**24  # read at once: a corpus may exceed the memory
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,11 @@ class Corpus:
         """Bytes of text that a token of the validation split stands for, in the mean."""
         if self.tokenizer is None:
             return None
-        return tokenizers.bytes_per_token(self.tokenizer, self.splits["val"])
+        val = self.splits["val"]
+        if isinstance(val, Shards):  # trusted so far
+            for begin in range(0, len(val), PIECE_TOKENS):
+                val.check(val[begin : begin + PIECE_TOKENS][None], np.array([begin]))
+        return tokenizers.bytes_per_token(self.tokenizer, val)
 
 
 def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) -> Corpus:
@@ -89,7 +96,17 @@ def _check_sizes(folder: Path, files: dict[str, list[dict]], dtype: str) -> None
 
 def _largest_id(folder: Path, files: dict[str, list[dict]], dtype: str) -> int:
     paths = [folder / file["name"] for split in SPLITS for file in files[split]]
-    return max(int(np.fromfile(path, dtype).max(initial=0)) for path in paths)
+    pieces = (
+        part[begin : begin + PIECE_TOKENS]
+        for part in _mapped(paths, dtype)
+        for begin in range(0, len(part), PIECE_TOKENS)
+    )
+    return max((int(piece.max()) for piece in pieces), default=0)
+
+
+def _mapped(paths: list[Path], dtype: str) -> list[np.ndarray]:
+    paths = [path for path in paths if path.exists() and path.stat().st_size]
+    return [np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r") for path in paths]
 
 
 def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
@@ -98,12 +115,23 @@ def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
     if not source.exists():
         return None
     with source.open("rb") as file:
-        text = "".join(text for text, _ in read_pieces(file, str(source)))
-    tokenizer = CharTokenizer.from_text(text)
-    parts = [
-        np.fromfile(folder / f"{s}.bin", dtype) for s in SPLITS if (folder / f"{s}.bin").exists()
-    ]
-    same = np.array_equal(np.concatenate(parts), tokenizer.encode(text))
+        chars = {char for text, _ in read_pieces(file, str(source)) for char in set(text)}
+        tokenizer = CharTokenizer("".join(sorted(chars)))
+        files = [file for split in SPLITS for file in shards.files_of(folder, split, {})]
+        parts = _mapped([folder / file["name"] for file in files], dtype)
+        same = bool(chars and parts) and _is_encoded(
+            Shards([], parts, tokenizer.vocab_size),
+            (tokenizer.encode(text) for text, _ in read_pieces(file, str(source))),
+        )
     if not same:
         print(f"{folder}: train.bin was not made from input.txt's characters", file=sys.stderr)
     return tokenizer if same else None
+
+
+def _is_encoded(tokens: Shards, ids_of_pieces: Iterable[np.ndarray]) -> bool:
+    at = 0
+    for ids in ids_of_pieces:
+        if not np.array_equal(tokens[at : at + len(ids)], ids):
+            return False
+        at += len(ids)
+    return at == len(tokens)

@@ -29,7 +29,7 @@ from nanogpt_jax.shards import (
 from nanogpt_jax.sources import in_batches, read_ahead, train_characters
 from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
 
-BATCH_CHARS = 2**21  # tokenised at once, on all cores: some 200 MB of the tokenizer's own
+BATCH_BYTES = 2**21  # tokenised at once, on all cores: some 200 MB of the tokenizer's own
 JOURNAL_S = 10.0  # what a kill can lose
 
 
@@ -42,7 +42,7 @@ def prepare_folder(
         source: of sources.py or documents.py.
         choice: of choice.py, the tokenizer.
         min_tokens: what each split must have.
-        shard_tokens: what a file has at most.
+        shard_tokens: what a file has at most; what was begun goes on with its own.
 
     Raises:
         InputError: a source that cannot be used, a full disk, another tokenizer than asked for.
@@ -51,8 +51,9 @@ def prepare_folder(
     if _is_done(folder, source_stat=stat):
         _check_done(source, folder, min_tokens)
         return folder
-    begun = _journal(folder, choice, stat, shard_tokens)
-    facts = begun["facts"] if begun else _scan(source, choice)
+    begun = _journal(folder)
+    is_known = begun and _is_of(begun, choice, stat)
+    facts = begun["facts"] if is_known else _scan(source, choice)
     if _is_done(folder, source_sha256=facts.get("sha256")):
         with contextlib.suppress(OSError):  # touched, or copied: next time it need not be read
             meta = read_json(folder / "meta.json")
@@ -68,13 +69,21 @@ def prepare_folder(
             folder.mkdir(exist_ok=True)  # one that was waited for may have left nothing behind
             # Another process may have done it meanwhile.
             if not _is_done(folder, stat, facts.get("sha256")):
-                _Preparation(source, folder, choice, facts, stat, shard_tokens).run(min_tokens)
+                _Preparation(source, folder, choice, facts, stat).run(min_tokens, shard_tokens)
     except OSError as error:
         raise InputError(f"{folder}: must be writable, but: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):  # nothing was written: leave nothing behind
             folder.rmdir()
     return folder
+
+
+def is_prepared(source, folder: Path, choice) -> bool:
+    """Return whether a source, touched or copied perhaps, lies tokenised in a folder."""
+    if _is_done(folder, source_stat=source.stat()):
+        return True
+    is_whole = _is_done(folder, source_sha256=read_json(folder / "meta.json").get("source_sha256"))
+    return is_whole and _is_done(folder, source_sha256=_scan(source, choice).get("sha256"))
 
 
 def _is_done(
@@ -90,15 +99,25 @@ def _is_done(
     )
 
 
-def _journal(folder: Path, choice, stat: str | None, shard_tokens: int) -> dict | None:
-    """Return progress.json, where it is of this very preparation."""
+def _journal(folder: Path) -> dict | None:
+    """Return progress.json, where it says of something to go on from."""
+    kinds = {
+        "tokenizer": str, "tokenizer_hash": str, "source_stat": str | None, "shard_tokens": int,
+        "dtype": str, "facts": dict, "position": dict, "splits": dict,
+    }  # fmt: skip
     try:
         begun = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        is_one = all(isinstance(begun[name], kind) for name, kind in kinds.items())
+        return begun if is_one and begun["splits"].keys() == {*SPLITS} else None
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    wanted = {"tokenizer": choice.label, "source_stat": stat, "shard_tokens": shard_tokens}
-    same = all(begun.get(name) == value for name, value in wanted.items())
-    return begun if same and stat is not None and "position" in begun else None
+
+
+def _is_of(begun: dict, choice, stat: str | None, facts: dict | None = None) -> bool:
+    """Return whether a journal is of a source in its tokens: of the same files, or their facts."""
+    same_stat = stat is not None and begun["source_stat"] == stat
+    same_text = "sha256" in begun["facts"] and begun["facts"] == facts
+    return begun["tokenizer"] == choice.label and (same_stat or same_text)
 
 
 def _scan(source, choice) -> dict:
@@ -143,47 +162,72 @@ def _check_length(source, n_chars: int, min_tokens: int) -> None:
 class _Preparation:
     """The work on one folder."""
 
-    def __init__(self, source, folder, choice, facts, stat, shard_tokens):
+    def __init__(self, source, folder, choice, facts, stat):
         self.source, self.folder, self.choice, self.facts = source, folder, choice, facts
-        self.stat, self.shard_tokens = stat, shard_tokens
+        self.stat, self._has_begun = stat, False
 
-    def run(self, min_tokens: int) -> None:
+    def run(self, min_tokens: int, shard_tokens: int) -> None:
         """Do what is left of it."""
         try:
-            tokenizer, begun = self._begin()
+            tokenizer, begun = self._go_on() or self._begin(shard_tokens)
             self._tokenise(tokenizer, begun, min_tokens)
         except InputError:
-            if _journal(self.folder, self.choice, self.stat, self.shard_tokens) is None:
+            if self._has_begun and _journal(self.folder) is None:
                 self._delete()  # nothing to go on from
             raise
         except KeyboardInterrupt:
             print(f"\nstopped: the same command goes on with {self.folder}", file=sys.stderr)
             raise
 
-    def _begin(self) -> tuple[Tokenizer, dict]:
-        """Return the tokenizer and what progress.json says, perhaps of an earlier process."""
-        begun = _journal(self.folder, self.choice, self.stat, self.shard_tokens)
-        if begun:
+    def _go_on(self) -> tuple[Tokenizer, dict] | None:
+        """Return the tokenizer and journal of an earlier process; say why there is none to use."""
+        path, begun = self.folder / PROGRESS, _journal(self.folder)
+        if begun is None:
+            if path.exists() and path.read_bytes().strip() != b"{}":  # as it is before the first
+                self._say_anew(f"its {PROGRESS} is damaged")
+            return None
+        if not _is_of(begun, self.choice, self.stat, self.facts):
+            if begun["tokenizer"] != self.choice.label:
+                self._say_anew(f"it was begun in tokens of {begun['tokenizer']}")
+            else:
+                self._say_anew(f"{self.source.name} changed")
+            return None
+        try:
             tokenizer = tokenizers.load(self.folder)
-            is_same = tokenizer and tokenizers.hash_of(tokenizer) == begun["tokenizer_hash"]
-            states, dtype = begun["splits"], begun["dtype"]
-            if is_same and all(
-                ShardWriter.recover(self.folder, split, dtype, states[split]) for split in SPLITS
-            ):
-                return tokenizer, begun
+        except InputError:
+            tokenizer = None
+        if tokenizer is None or tokenizers.hash_of(tokenizer) != begun["tokenizer_hash"]:
+            self._say_anew(f"its {tokenizers.FILE_NAME} changed")
+            return None
+        states, dtype = begun["splits"], begun["dtype"]
+        if not all(ShardWriter.recover(self.folder, s, dtype, states[s]) for s in SPLITS):
+            self._say_anew("token files are missing or cut off")
+            return None
+        self.facts = begun["facts"]
+        return tokenizer, begun | {"source_stat": self.stat}
+
+    def _say_anew(self, why: str) -> None:
+        print(f"{self.folder}: is begun anew, since {why}", file=sys.stderr)
+
+    def _begin(self, shard_tokens: int) -> tuple[Tokenizer, dict]:
+        """Make the tokenizer, and place in the folder; return it and the first journal."""
         tokenizer = self.choice.make(self.source, self.facts)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        costs.say(self.source, self.folder, tokenizer, np.dtype(dtype).itemsize)
+        replaced = shards.written(self.folder)
+        freed = sum(path.stat().st_size for path in replaced)
+        costs.say(self.source, self.folder, tokenizer, np.dtype(dtype).itemsize, freed)
         # First of all, so that nobody takes for whole what is not yet, or not any more.
         write_atomically(self.folder / PROGRESS, b"{}\n")
+        self._has_begun = True
         (self.folder / "meta.json").unlink(missing_ok=True)
-        shards.delete(self.folder)
+        for path in replaced:
+            path.unlink()
         write_atomically(self.folder / tokenizers.FILE_NAME, f"{tokenizer.to_json()}\n".encode())
         return tokenizer, {
             "tokenizer": self.choice.label,
             "tokenizer_hash": tokenizers.hash_of(tokenizer),
             "source_stat": self.stat,
-            "shard_tokens": self.shard_tokens,
+            "shard_tokens": shard_tokens,
             "dtype": dtype,
             "facts": self.facts,
             "position": None,
@@ -196,7 +240,7 @@ class _Preparation:
             separator = tokenizer.encode_prompt(tokenizer.separator)  # not as text: as the token
         writers = {
             split: ShardWriter(
-                self.folder, split, begun["dtype"], self.shard_tokens, begun["splits"][split]
+                self.folder, split, begun["dtype"], begun["shard_tokens"], begun["splits"][split]
             )
             for split in SPLITS
         }
@@ -206,11 +250,11 @@ class _Preparation:
         begun_s = saved_s = time.monotonic()
         n_shards = 0
         # What is done is noted after a batch: of small shards each, and not only every hundredth.
-        most_chars = min(BATCH_CHARS, 4 * self.shard_tokens)
+        most_bytes = min(BATCH_BYTES, 4 * begun["shard_tokens"])
         pieces = self.source.pieces(self.facts, begun["position"])
         try:
             with _bar(self.source, str(self.folder), begun.get("done", 0)) as bar:
-                for batch in read_ahead(in_batches(pieces, most_chars)):
+                for batch in read_ahead(in_batches(pieces, most_bytes)):
                     texts = [piece.text for piece in batch if piece.text is not None]
                     ids = iter(tokenizer.encode_batch(texts))
                     for piece in batch:
@@ -235,7 +279,7 @@ class _Preparation:
 
     def _finish(self, tokenizer, begun: dict, writers: dict, min_tokens: int) -> None:
         shortest = min(writer.tokens for writer in writers.values())
-        changed = self.source.stat() != self.stat
+        changed = self.source.stat() != self.stat and not self._is_the_same()
         if changed or shortest < min_tokens:
             for writer in writers.values():
                 writer.close()
@@ -248,6 +292,7 @@ class _Preparation:
         meta = {
             "source": self.source.name,
             "source_sha256": self.facts.get("sha256"),
+            "source_revision": self.facts.get("revision"),
             "source_stat": self.stat,
             "split": self.source.split_in_words,
             "tokenizer": self.choice.label,
@@ -260,6 +305,7 @@ class _Preparation:
         }
         write_json(self.folder / "meta.json", meta)
         (self.folder / PROGRESS).unlink()
+        self._tidy()
         n_chars = self.facts.get("characters")
         of_chars = f"{n_chars:,} characters, " if n_chars else ""
         is_char = isinstance(tokenizer, CharTokenizer)
@@ -269,7 +315,18 @@ class _Preparation:
             f"{meta['train_tokens']:,} tokens to train on, {meta['val_tokens']:,} to validate"
         )
 
+    def _is_the_same(self) -> bool:
+        """Read the source again: it may have been touched only."""
+        return "sha256" in self.facts and _scan(self.source, self.choice) == self.facts
+
+    def _tidy(self) -> None:
+        """Delete what a process that was killed left of small files it wrote."""
+        for path in self.folder.glob("*.json.*.partial"):
+            path.unlink()
+
     def _delete(self) -> None:
-        shards.delete(self.folder)
+        self._tidy()
+        for path in shards.written(self.folder):
+            path.unlink()
         for name in (tokenizers.FILE_NAME, PROGRESS):
             (self.folder / name).unlink(missing_ok=True)

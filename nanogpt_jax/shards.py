@@ -39,7 +39,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object; an empty one where there is no file.
+    """Read a folder's meta.json; an empty one where there is no file.
 
     Raises:
         InputError: the file is something else.
@@ -52,7 +52,34 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: must be a JSON file, but {error}") from None
     if not isinstance(loaded, dict) or loaded.get("dtype", "uint16") not in ("uint16", "uint32"):
         raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32", but is not')
+    for name in ("vocab_size", "train_tokens", "val_tokens"):
+        if name in loaded and not (_is_count(loaded[name]) and loaded[name] > 0):
+            raise InputError(f"{path}: {name} must be a number above 0, got {loaded[name]!r}")
+    if "splits" in loaded and not _are_splits(loaded["splits"]):
+        raise InputError(
+            f"{path}: splits must say which files train and val have, as data/prepare.py writes "
+            "it, but does not: delete the folder and make it anew"
+        )
     return loaded
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_splits(splits) -> bool:
+    try:
+        return all(
+            _is_count(splits[split]["crc32"])
+            and len(splits[split]["files"]) > 0
+            and all(
+                isinstance(file["name"], str) and _is_count(file["tokens"])
+                for file in splits[split]["files"]
+            )
+            for split in SPLITS
+        )
+    except (KeyError, TypeError, IndexError):
+        return False
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -88,9 +115,13 @@ def has_tokens(folder: Path) -> bool:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Return whether a folder has token files that were not made here."""
-    ours = any((folder / name).exists() for name in (PROGRESS, "meta.json"))
-    return has_tokens(folder) and not ours
+    """Return whether a folder has token files that were not made here.
+
+    Those that were have a meta.json that says of what; whatever else it says may be the user's.
+    """
+    if not has_tokens(folder) or (folder / PROGRESS).exists():
+        return False
+    return not {"source_sha256", "source_stat"} & read_json(folder / "meta.json").keys()
 
 
 def check_finished(folder: Path) -> None:
@@ -106,11 +137,9 @@ def check_finished(folder: Path) -> None:
         )
 
 
-def delete(folder: Path) -> None:
-    """Delete all token files of a folder, whole and partial."""
-    for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):
-            path.unlink()
+def written(folder: Path) -> list[Path]:
+    """Return all token files of a folder, whole and partial: what preparing it anew replaces."""
+    return [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
 
 
 def files_of(folder: Path, split: str, meta: dict) -> list[dict]:

@@ -8,6 +8,7 @@ import codecs
 import hashlib
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from nanogpt_jax.errors import InputError
 
 BATCH_PIECES = 2**15
 PIECE_BYTES = 2**16  # a tokenizer wants a hundred times the memory of what it is given
-LONGEST_BYTES = 2**24  # of a text in which no place to cut is found: then it is cut anywhere
+LONGEST_BYTES = 2**18  # of a text in which no place to cut is found: then it is cut anywhere
 TRAIN_FRACTION = 0.9
 MOST_VAL_CHARS = 10_000_000  # enough to tell a loss to 0.001, and evaluated in a minute
 SPLIT_IN_WORDS = "the last tenth of the characters validates, at most 10 million"
@@ -102,13 +103,34 @@ def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[st
             yield text.replace("\r\n", "\n"), offset
 
 
+def size_of(file: Path) -> int:
+    """Return a file's size in bytes.
+
+    Raises:
+        InputError: it cannot be read, as a link to nowhere.
+    """
+    return _stat(file).st_size
+
+
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+
+
 def stat_of(files: Iterable[Path]) -> str:
     """Return a hash of the names, sizes and times of files: where it is the same, so are they."""
     digest = hashlib.sha256()
     for file in files:
-        found = file.stat()
+        found = _stat(file)
         digest.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def hash_of(sizes: list[int]) -> str:
+    """Return a hash of the sizes of files."""
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
 
 
 class Texts:
@@ -126,7 +148,7 @@ class Texts:
         self.name = name
         self._files = [] if isinstance(files, str) else files
         self._content = files.encode() if isinstance(files, str) else None
-        self._sizes = [file.stat().st_size for file in self._files] or [len(self._content or b"")]
+        self._sizes = [size_of(file) for file in self._files] or [len(self._content or b"")]
         self._begins = [0, *itertools.accumulate(self._sizes)]
         self.size = self.text_bytes = self._begins[-1]
 
@@ -136,6 +158,8 @@ class Texts:
 
     def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
         """Read all of it once; return its `sha256`, number of `characters` and distinct `chars`.
+
+        With the `sizes` of the files, since line ends, which tell nothing, move positions.
 
         Args:
             advance: is told how much of `size` is read.
@@ -158,7 +182,7 @@ class Texts:
                 advance(self._begins[i] + offset)
         if is_empty:
             raise InputError(f"{self.name}: must hold text, but is empty")
-        facts = {"sha256": digest.hexdigest(), "characters": n_chars}
+        facts = {"sha256": digest.hexdigest(), "characters": n_chars, "sizes": hash_of(self._sizes)}
         return facts | ({"chars": "".join(sorted(chars))} if wants_chars else {})
 
     def pieces(self, facts: dict, position: dict | None = None) -> Iterator[Piece]:
@@ -200,16 +224,16 @@ def train_characters(n_chars: int) -> int:
     return max(int(n_chars * TRAIN_FRACTION), n_chars - MOST_VAL_CHARS)
 
 
-def in_batches(pieces: Iterable[Piece], most_chars: int) -> Iterator[list[Piece]]:
+def in_batches(pieces: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
     """Yield pieces in batches, which end where the source can be gone on with, if at all."""
-    batch, n_chars = [], 0
+    batch, n_bytes = [], 0
     for piece in pieces:
         batch.append(piece)
-        n_chars += len(piece.text or "")
-        is_full = n_chars >= most_chars or len(batch) >= BATCH_PIECES
-        if (is_full and piece.position is not None) or n_chars >= 2 * most_chars:
+        n_bytes += len((piece.text or "").encode())
+        is_full = n_bytes >= most_bytes or len(batch) >= BATCH_PIECES
+        if (is_full and piece.position is not None) or n_bytes >= most_bytes + 4 * PIECE_BYTES:
             yield batch
-            batch, n_chars = [], 0
+            batch, n_bytes = [], 0
     if batch:
         yield batch
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_jax import download
+from nanogpt_jax import costs, download, sources
 from nanogpt_jax.corpora import open_corpus, prepare, resolve
 from nanogpt_jax.download import Unavailable
 from nanogpt_jax.errors import InputError
@@ -274,6 +274,28 @@ def test_a_folder_without_texts_is_named(tmp_path, data_dir):
         prepare(str(tmp_path), data_dir)
 
 
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, data_dir, ending):
+    (tmp_path / f"a.{ending}").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=rf"a\.{ending}: cannot be read \(No such file"):
+        prepare(str(tmp_path), data_dir, tokenizer="char")
+
+
+def test_training_does_not_begin_a_large_text(book, data_dir, monkeypatch):
+    monkeypatch.setattr(costs, "LARGE_BYTES", 1000)
+    command = rf"data/prepare\.py {book} --tokenizer bpe --vocab_size 300 --data_dir {data_dir}"
+    with pytest.raises(InputError, match=f"takes long: python {command}$"):
+        resolve(str(book), data_dir, 9, "bpe", 300)
+    assert not data_dir.exists()
+    folder = prepare(str(book), data_dir, 9, "bpe", 300)
+    assert resolve(str(book), data_dir, 9, "bpe", 300) == folder
+    os.utime(book, (1, 1))
+    assert resolve(str(book), data_dir, 9, "bpe", 300) == folder
+    book.write_text(book.read_text()[::-1])
+    with pytest.raises(InputError, match="must be prepared before training"):
+        resolve(str(book), data_dir, 9, "bpe", 300)
+
+
 @pytest.mark.parametrize(
     ("misspelt", "near"), [("shakespear_char", "shakespeare_char"), ("pydoc", "pydocs")]
 )
@@ -328,6 +350,20 @@ def test_nanogpts_shakespeare_is_taken_from_the_data_folder(data_dir, no_network
     assert not (data_dir / "opened").exists()
 
 
+@pytest.mark.parametrize("name", ["shakespeare_char", "openwebtext"])
+@pytest.mark.parametrize("beside", [("meta.json",), ("meta.json", "input.txt"), ("input.txt",)])
+def test_token_files_made_elsewhere_are_never_replaced(data_dir, no_network, name, beside):
+    """With a meta.json that says their width, as the README asks for, or a text of the user's."""
+    folder = write_bins(data_dir / name, [*range(60)], [*range(20)], "<u4")
+    contents = {"meta.json": '{"dtype": "uint32"}', "input.txt": "some other text\n" * 100}
+    for file in beside:
+        (folder / file).write_text(contents[file])
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert prepare(name, data_dir) == resolve(name, data_dir, 9) == folder
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert after == before
+
+
 def test_prepared_shakespeare_is_taken_without_its_text(data_dir, no_network):
     nanogpt_prepare(data_dir / "shakespeare_char", PLAY)
     (data_dir / "shakespeare_char" / "input.txt").unlink()
@@ -344,6 +380,24 @@ def test_without_its_text_the_vocabulary_is_counted_and_the_pickle_not_read(tmp_
     said = capsys.readouterr().out
     assert "meta.pkl is not read" in said
     assert "input.txt" in said
+
+
+def test_shards_beside_their_text_are_compared_with_it(tmp_path, monkeypatch, capsys):
+    """Piece by piece, of both: they may be larger than the memory."""
+    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(np, "fromfile", None)
+    theirs = tmp_path / "theirs"
+    nanogpt_prepare(theirs, PLAY)
+    content = (theirs / "train.bin").read_bytes()
+    (theirs / "train.bin").unlink()
+    for i, part in enumerate((content[:200], content[200:])):
+        (theirs / f"train_{i:05d}.bin").write_bytes(part)
+    assert open_corpus(theirs, 9).tokenizer.chars == "".join(sorted(set(PLAY)))
+    (theirs / "train_00001.bin").write_bytes(content[200:-2] + b"\0\0")
+    assert open_corpus(theirs, 9).tokenizer is None
+    assert "not made from input.txt" in capsys.readouterr().err
+    (theirs / "input.txt").unlink()
+    assert open_corpus(theirs, 9).vocab_size == len(set(PLAY))  # counted
 
 
 def test_a_text_that_token_files_were_not_made_from_decodes_nothing(tmp_path, capsys):
@@ -431,7 +485,22 @@ def test_a_bin_that_disagrees_with_its_meta_json_is_named(book, data_dir, split)
     assert str(error.value).startswith(str(path))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"dtype": "words"}', '{"dtype": "float32"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"dtype": "words"}',
+        '{"dtype": "float32"}',
+        '{"vocab_size": "x"}',
+        '{"vocab_size": 0}',
+        '{"val_tokens": null}',
+        '{"splits": []}',
+        '{"splits": {"train": {}}}',
+        '{"splits": {"train": {"files": [], "crc32": 0}, "val": {"files": [3], "crc32": 0}}}',
+        '{"splits": {"train": {"files": [], "crc32": 0}, "val": {"files": [], "crc32": 0}}}',
+    ],
+)
 def test_a_meta_json_that_cannot_be_used_is_named(tmp_path, content):
     folder = write_bins(tmp_path / "d", range(20), range(20))
     (folder / "meta.json").write_text(content)

@@ -18,8 +18,8 @@ STYLE = """
 .text [role=button] { cursor: pointer; }
 .text [role=button]:hover { outline: 1px solid currentColor; }
 .text [aria-pressed=true], .text .here { outline: 2px solid currentColor; border-radius: 2px; }
-.forecast { display: grid; grid-template-columns: minmax(2.5em, max-content) 1fr 4.5em; gap: 2px 8px;
-            align-items: center; font: 14px/1.4 ui-monospace, monospace; }
+.forecast { display: grid; grid-template-columns: minmax(2.5em, max-content) 1fr 4.5em;
+            gap: 2px 8px; align-items: center; font: 14px/1.4 ui-monospace, monospace; }
 .forecast .bar { height: .9em; min-width: 1px; background: rgb(60 125 230); border-radius: 2px; }
 .forecast .came { background: rgb(225 120 20); }
 .forecast .number { text-align: right; }

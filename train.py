@@ -185,11 +185,9 @@ def train(
     batch_size, block_size = config.batch_size, config.model.block_size
     val_feed = EvalFeed(corpus.splits["val"], block_size, batch_size, mesh, config.eval_iters)
 
-    def evaluate(params) -> float:
-        return val_feed.loss(programs.eval_steps, params)
-
     if config.eval_only:
-        loss = loss_in_words(evaluate(params), corpus.bytes_per_token)
+        loss = val_feed.loss(programs.eval_steps, params)
+        loss = loss_in_words(loss, corpus.bytes_per_token)
         where = config.init_from if begun_at is None else f"step {begun_at}"
         print(f"{where}: {loss}, {val_feed.n_targets:,} tokens")
         return 0
@@ -231,13 +229,20 @@ def train(
         folder, config, begun_at, int(state.skipped), processes.is_first, peak_flops,
         corpus.bytes_per_token,
     )  # fmt: skip
+
+    def told(share: float) -> bool:
+        progress.evaluating(share)
+        return bool(signals) and step < config.max_iters  # the last one is the run's result
+
     try:
         while True:
-            if progress.evaluation_due(step) and step != begun_at:
+            if progress.evaluation_due(step) and not progress.is_evaluated(step):
                 progress.catch_up()
-                val_loss = evaluate(state.params)
-                progress.evaluated(step, val_loss)
-                if step > 0:
+                # None where a signal stopped it: then it is made when the run goes on.
+                val_loss = val_feed.loss(programs.eval_steps, state.params, told)
+                if val_loss is not None:
+                    progress.evaluated(step, val_loss)
+                if val_loss is not None and step > 0 and step != saved_at:
                     checkpoints.save(state, val_loss)
                     saved_at = step
             n_steps = min(

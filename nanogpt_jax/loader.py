@@ -5,6 +5,7 @@ the windows themselves are sent, read in the background while the devices are at
 the batch of a step is the same.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from nanogpt_jax import data
 from nanogpt_jax import mesh as meshes
+
+SECONDS_PER_DISPATCH = 1.0  # what a signal waits for at the most
 
 
 class ReadAhead:
@@ -129,15 +132,35 @@ class EvalFeed:
         self.corpus = meshes.put_corpus(tokens, mesh)
         self._places_NB = meshes.put_places(tokens, offsets_NB, block_size + 1, by_rows)
         self._counts_NB = meshes.put(counts_NB, by_rows)
+        self._n_batches = len(counts_NB)
+        # Of a dispatch: about a second's, but of several processes the same number in each.
+        self._at_once = 1 if jax.process_count() == 1 else self._n_batches
 
-    def loss(self, eval_steps: Callable, params) -> float:
-        """Return the mean loss of all targets, in nats a token.
+    def loss(
+        self, eval_steps: Callable, params, told: Callable[[float], bool] = lambda share: False
+    ) -> float | None:
+        """Return the mean loss of all targets, in nats a token; None where it was stopped.
 
         Args:
             eval_steps: of `programs.make_programs`.
+            told: told which share is done, about each second; it returns whether to stop.
         """
-        sums, counts = eval_steps(params, self.corpus, self._places_NB, self._counts_NB)
-        return float(np.asarray(sums).sum(dtype=np.float64) / np.asarray(counts).sum())
+        total, n_targets, done = 0.0, 0, 0
+        while done < self._n_batches:
+            n = min(self._at_once, self._n_batches - done)
+            begun_s = time.perf_counter()
+            sums, counts = eval_steps(
+                params, self.corpus, self._places_NB, self._counts_NB, np.int32(done), np.int32(n)
+            )
+            total += np.asarray(sums).sum(dtype=np.float64)
+            n_targets += int(np.asarray(counts).sum(dtype=np.int64))
+            done += n
+            if jax.process_count() == 1:
+                seconds = time.perf_counter() - begun_s
+                self._at_once = max(1, int(n * SECONDS_PER_DISPATCH / seconds))
+                if told(done / self._n_batches) and done < self._n_batches:
+                    return None
+        return total / n_targets
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> slice:

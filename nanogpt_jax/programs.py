@@ -27,7 +27,7 @@ class Programs(NamedTuple):
     init_state: Callable  # (weights_key) -> state
     first_state: Callable  # (params) -> state, of parameters that come from elsewhere
     train_steps: Callable  # (state, corpus, places_NAB, n, dropout_key) -> (state, metrics)
-    eval_steps: Callable  # (params, corpus, places_NB, counts_NB) -> (sums, counts)
+    eval_steps: Callable  # (params, corpus, places_NB, counts_NB, first, n) -> (sums, counts)
 
 
 def make_programs(config: TrainConfig, compute: Compute, mesh: Mesh) -> Programs:

@@ -78,6 +78,7 @@ class Progress:
         self._file = path.open("a", encoding="utf-8")
         self._loggers = open_loggers(config, folder, begun_at) if is_first else []
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
+        self._evaluated_at = {row["step"] for row in rows if "val_loss" in row}
         self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
@@ -148,6 +149,14 @@ class Progress:
         """Return whether a step is followed by an evaluation: each eval_interval, and the last."""
         return step % self.config.eval_interval == 0 or step == self.config.max_iters
 
+    def evaluating(self, share: float) -> None:
+        """Show which share of an evaluation is done."""
+        self._bar.set_postfix_str(f"evaluating: {share:.0%}")
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether a step was evaluated already, perhaps by an earlier process."""
+        return step in self._evaluated_at
+
     def evaluated(self, step: int, val_loss: float) -> None:
         """Report an evaluation; `catch_up` comes before it.
 
@@ -159,6 +168,7 @@ class Progress:
         is_best = self.best is None or val_loss < self.best[0]
         if is_best and step > 0:
             self.best = val_loss, step
+        self._evaluated_at.add(step)
         self._log(step, val_loss)
         train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
         speed = self.steps_per_s * self.config.tokens_per_iter

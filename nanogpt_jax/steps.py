@@ -196,16 +196,21 @@ def eval_step(model: GPT, params, batch_BT1, counts_B):
     return jnp.where(counted_BT, loss_BT, 0).sum(), counts_B.sum()
 
 
-def eval_steps(model: GPT, params, corpus, places_NB, counts_NB):
-    """Return (sums, counts), each of shape (N,): `eval_step` over N batches in one dispatch.
+def eval_steps(model: GPT, params, corpus, places_NB, counts_NB, first, n):
+    """Return (sums, counts), each of shape (N,): `eval_step` over n of N batches in one dispatch.
+
+    As in `train_steps`, one compilation serves any number of batches.
 
     Args:
         corpus, places_NB: the batches, see `read_windows`.
+        first, n: int32 scalars: n batches from `first` on are evaluated, the others are 0.
     """
     length = model.config.block_size + 1
 
-    def body(_, batch):
-        places_B, counts_B = batch
-        return None, eval_step(model, params, read_windows(corpus, places_B, length), counts_B)
+    def body(i, found):
+        batch_BT1 = read_windows(corpus, places_NB[i], length)
+        of_batch = eval_step(model, params, batch_BT1, counts_NB[i])
+        return jax.tree.map(lambda all_, one: all_.at[i].set(one), found, of_batch)
 
-    return lax.scan(body, None, (places_NB, counts_NB))[1]
+    none = jnp.zeros(counts_NB.shape[0]), jnp.zeros(counts_NB.shape[0], counts_NB.dtype)
+    return lax.fori_loop(first, first + n, body, none)

@@ -124,8 +124,10 @@ def test_an_evaluation_is_the_mean_over_its_targets(mesh, place, n_batches):
     offsets_NB, counts_NB = data.eval_batches(TOKENS, BLOCK_SIZE, 4, n_batches)
     assert feed.n_targets == counts_NB.sum()
 
-    def eval_steps(params, corpus, places_NB, counts_NB):
+    def eval_steps(params, corpus, places_NB, counts_NB, first, n):
         """The loss of a target is its id times a parameter."""
+        asked = (np.arange(len(counts_NB)) >= first) & (np.arange(len(counts_NB)) < first + n)
+        counts_NB = np.where(asked[:, None], counts_NB, 0)
         windows = steps.read_windows(corpus, places_NB, BLOCK_SIZE + 1)
         counted = np.arange(BLOCK_SIZE) >= BLOCK_SIZE - np.asarray(counts_NB)[..., None]
         return (params * windows[..., 1:] * counted).sum((1, 2)), counts_NB.sum(1)
@@ -134,3 +136,23 @@ def test_an_evaluation_is_the_mean_over_its_targets(mesh, place, n_batches):
     counted = np.arange(BLOCK_SIZE) >= BLOCK_SIZE - counts_NB[..., None]
     expected = 2.0 * windows[counted].mean()
     assert feed.loss(eval_steps, jax.numpy.float32(2)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_evaluation_tells_how_far_it_is_and_stops_when_told_to(monkeypatch):
+    """Of a large corpus it takes minutes, in which Ctrl-C shall not be waited for."""
+    feed = EvalFeed(TOKENS, BLOCK_SIZE, 4, meshes.make_mesh((1, 1, 1)))
+    monkeypatch.setattr(loader, "SECONDS_PER_DISPATCH", 0)  # a batch at a time
+    evaluated = []
+
+    def eval_steps(params, corpus, places_NB, counts_NB, first, n):
+        evaluated.append(int(first))
+        return np.ones(len(counts_NB)), np.ones(len(counts_NB), np.int32)
+
+    told = []
+    assert feed.loss(eval_steps, None, lambda share: told.append(share) or False) == 1.0
+    n_batches = len(evaluated)
+    assert evaluated == list(range(n_batches))
+    assert told == [(i + 1) / n_batches for i in range(n_batches)]
+    evaluated.clear()
+    assert feed.loss(eval_steps, None, lambda share: len(evaluated) == 2) is None
+    assert evaluated == [0, 1]

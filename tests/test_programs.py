@@ -45,7 +45,8 @@ def run(sizes, config=CONFIG, **compute):
     by_rows = meshes.by_rows(mesh, axis=1)
     places_NB = meshes.put_places(TOKENS, offsets_NB, block_size + 1, by_rows)
     counts_NB = meshes.put(counts_NB, by_rows)
-    sums, counts = programs.eval_steps(state.params, corpus, places_NB, counts_NB)
+    n = np.int32(len(counts_NB))
+    sums, counts = programs.eval_steps(state.params, corpus, places_NB, counts_NB, np.int32(0), n)
     return state, metrics, sums.sum() / counts.sum()
 
 

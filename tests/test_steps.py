@@ -193,7 +193,12 @@ def test_evaluation_is_the_plain_mean_over_the_whole_split(model, n_tokens):
     params = new_params(model)
     tokens = random_ids(n_tokens).astype(np.uint16)
     batches = data.eval_batches(tokens, T, batch_size=3)
-    sums, counts = jax.jit(partial(steps.eval_steps, model))(params, tokens, *batches)
+    n = len(batches[0])
+    eval_steps = jax.jit(partial(steps.eval_steps, model))
+    sums, counts = eval_steps(params, tokens, *batches, 0, n)
+    parts = [eval_steps(params, tokens, *batches, *part) for part in ((0, 1), (1, n - 1))]
+    for whole, first, rest in zip((sums, counts), *parts, strict=True):
+        np.testing.assert_array_equal(first + rest, whole)  # in two dispatches the same
     token_losses = jax.jit(partial(steps.token_losses, model))
     losses, predicted = [], 0
     while predicted < n_tokens - 1:

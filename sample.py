@@ -92,6 +92,7 @@ def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig
     abstract = jax.eval_shape(partial(steps.init_params, model), key)
     abstract = sharding.on_one_device(abstract)
     if folder is None:
+        print(config.init_from, file=sys.stderr)
         return model, pretrained.load_params(config.init_from, model_config, abstract)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
     step = checkpoints.best_step() if config.checkpoint == "best" else checkpoints.latest_step()

@@ -133,10 +133,13 @@ def train(
     mesh = meshes.make_mesh(meshes.choose_sizes(config, jax.device_count(), use_all))
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
 
+    vocabulary = f"{corpus.known_tokens or corpus.vocab_size}"
+    if corpus.known_tokens not in (None, corpus.vocab_size):
+        vocabulary += f" padded to {corpus.vocab_size}"
     print(
         f"{config.config}: {size_in_words(config.model)}, {config.tokens_per_iter:,} tokens a "
         f"step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
-        f"{corpus.vocab_size})"
+        f"{vocabulary})"
     )
     print(f"jax {jax.__version__} on {devices.describe(mesh)}: {how}")
     if idle := jax.device_count() - mesh.size:

@@ -32,6 +32,8 @@ class Flags:
     def __post_init__(self):
         if self.shard_tokens < 1:
             raise InputError(f"shard_tokens must be at least 1, got {self.shard_tokens}")
+        if self.vocab_size is not None and self.tokenizer != "bpe":
+            raise InputError("vocab_size is that of --tokenizer bpe: give both, or leave it out")
 
 
 def main(argv: list[str]) -> None:

@@ -95,6 +95,8 @@ def run_line(
         return f"{what} multiplies no matrices: there are no FLOPs to count"
     share = flops.evaluate / flops.total
     told = f"{what} computes {amount(flops.total)} FLOPs, {share:.1%} of them to evaluate"
+    if share > 0.5 and not config.eval_iters:
+        told += " (--eval_iters 20 does it on 20 batches, a larger --eval_interval less often)"
     if chip is None:
         return f"{told}; MFU is not shown, since this chip's peak is not in chips.py"
     seconds = flops.total / (n_devices * chip.device_flops)

@@ -63,7 +63,10 @@ class Choice:
             f"first {BPE_CHARS:,} characters",
             file=sys.stderr,
         )
-        return BPETokenizer.train(_first_texts(source, facts), self.vocab_size)
+        trained = BPETokenizer.train(_first_texts(source, facts), self.vocab_size)
+        if trained.vocab_size < self.vocab_size:
+            print(f"no more than {trained.vocab_size:,} could be learnt from it", file=sys.stderr)
+        return trained
 
     def made(self, tokenizer: Tokenizer, label: str | None) -> bool:
         """Return whether a folder's tokenizer is the one that was asked for.

@@ -184,13 +184,15 @@ class TrainConfig:
     out_dir: str | None = None
     """Folder of the run; None: out/CONFIG, or out/CONFIG-DATASET for your own text."""
     dataset: str | None = None
-    """shakespeare_char, a text file or folder of them, a folder with train.bin and val.bin;
-    None: shakespeare_char, or Python's own manual where it cannot be downloaded."""
+    """shakespeare_char, shakespeare (in GPT-2's tokens), pydocs, openwebtext, fineweb-edu; a text,
+    JSONL or parquet file or a folder of them; a folder with train.bin and val.bin; None:
+    shakespeare_char, or Python's own manual where it cannot be downloaded."""
     data_dir: str = "data"
     """Where prepared datasets lie."""
     tokenizer: str | None = None
     """How a text becomes tokens: char, gpt2, bpe (trained on the text, of vocab_size tokens), or a
-    tokenizer.json; None: as the dataset has it or init_from needs it, else char."""
+    tokenizer.json; None: as the dataset has it or init_from needs it, else char of texts and gpt2
+    of JSONL and parquet."""
     init_from: str = SCRATCH
     """The weights to begin with: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
     folder with a GPT-2 of Hugging Face's (config.json, model.safetensors). They bring their shape;

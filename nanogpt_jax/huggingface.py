@@ -115,21 +115,30 @@ def fit(config: ModelConfig, source: str) -> ModelConfig:
     if config.block_size > theirs.block_size:
         raise InputError(
             f"block_size must be at most {theirs.block_size} with the weights of {source}, "
-            f"got {config.block_size}"
+            f"got {config.block_size}: add --block_size {theirs.block_size}"
+        )
+    if config.vocab_size is not None and config.vocab_size < theirs.vocab_size:
+        raise InputError(
+            f"vocab_size must be at least {theirs.vocab_size} with the weights of {source}, "
+            f"got {config.vocab_size}: leave it out"
         )
     return replace(
         theirs,
         block_size=config.block_size,
         dropout=config.dropout,
-        vocab_size=max(theirs.vocab_size, config.vocab_size or 0),
+        vocab_size=config.vocab_size or theirs.vocab_size,
         known_tokens=theirs.vocab_size,
     )
 
 
 def tokenizer_of(source: str) -> str | None:
-    """Return what --tokenizer would be for a GPT-2: "gpt2", its file, or None if it has none."""
+    """Return the file of a GPT-2's tokenizer, downloaded where it must be; None if it has none.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
     if hub.is_name(source):
-        return "gpt2"
+        return str(hub.find(source, hub.TOKENIZER))
     path = Path(source, hub.TOKENIZER)
     return str(path) if path.is_file() else None
 
@@ -152,10 +161,7 @@ def check_tokenizer(source: str, tokenizer: Tokenizer | None, asked: str | None)
             f"{source} has no {hub.TOKENIZER}, so the tokens that its weights know are not known: "
             "put the one that belongs to them there, or name it with --tokenizer"
         )
-    known = hub.TOKENS_HASH
-    if not hub.is_name(source):
-        known = tokenizers.hash_of_tokens(tokenizers.read(Path(theirs)))
-    if tokenizers.hash_of_tokens(tokenizer) != known:
+    if tokenizer.token_bytes != tokenizers.read(Path(theirs)).token_bytes:
         raise InputError(
             f"dataset must be of the tokens that the weights of {source} know, but has others: "
             f"leave --tokenizer out, and name the text itself"

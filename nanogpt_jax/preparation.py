@@ -143,9 +143,13 @@ def _check_done(source, folder: Path, min_tokens: int) -> None:
 
 def _too_short(source, shortest: int, min_tokens: int) -> InputError:
     return InputError(
-        f"{source.name}: each split must have at least block_size + 1 = {min_tokens} tokens, but "
-        f"one gets {shortest} ({source.split_in_words}): use more text or a smaller --block_size"
+        f"{source.name}: each split must have at least {_least(min_tokens)} tokens, but one gets "
+        f"{shortest} ({source.split_in_words}): use more text or a smaller --block_size"
     )
+
+
+def _least(min_tokens: int) -> str:
+    return "1" if min_tokens == 1 else f"block_size + 1 = {min_tokens}"
 
 
 def _check_length(source, n_chars: int, min_tokens: int) -> None:
@@ -153,9 +157,8 @@ def _check_length(source, n_chars: int, min_tokens: int) -> None:
     shortest = min(cut, n_chars - cut)
     if shortest < min_tokens:
         raise InputError(
-            f"{source.name}: each split must have at least block_size + 1 = {min_tokens} "
-            f"characters, but of {n_chars} one gets {shortest}: use more text or a smaller "
-            "--block_size"
+            f"{source.name}: each split must have at least {_least(min_tokens)} characters, but "
+            f"of {n_chars} one gets {shortest}: use more text or a smaller --block_size"
         )
 
 

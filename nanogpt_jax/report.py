@@ -40,6 +40,11 @@ def main(argv: list[str]) -> None:
             "the folder of at least one run must be given, like "
             "python -m nanogpt_jax.report out/small"
         )
+    if len(folders) > 1:  # out/* has other things too
+        others = [folder for folder in folders if not (folder / METRICS).exists()]
+        folders = [folder for folder in folders if folder not in others] or folders
+        if others and folders != others:
+            print(f"no run, and left out: {', '.join(map(str, others))}")
     runs = {str(folder): read_run(folder, config.x) for folder in folders}
     width = max(map(len, runs))
     for name, run in runs.items():

@@ -95,7 +95,10 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
         if name not in FREE_FIELDS and begun.get(name) != value
     ]
     if begun.get("made_with", {}).get("dataset_fingerprint") != fingerprint:
-        differing.insert(0, f"dataset {begun.get('dataset')!r} -> {config.dataset!r}, another text")
+        names = f"{begun.get('dataset')!r} -> {config.dataset!r}"
+        is_same = begun.get("dataset") == config.dataset
+        name = "the dataset's tokens" if is_same else f"dataset {names}"
+        differing.insert(0, f"{name}, another text or tokenizer")
     if differing:
         follows = begun.get("lr_decay_iters") != config.optim.lr_decay_iters
         hint = " (lr_decay_iters is max_iters where it is not given)" if follows else ""

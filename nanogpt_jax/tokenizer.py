@@ -245,15 +245,9 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def hash_of_tokens(tokenizer: Tokenizer) -> str:
-    """Return eight digits that tell apart what ids stand for."""
-    content = "\n".join(token.hex() for token in tokenizer.token_bytes)
-    return hashlib.sha256(content.encode()).hexdigest()[:8]
-
-
 def hash_of(tokenizer: Tokenizer) -> str:
     """Return eight digits that tell tokenizers apart, by what they do, however it is written."""
-    content = [hash_of_tokens(tokenizer)]
+    content = [token.hex() for token in tokenizer.token_bytes]
     if isinstance(tokenizer, BPETokenizer):
         content += [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer.merges]
         # How a text is cut before it is merged: seen by what becomes of some tokens' own text.

@@ -147,7 +147,7 @@ def test_all_differing_fields_are_named_with_both_values(begun, tiny_config):
 
 def test_another_text_is_named(begun, tiny_config):
     """The same path may hold another text than when the run began."""
-    with pytest.raises(InputError, match="differs: dataset None -> None, another text"):
+    with pytest.raises(InputError, match="differs: the dataset's tokens, another text or"):
         run_folder.check_resumable(begun, tiny_config, "fedcba9876543210")
 
 

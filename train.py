@@ -243,11 +243,13 @@ def train(
                 progress.catch_up()
                 # None where a signal stopped it: then it is made when the run goes on.
                 val_loss = val_feed.loss(programs.eval_steps, state.params, told)
-                if val_loss is not None:
+                if val_loss is None:
+                    progress.evaluation_stopped(step)
+                else:
                     progress.evaluated(step, val_loss)
-                if val_loss is not None and step > 0 and step != saved_at:
-                    checkpoints.save(state, val_loss)
-                    saved_at = step
+                    if step > 0 and step != saved_at:
+                        checkpoints.save(state, val_loss)
+                        saved_at = step
             n_steps = min(
                 max(1, int(progress.steps_per_s * SECONDS_PER_DISPATCH)),
                 feed.most_steps,

@@ -65,6 +65,9 @@ class Progress:
         # A run that was killed may have logged past the checkpoint it goes on from.
         start_step = -1 if begun_at is None else begun_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
+        was_stopped = bool(rows) and rows[-1]["step"] == begun_at and "val_loss" not in rows[-1]
+        if was_stopped and self.evaluation_due(begun_at):
+            self.train_loss = rows.pop().get("train_loss")  # logged again, when it is evaluated
         self._is_first = is_first
         self._mfu_per_step_s = None
         if peak_flops is not None:
@@ -152,6 +155,10 @@ class Progress:
     def evaluating(self, share: float) -> None:
         """Show which share of an evaluation is done."""
         self._bar.set_postfix_str(f"evaluating: {share:.0%}")
+
+    def evaluation_stopped(self, step: int) -> None:
+        """Log a step whose evaluation a signal stopped, to be made when the run goes on."""
+        self._log(step)
 
     def is_evaluated(self, step: int) -> bool:
         """Return whether a step was evaluated already, perhaps by an earlier process."""

@@ -175,3 +175,11 @@ def test_an_amount_has_the_digits_that_mean_something():
     assert [*map(accounting.amount, figures)] == ["0.026", "5.4", "99", "1,100", "2.52e20"]
     assert accounting.amount(1e6) == "1.00e6"
     assert math.isclose(float(accounting.amount(123456789.0)), 1.23e8)
+
+
+def test_a_run_that_mostly_evaluates_is_told_how_not_to(tiny_config):
+    """As one begins on a laptop that has the validation split of a large corpus."""
+    assert "--eval_iters 20" in accounting.run_line(tiny_config, 10**7, None, 1)
+    assert "--eval_iters" not in accounting.run_line(tiny_config, 1000, None, 1)
+    limited = dataclasses.replace(tiny_config, eval_iters=10**6)
+    assert "--eval_iters" not in accounting.run_line(limited, 10**7, None, 1)

@@ -167,6 +167,7 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
         ("shakespear", ["Did you mean shakespeare or shakespeare_char?"]),
         ("latin.txt", ["latin.txt", "byte 3 is 0xe9"]),
         ("empty.txt", ["empty.txt", "is empty"]),
+        ("book.txt --vocab_size 300", ["vocab_size is that of --tokenizer bpe"]),
     ],
 )
 def test_bad_input_to_preparing_is_answered_in_one_line(run, place, without_jax, argv, parts):

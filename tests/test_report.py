@@ -122,3 +122,23 @@ def test_the_command_does_without_jax(make_run):
 
 def test_metrics_of_a_folder_without_any_are_none(tmp_path):
     assert read_metrics(tmp_path) == []
+
+
+def test_among_several_what_is_no_run_is_left_out(make_run, tmp_path, monkeypatch, capsys):
+    """As in out/*, where the last picture lies, and models that were exported."""
+    monkeypatch.chdir(tmp_path)
+    make_run("a"), make_run("b")
+    (tmp_path / "report.png").write_bytes(b"")
+    (tmp_path / "exported").mkdir()
+    report.main(["a", "report.png", "b", "exported"])
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "no run, and left out: report.png, exported"
+    assert [line[:2] for line in told[1:3]] == ["a ", "b "]
+    with pytest.raises(InputError, match="must hold a run"):
+        report.main(["exported", "report.png"])
+
+
+def test_bits_per_byte_are_told_of_runs_that_know_them(make_run):
+    rows = [row | {"val_bits_per_byte": row["val_loss"] / 2} for row in VAL]
+    assert "best val loss 1.3333 (0.667 bits per byte)" in report.describe(rows)
+    assert "bits per byte" not in report.describe(VAL)

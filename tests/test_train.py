@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import layers_of
 
-from nanogpt_jax import data, devices, run_folder, sharding, steps
+from nanogpt_jax import data, devices, loader, run_folder, sharding, steps
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.corpora import Corpus
@@ -215,6 +215,33 @@ def test_a_stopped_or_killed_process_goes_on_where_it_was(
     start(folder, f"--max_iters={end}")
     start(tmp_path / "straight", f"--max_iters={end}")
     assert_same_run(folder, tmp_path / "straight")
+
+
+@pytest.mark.parametrize("at_step", [0, 80])
+def test_a_signal_stops_an_evaluation_which_is_made_when_the_run_goes_on(
+    straight, start, tmp_path, monkeypatch, at_step
+):
+    """Of a large corpus an evaluation takes minutes."""
+    folder, shares = tmp_path / "run", []
+    evaluating = Progress.evaluating
+
+    def spy(self, share):
+        evaluating(self, share)
+        if len(numbers(folder)) == at_step / 10 and not shares:
+            shares.append(share)
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "SECONDS_PER_DISPATCH", 0)  # a batch at a time
+        patch.setattr(Progress, "evaluating", spy)
+        assert start(folder, "--max_iters=200") == 128 + signal.SIGTERM
+    assert 0 < shares[0] < 1
+    assert saved_steps(folder)[-1] == at_step
+    assert [row["step"] for row in numbers(folder) if "val_loss" in row] == list(
+        range(0, at_step, 40)
+    )
+    assert start(folder, "--max_iters=200") == 0
+    assert_same_run(folder, straight)
 
 
 def test_a_complete_run_says_so_and_changes_nothing(start, tmp_path, capsys):

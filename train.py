@@ -32,12 +32,12 @@ from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.counts import size_in_words
+from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.presets import PRESETS, parse_train_config
 from nanogpt_jax.startup import Processes
 
 SECONDS_PER_DISPATCH = 1.0  # progress shows about this often
-MOST_STEPS_PER_DISPATCH = 1024
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLE_TOKENS = 300  # of the text shown at the end
 

@@ -46,6 +46,7 @@ import numpy as np
 from nanogpt_jax import chips, corpora, counts, data, devices, generate, profiling, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
 from nanogpt_jax.errors import run_command
 from nanogpt_jax.loader import TrainFeed
 from nanogpt_jax.presets import parse_train_config, with_vocab_size
@@ -57,7 +58,6 @@ SAMPLE_TOKENS = 500
 REPEATS = 5
 DATA_SHARDS = 5  # of a corpus a quarter larger than what lies on the device
 DATA_TOKENS = 20_000_000  # that are read
-MOST_STEPS_PER_DISPATCH = 1024  # as in train.py
 PROFILE = Path("out", "profile")
 SWITCHES = {"--json", "--data", "--memory", "--profile"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import costs, download, shards
+from nanogpt_jax import costs, download, files, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.choice import Choice
 from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
@@ -172,7 +172,7 @@ def _store_shakespeare(path: Path) -> None:
     content = download.tiny_shakespeare(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shards.write_atomically(path, content)
+        files.write_atomically(path, content)
     except OSError as error:
         raise InputError(f"{path}: must be writable, but: {error.strerror}") from None
     print(f"downloaded tiny Shakespeare to {path}")
@@ -242,7 +242,7 @@ def _give_tokenizer(folder: Path, asked: str, vocab_size: int | None) -> None:
         )
     try:
         content = f"{made.to_json()}\n".encode()
-        shards.write_atomically(folder / tokenizers.FILE_NAME, content)
+        files.write_atomically(folder / tokenizers.FILE_NAME, content)
     except OSError as error:
         raise InputError(f"{folder}: must be writable, but: {error.strerror}") from None
 

@@ -18,6 +18,7 @@ from nanogpt_jax.errors import InputError
 SPLITS = ("train", "val")
 # A split of at most this many bytes lies on the device; of a larger one only its next windows do.
 RESIDENT_BYTES = 256 * 2**20
+MOST_STEPS_PER_DISPATCH = 1024
 
 
 def check_whole(path: Path, dtype: str) -> int:

@@ -16,15 +16,13 @@ import numpy as np
 from nanogpt_jax import costs, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import locked, write_atomically, write_json
 from nanogpt_jax.shards import (
     PROGRESS,
     SHARD_TOKENS,
     SPLITS,
     ShardWriter,
-    locked,
     read_json,
-    write_atomically,
-    write_json,
 )
 from nanogpt_jax.sources import in_batches, read_ahead, train_characters
 from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
@@ -65,7 +63,7 @@ def prepare_folder(
         _check_length(source, facts["characters"], min_tokens)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with locked(folder, lambda: _say_taken(folder)):
             folder.mkdir(exist_ok=True)  # one that was waited for may have left nothing behind
             # Another process may have done it meanwhile.
             if not _is_done(folder, stat, facts.get("sha256")):
@@ -76,6 +74,10 @@ def prepare_folder(
         with contextlib.suppress(OSError):  # nothing was written: leave nothing behind
             folder.rmdir()
     return folder
+
+
+def _say_taken(folder: Path) -> None:
+    print(f"{folder}: another process prepares it: waiting", file=sys.stderr)
 
 
 def is_prepared(source, folder: Path, choice) -> bool:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt_jax import tokenizer
+from nanogpt_jax import files, tokenizer
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig, field_types, to_flat_dict
 from nanogpt_jax.errors import InputError
 
@@ -122,35 +122,23 @@ def locked(folder: Path) -> Iterator[None]:
         InputError: another process is training there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+
+    def refuse() -> None:
         raise InputError(f"{folder} is being trained by another process: wait for it") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # nothing was written: leave nothing behind
-            folder.rmdir()
-        os.close(descriptor)
+
+    with files.locked(folder, refuse):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # nothing was written: leave nothing behind
+                folder.rmdir()
 
 
 def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) -> None:
     """Make the folder, or bring its config.json up to what was asked now."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {**made_with, "dataset_fingerprint": fingerprint}
-    content = json.dumps(to_flat_dict(config) | {"made_with": facts}, indent=1)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(content + "\n", encoding="utf-8")
-    partial.replace(folder / CONFIG)
+    files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": facts})
 
 
 def wait_until_seen(folder: Path, seconds: float = 60) -> None:

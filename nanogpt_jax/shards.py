@@ -8,34 +8,18 @@ import contextlib
 import json
 import os
 import re
-import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import sync_folder
 
 SPLITS = ("train", "val")
 PROGRESS = "progress.json"  # is there while the files are not all there
 SHARD_TOKENS = 100_000_000  # 200 MB
 _OURS = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name first, so that no half of it is ever taken for the whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def read_json(path: Path) -> dict:
@@ -80,32 +64,6 @@ def _are_splits(splits) -> bool:
         )
     except (KeyError, TypeError, IndexError):
         return False
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file as a whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from preparing the same folder: they wait."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{folder}: another process prepares it: waiting", file=sys.stderr)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def has_tokens(folder: Path) -> bool:
@@ -250,7 +208,7 @@ class ShardWriter:
         self.sync()
         self._file.close()
         self._partial.replace(self._folder / name)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
         entry = {"name": name, "tokens": self._open_tokens, "crc32": self._open_crc32}
         self.files = [*self.files, entry]
         self._open_tokens = self._open_crc32 = 0
@@ -259,13 +217,3 @@ class ShardWriter:
         """Let go of the file, as it is."""
         with contextlib.suppress(OSError):  # a full disk: what was on its way is lost, and known so
             self._file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring names onto the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -165,7 +165,9 @@ def lower_step(config: TrainConfig, programs: Programs, mesh) -> jax.stages.Lowe
         config.model.block_size,
         (config.gradient_accumulation_steps, config.batch_size),
     )
-    batches = data.TrainBatches(tokens, config.seed, block_size, shape, 1024)
+    batches = data.TrainBatches(
+        tokens, config.seed, block_size, shape, data.MOST_STEPS_PER_DISPATCH
+    )
     by_rows, everywhere = meshes.by_rows(mesh, axis=2), meshes.replicated(mesh)
     places_shape = (batches.most_steps, *shape)
 

@@ -12,7 +12,7 @@ import nanogpt_jax
 PACKAGE = Path(nanogpt_jax.__file__).parent
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    {"errors"},
+    {"errors", "files"},
     {"config", "tokenizer", "data", "download", "hub", "sources", "shards", "costs", "chips"}
     | {"profiling"},
     {"command_line", "choice", "documents", "preparation", "opening", "run_folder", "counts"}
@@ -24,7 +24,7 @@ LAYERS = (
     {"bench", "tpu", "lecture", "web"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-WITHOUT_JAX = {"errors", "config", "tokenizer", "data", "download", "chips", "startup"}
+WITHOUT_JAX = {"errors", "files", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "counts", "references"}
 WITHOUT_JAX |= {"sources", "shards", "costs", "choice", "documents", "preparation", "opening"}
 WITHOUT_JAX |= {"hub", "huggingface", "weights", "pretrained"}

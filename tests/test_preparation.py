@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 from make_text import make_text
 
-from nanogpt_jax import corpora, costs, data, documents, hub, preparation, shards
+from nanogpt_jax import corpora, costs, data, documents, files, hub, preparation
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.corpora import open_corpus, prepare, resolve
 from nanogpt_jax.errors import InputError
@@ -721,11 +721,11 @@ def test_stopped_by_hand_it_says_how_to_go_on(tmp_path, data_dir, bpe):
 
 
 def test_of_two_at_once_the_second_waits(book, data_dir):
-    with shards.locked(book.parent):
+    with files.locked(book.parent, lambda: None):
         data_dir.mkdir()
         folder = corpora._folder_of(book, data_dir, "char")
         folder.mkdir()
-        with shards.locked(folder):
+        with files.locked(folder, lambda: None):
             process = start(book, "--data_dir", data_dir)
             assert "waiting" in process.stderr.readline()
             time.sleep(0.2)

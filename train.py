@@ -6,10 +6,7 @@ Run it again to go on where it stopped. The run lies in out/NAME; python sample.
 import contextlib
 import dataclasses
 import importlib.metadata
-import os
 import platform
-import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -31,11 +28,12 @@ from nanogpt_jax import (
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
 from nanogpt_jax.corpora import Corpus
-from nanogpt_jax.counts import size_in_words
+from nanogpt_jax.counts import checkpoint_bytes, size_in_words
 from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
-from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.errors import Fault, InputError, run_command
 from nanogpt_jax.presets import PRESETS, parse_train_config
 from nanogpt_jax.startup import Processes
+from nanogpt_jax.stopping import StopSignals
 
 SECONDS_PER_DISPATCH = 1.0  # progress shows about this often
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -91,8 +89,9 @@ def main(argv: list[str]) -> int:
     writes = processes.is_first and not config.eval_only
     if writes:
         loggers.check(config)
-    with run_folder.locked(folder) if writes else contextlib.nullcontext():
-        return train(config, corpus, folder, processes, start_s)
+        run_folder.check_room(folder, checkpoint_bytes(config.model))
+    with run_folder.locked(folder) if writes else contextlib.nullcontext(), StopSignals() as stop:
+        return train(config, corpus, folder, processes, stop, start_s)
 
 
 def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
@@ -104,14 +103,14 @@ def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
 
 
 def train(
-    config: TrainConfig, corpus: Corpus, folder: Path, processes: Processes, start_s: float
+    config: TrainConfig,
+    corpus: Corpus,
+    folder: Path,
+    processes: Processes,
+    stop: StopSignals,
+    start_s: float,
 ) -> int:
     """Train, or go on with, the run in `folder`; return the exit code."""
-    signals = []
-    if not config.eval_only:  # there is nothing to save
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, partial(stop_soon, signals))
-
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
 
@@ -120,7 +119,7 @@ def train(
     from nanogpt_jax.checkpoint import Checkpoints
     from nanogpt_jax.loader import EvalFeed, TrainFeed
     from nanogpt_jax.programs import make_programs, needed_bytes
-    from nanogpt_jax.progress import Diverged, Progress, loss_in_words
+    from nanogpt_jax.progress import Progress, loss_in_words
     from nanogpt_jax.rungs import make_model
 
     startup.use_compile_cache(config.compile_cache, processes.count)
@@ -167,22 +166,19 @@ def train(
     programs = make_programs(config, compute, mesh)
     print(sharding.whole_note(mesh, programs.abstract_state.params), end="")
     weights_key, dropout_key = steps.stream_keys(config.seed)
-    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.eval_only, processes.is_first)
-    begun_at = checkpoints.latest_step()
+    checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.eval_only, processes)
     abstract = programs.abstract_state
     if config.eval_only:  # without an optimizer's state, which takes twice the memory of these
-        if begun_at is not None:
-            params = checkpoints.restore_params(abstract.params, begun_at)
-        else:
-            params = pretrained.load_params(config.init_from, config.model, abstract.params)
-    elif begun_at is not None:
-        state = checkpoints.restore(abstract, begun_at)
-    elif config.init_from == SCRATCH:
-        state = programs.init_state(weights_key)
+        restored = checkpoints.restore_params(abstract.params)
+        params, begun_at = restored or (None, None)
     else:
-        state = programs.first_state(
-            pretrained.load_params(config.init_from, config.model, abstract.params)
-        )
+        state = checkpoints.restore(abstract)
+        begun_at = None if state is None else int(state.step)
+    if begun_at is None and config.init_from != SCRATCH:
+        params = pretrained.load_params(config.init_from, config.model, abstract.params)
+    if begun_at is None and not config.eval_only:
+        is_new = config.init_from == SCRATCH
+        state = programs.init_state(weights_key) if is_new else programs.first_state(params)
 
     # The same windows in each evaluation.
     batch_size, block_size = config.batch_size, config.model.block_size
@@ -223,7 +219,7 @@ def train(
     print(memory)
     if limit and needed > limit:
         checkpoints.close()
-        raise MemoryError(memory)
+        raise Fault(f"{memory}: {devices.memory_levers(config, compute)}")
     processes.wait("compiled")
 
     step, saved_at = begun_at or 0, begun_at
@@ -235,8 +231,9 @@ def train(
 
     def told(share: float) -> bool:
         progress.evaluating(share)
-        return bool(signals) and step < config.max_iters  # the last one is the run's result
+        return bool(stop.number) and step < config.max_iters  # the last one is the run's result
 
+    stop.may_save = True
     try:
         while True:
             if progress.evaluation_due(step) and not progress.is_evaluated(step):
@@ -256,8 +253,8 @@ def train(
                 config.max_iters - step,
                 config.eval_interval - step % config.eval_interval,
             )
-            n_steps, stop = processes.agree(n_steps, signals[0] if signals else 0)
-            if step == config.max_iters or stop:
+            n_steps, stopped_by = processes.agree(n_steps, stop.number)
+            if step == config.max_iters or stopped_by:
                 break
             # Placed while the device is still busy with the dispatch before this one (of several
             # processes not quite: to agree, they wait for it).
@@ -274,30 +271,22 @@ def train(
                 )
             step += n_steps
         progress.catch_up()
-        if stop and saved_at != step:
+        if stopped_by and saved_at != step:
             checkpoints.save(state)
-    except Diverged as error:
-        print(
-            f"error: training diverged: {error}. Start anew (--overwrite) with a lower "
-            f"--learning_rate or a longer --warmup_iters; checkpoints in {folder} are from before",
-            file=sys.stderr,
-        )
-        return 1
     finally:
         feed.close()
         try:
             checkpoints.close()
         finally:
             progress.close()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+    stop.may_save = False
 
-    if stop and step < config.max_iters:
+    if stopped_by and step < config.max_iters:
         print(
             f"stopped at step {step}, and saved: the same command goes on from there, "
             "without --overwrite"
         )
-        return 128 + stop
+        return 128 + stopped_by
     best_loss, best_step = progress.best
     where = "" if folder.parent == run_folder.OUT else f" --out_dir {folder}"
     print(
@@ -322,15 +311,6 @@ def train(
         )
         print(corpus.tokenizer.decode(np.asarray(new_tokens_BN)[0]))
     return 0
-
-
-def stop_soon(signals: list[int], number: int, frame) -> None:
-    """Note a signal: the loop saves and stops after the dispatch at hand; a second one kills."""
-    del frame
-    signals.append(number)
-    # Not print: that may be what the signal interrupted, and cannot be entered twice.
-    os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping\n".encode())
-    signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

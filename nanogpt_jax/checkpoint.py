@@ -1,26 +1,52 @@
 """Save and restore with Orbax: the newest checkpoint and the best, each with checksums.
 
 Arrays are stored under dotted names ("h_0.attn.c_attn.kernel"), parameters apart from the rest, so
-that sampling reads the parameters alone, onto whatever device is there.
+that sampling reads the parameters alone, onto whatever device is there. Orbax commits a checkpoint
+by giving its folder the step as a name, so that one is there as a whole or not at all.
 """
 
 import contextlib
+import inspect
+import json
 import logging
 import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import lax
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from nanogpt_jax.errors import InputError
+from nanogpt_jax import run_folder
+from nanogpt_jax.errors import Fault, InputError, first_line
+from nanogpt_jax.startup import ALONE, Processes
 from nanogpt_jax.steps import TrainState
 
-# A save without val_loss (on a signal) is meant so; Orbax would warn of it in the user's face.
-logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+Result = TypeVar("Result")
+
+
+def _tell_others(tell: Callable, unraisable) -> None:
+    is_orbax = inspect.iscoroutine(unraisable.object)
+    if not is_orbax and "Event loop is closed" not in str(unraisable.exc_value):
+        tell(unraisable)
+
+
+# What befalls Orbax is raised, and told here in a line. Its log would tell it again in a page, and
+# so would all that it reads or writes beside the array that fails, soon or late.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+sys.unraisablehook = partial(_tell_others, sys.unraisablehook)
+
+
+class Damaged(InputError):
+    """A checkpoint is not what was saved, or of a model of another shape."""
 
 
 class Checkpoints:
@@ -28,106 +54,224 @@ class Checkpoints:
 
     Args:
         read_only: nothing is written or cleaned up; a training may be saving there meanwhile.
-        is_first: of several processes, all of which save and restore, one cleans up.
+        processes: all of them save and restore, the first one cleans up.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False, is_first: bool = True):
+    def __init__(self, folder: Path, read_only: bool = False, processes: Processes = ALONE):
         self.folder = Path(folder).absolute()  # Orbax fails on relative paths, and late
-        if is_first and not read_only:
-            for partial in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(partial, ignore_errors=True)  # left by a kill or a full disk
-        keep_best = preservation_policy.BestN(
-            get_metric_fn=lambda metrics: metrics["val_loss"],
-            reverse=True,
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        self.read_only, self._processes, self._has_failed = read_only, processes, False
+        self._clean_up()  # what a kill cut off
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(
-                [preservation_policy.LatestN(1), keep_best]
-            ),
-            best_fn=lambda metrics: metrics["val_loss"],
-            best_mode="min",
+            preservation_policy=_NewestAndBest(self.best_step),
             create=not read_only,
             # Otherwise a directory that cannot be made hangs the process at its exit.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._val_losses = {step: self._val_loss(step) for step in self.steps()}
 
-    def latest_step(self) -> int | None:
-        """Return the step of the newest checkpoint, None if there is none."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints that lie on the disk now, the newest first."""
+        return run_folder.saved_steps(self.folder)
 
     def best_step(self) -> int | None:
         """Return the step of lowest validation loss; None if no checkpoint has one."""
-        return self._manager.best_step()
+        known = [(loss, step) for step, loss in self._val_losses.items() if loss is not None]
+        return min(known, default=(None, None))[1]
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Save a state in the background, under its step.
 
         Args:
             val_loss: None where it was not evaluated: then it counts as newest, never as best.
+
+        Raises:
+            Fault: the disk is full, or fails otherwise; perhaps told of the save before this one.
         """
         params = _named_leaves(state.params)
         training = _named_leaves(state._replace(params={}))
-        # A flipped bit in a data file goes unseen by Orbax; its checksum here tells.
-        checksums = {name: int(checksum(leaf)) for name, leaf in (params | training).items()}
         step = int(state.step)
-        assert val_loss is None or np.isfinite(val_loss), "a NaN would delete the real best"
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                training=ocp.args.StandardSave(training),
-                checksums=ocp.args.JsonSave(checksums),
-            ),
-            metrics=None if val_loss is None else {"val_loss": val_loss},
+        assert val_loss is None or np.isfinite(val_loss), "a NaN would be taken for the best"
+        facts = {
+            "step": step,
+            "val_loss": val_loss,
+            # A flipped bit in a data file goes unseen by Orbax; its checksum here tells.
+            "checksums": {name: int(checksum(leaf)) for name, leaf in (params | training).items()},
+        }
+        self._val_losses[step] = val_loss
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            training=ocp.args.StandardSave(training),
+            facts=ocp.args.JsonSave(facts | {"crc32": _crc32(facts)}),
         )
-        assert saved, f"step {step} is not newer than step {self.latest_step()}"
+        with self._failures_told():
+            saved = self._manager.save(step, args=items)
+        assert saved, f"step {step} is not newer than step {self._manager.latest_step()}"
 
-    def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Return the state of a step.
+    def restore(self, abstract: TrainState, prefer: int | None = None) -> TrainState | None:
+        """Return the newest state that is whole; None where nothing was saved yet.
+
+        A damaged checkpoint is told of, and an older one taken. Where this may write, it is set
+        aside, as 60.damaged: the run comes by its step again.
 
         Args:
-            abstract: its shapes, each with the sharding that it shall have.
+            abstract: the state's shapes, each with the sharding that it shall have.
+            prefer: a step to try before all others.
 
         Raises:
-            InputError: the checkpoint is damaged, or of a model of another shape.
+            InputError: every checkpoint is damaged, or of a model of another shape.
         """
-        params = self.restore_params(abstract.params, step)
-        return self._restore("training", abstract._replace(params={}), step)._replace(params=params)
 
-    def restore_params(self, abstract_params, step: int):
-        """Return the parameters alone of a step; raises as `restore` does."""
-        return self._restore("params", abstract_params, step)
+        def restore(step: int) -> TrainState:
+            params = self._restore("params", abstract.params, step)
+            training = self._restore("training", abstract._replace(params={}), step)
+            return training._replace(params=params)
+
+        return self._first_whole(restore, prefer)
+
+    def restore_params(self, abstract_params, prefer: int | None = None) -> tuple | None:
+        """Return (parameters alone, their step); otherwise as `restore`."""
+        return self._first_whole(
+            lambda step: (self._restore("params", abstract_params, step), step), prefer
+        )
+
+    def _first_whole(self, restore: Callable[[int], Result], prefer: int | None) -> Result | None:
+        damaged = {}
+        # Listed anew each time: a training that goes on here deletes steps, and makes others.
+        while steps := [step for step in self.steps() if step not in damaged]:
+            step = prefer if prefer in steps else steps[0]
+            try:
+                whole = restore(step)
+            except Damaged as error:
+                if self._path(step).exists():  # not deleted meanwhile
+                    damaged[step] = error
+                continue
+            for error in damaged.values():
+                print(f"warning: {error}; step {step} is taken in its place", file=sys.stderr)
+            self._set_aside([other for other in damaged if other > step])
+            return whole
+        if damaged:
+            reasons = "; ".join(map(str, damaged.values()))
+            raise InputError(
+                f"{reasons}; no other checkpoint is left: put a copy of it in its place, or train "
+                "anew with --overwrite"
+            )
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename checkpoints that are in the way of those to come."""
+        if self.read_only or not steps:
+            return
+        if self._processes.is_first:
+            for step in steps:
+                aside = self.folder / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                self._path(step).rename(aside)
+                print(f"warning: set aside as {aside}; delete it at will", file=sys.stderr)
+        self._processes.wait("set aside")
+        for step in steps:
+            del self._val_losses[step]
+        self._manager.reload()
+
+    def _facts(self, step: int) -> dict:
+        """Return what was saved beside the arrays.
+
+        Raises:
+            Damaged: it is not what was saved.
+        """
+        read = self._read(step, facts=ocp.args.JsonRestore())["facts"]
+        facts = read if isinstance(read, dict) else {}
+        crc32 = facts.pop("crc32", None)
+        if crc32 != _crc32(facts) or facts["step"] != step:
+            raise Damaged(f"{self._path(step)}: its facts are not what was saved: it is damaged")
+        return facts
+
+    def _val_loss(self, step: int) -> float | None:
+        try:
+            return self._facts(step)["val_loss"]
+        except Damaged:  # told of if it is restored
+            return None
 
     def _restore(self, item: str, abstract, step: int):
-        path = self.folder / str(step)
+        checksums = self._facts(step)["checksums"]
         targets = _named_leaves(abstract)
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{item: ocp.args.StandardRestore(targets)}, checksums=ocp.args.JsonRestore()
-                ),
-            )
-        except Exception as error:  # Orbax raises many kinds, Exception itself among them
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise InputError(f"{path}: the checkpoint cannot be restored ({reason})") from error
-        for name, leaf in restored[item].items():
-            if int(checksum(leaf)) != restored["checksums"].get(name):
-                raise InputError(f"{path}: {name} is not what was saved: the file is damaged")
-        order = [restored[item][name] for name in targets]
+        restored = self._read(step, **{item: ocp.args.StandardRestore(targets)})[item]
+        for name, leaf in restored.items():
+            if int(checksum(leaf)) != checksums.get(name):
+                raise Damaged(f"{self._path(step)}: {name} is not what was saved: it is damaged")
+        order = [restored[name] for name in targets]
         return jax.tree.unflatten(jax.tree.structure(abstract), order)
 
+    def _read(self, step: int, **items) -> dict:
+        """Return items of a checkpoint as Orbax reads them; raises Damaged where it cannot."""
+        failure = None
+        try:
+            read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax raises many kinds, Exception itself among them
+            while error.__cause__ is not None:  # the innermost one names the array
+                error = error.__cause__
+            failure = first_line(error)
+        if self._processes.any(failure is not None):
+            reason = failure or "in another process"
+            raise Damaged(f"{self._path(step)}: the checkpoint cannot be restored ({reason})")
+        return read
+
     def wait(self) -> None:
-        """Wait until what was saved lies on the disk; raises OSError where it could not."""
-        self._manager.wait_until_finished()
+        """Wait until what was saved lies on the disk; raises Fault where it could not."""
+        with self._failures_told():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and give all resources back."""
-        with contextlib.closing(self._manager):
+        """Wait as `wait` does, and give all resources back."""
+        try:
             self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # it tells of a failed save once more
+                self._manager.close()
+            for _ in range(10 * self._has_failed):  # what else was being written may come yet
+                self._clean_up()
+                time.sleep(0.1)
+
+    def _clean_up(self) -> None:
+        if self._processes.is_first and not self.read_only:
+            for cut_off in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(cut_off, ignore_errors=True)
+            for path in self.folder.glob("*"):
+                if path.is_dir() and path.name.isdecimal():
+                    with contextlib.suppress(OSError):
+                        path.rmdir()  # an empty one, which Orbax would count as the newest
+
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many kinds: OSError, ValueError, JAX's own
+            failure = first_line(error)
+        else:
+            return
+        self._has_failed = True
+        raise Fault(
+            f"a checkpoint could not be saved in {self.folder} ({failure}): when that is mended, "
+            "the same command goes on from the one before"
+        )
+
+
+class _NewestAndBest:
+    """Orbax's rule of what to keep, asked when the newest is about to be committed."""
+
+    def __init__(self, best_step: Callable[[], int | None]):
+        self._best_step = best_step
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        kept = checkpoints[-1].step, self._best_step()
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _crc32(facts: dict) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
 def _named_leaves(tree) -> dict:

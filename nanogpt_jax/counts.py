@@ -68,6 +68,11 @@ def size_in_words(config: ModelConfig) -> str:
     return f"{n / 1e6:.2f}M parameters" if n >= 1e5 else f"{n:,} parameters"
 
 
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Return what a checkpoint takes on the disk: parameters and AdamW's two means, in float32."""
+    return 3 * 4 * n_params(config)
+
+
 def forward_flops_per_token(config: ModelConfig) -> int:
     """Return the FLOPs of one forward pass, for each of block_size tokens."""
     return sum(part.forward_flops for part in parts(config))

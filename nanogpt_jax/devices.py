@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig
+from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError
 
 SPLASH_BLOCK = 128  # the splash kernel works on pieces of the context of this many positions
@@ -74,6 +74,20 @@ def memory_bytes(device) -> int | None:
     if device.platform != "cpu" or not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_levers(config: TrainConfig, compute: Compute) -> str:
+    """Return what a user can do about a training step that needs too much memory."""
+    is_gpt = config.model.architecture == "gpt"
+    levers = [
+        (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
+        (is_gpt and not compute.remat, "--remat"),
+        (is_gpt and compute.dtype == jnp.float32, "--dtype bfloat16 where the chip has it"),
+        (compute.loss_chunks == 1 < config.model.block_size, "--loss_chunks"),
+        (True, "a smaller model"),
+    ]
+    *most, last = [text for applies, text in levers if applies]
+    return f"take {', '.join(most)}, or {last}" if most else f"take {last}"
 
 
 def _capability(device) -> float:

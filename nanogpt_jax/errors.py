@@ -1,6 +1,7 @@
-"""The one error that means "the user's input cannot be used", and how a command answers it."""
+"""What is told in one line, wrong input or a fault, and how a command answers it."""
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -12,11 +13,23 @@ class InputError(ValueError):
     """One line for the user: what was required, what came, what to do."""
 
 
+class Fault(RuntimeError):
+    """One line for the user: what befell a run whose input was right, and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of another library says, in a line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean X?" with the closest of `known`, or "" where nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
+
+# Of a file that was opened, or could have been a moment ago.
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 # What JAX's backends say when another process of the run is gone.
 _PEER_DIED = re.compile(
@@ -25,13 +38,18 @@ _PEER_DIED = re.compile(
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command's `main(argv)` and exit: 0 done, 2 wrong input (one line, no traceback)."""
+    """Run a command's `main(argv)` and exit: 0 done, 2 wrong input, 1 a fault.
+
+    Either in one line; only what nobody foresaw, an error of this program, shows its traceback.
+    """
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows could not take every character
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
         _leave(2, f"error: {error}")
+    except Fault as error:
+        _leave(1, f"error: {error}", at_once=True)  # in an orderly exit Orbax tells of it again
     except KeyboardInterrupt:
         # SIGINT; an orderly exit crashes where JAX still compiles in a thread.
         _leave(128 + 2, "", at_once=True)
@@ -41,18 +59,20 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except Exception as error:
         # The class differs between versions of JAX, the text does not.
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            what = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""
             _leave(
                 1,
-                f"error: the device's memory does not suffice{what}. In training take a smaller "
-                "--batch_size with more --gradient_accumulation_steps, --remat, or a larger "
-                "--loss_chunks; in sampling fewer --num_samples or --stream",
+                "error: the memory does not suffice. In training take a smaller --batch_size with "
+                "more --gradient_accumulation_steps, --remat, a larger --loss_chunks, or a --dtype "
+                "of 16 bits; in sampling fewer --num_samples or --stream",
             )
+        elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            where = f": {error.filename}" if error.filename else ""
+            _leave(1, f"error: the disk cannot be written ({error.strerror}{where})")
         elif _is_one_of_several() and _PEER_DIED.search(str(error)):
             _leave(
                 1,
                 "error: another process of this run is gone. Start all of them again: they go on "
-                f"from the newest checkpoint ({str(error).splitlines()[0]})",
+                f"from the newest checkpoint ({first_line(error)})",
             )
         elif _is_one_of_several():
             _leave(1, traceback.format_exc())

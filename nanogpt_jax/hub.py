@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from nanogpt_jax.errors import InputError, did_you_mean
+from nanogpt_jax.errors import InputError, did_you_mean, first_line
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 FILES = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
@@ -72,7 +72,7 @@ def _download(name: str, file: str, flag: str) -> Path:
         huggingface_hub.utils.logging.set_verbosity_error()
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except Exception as error:  # the kinds differ between versions of the library and its clients
-        reason = (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         files = TOKENIZER if flag.startswith("--tokenizer") else FILES
         raise InputError(
             f"{name}: {file} could not be downloaded ({reason}): save {files} from "

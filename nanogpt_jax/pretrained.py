@@ -149,11 +149,13 @@ def _write_weights(run: Path, config: ModelConfig, checkpoint: str, path: Path) 
     from nanogpt_jax.model import GPT
 
     checkpoints = Checkpoints(run / run_folder.CHECKPOINTS, read_only=True)
-    best = checkpoints.best_step() if checkpoint == "best" else None
-    step = checkpoints.latest_step() if best is None else best  # stopped before an evaluation
+    prefer = checkpoints.best_step() if checkpoint == "best" else None
     abstract = jax.eval_shape(partial(steps.init_params, GPT(config)), jax.random.key(0))
-    params = checkpoints.restore_params(sharding.on_one_device(abstract), step)
+    restored = checkpoints.restore_params(sharding.on_one_device(abstract), prefer)
     checkpoints.close()
+    if restored is None:
+        raise InputError(f"{run} has no checkpoint yet: train it first")
+    params, step = restored
     arrays = {}
     for name, array in flatten_dict(params, sep=".").items():
         values = np.ascontiguousarray(array)  # as it lies in memory it is written

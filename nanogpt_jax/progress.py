@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.counts import train_flops_per_token
+from nanogpt_jax.errors import Fault
 from nanogpt_jax.loggers import Logger, open_loggers
 from nanogpt_jax.optim import learning_rate_schedule
 from nanogpt_jax.report import draw, read_metrics
@@ -31,8 +32,8 @@ def loss_in_words(val_loss: float, bytes_per_token: float | None) -> str:
     return f"val loss {val_loss:.4f} ({bits_per_byte(val_loss, bytes_per_token):.3f} bits per byte)"
 
 
-class Diverged(ArithmeticError):
-    """The loss is no longer a finite number."""
+class Diverged(Fault):
+    """The loss or the gradient is no longer finite; no update was made of it, nothing saved."""
 
 
 class Progress:
@@ -132,9 +133,9 @@ class Progress:
             self.skipped = int(skipped[i])
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
             if self._skipped_in_a_row > MOST_SKIPPED:
-                raise Diverged(f"float16 overflowed in {MOST_SKIPPED} updates before step {step}")
+                raise self._diverged(f"float16 overflowed in {MOST_SKIPPED} updates", step)
             if not is_skipped and not (np.isfinite(loss) and np.isfinite(grad_norm)):
-                raise Diverged(f"loss {loss} and gradient norm {grad_norm} at step {step}")
+                raise self._diverged(f"loss {loss} and gradient norm {grad_norm}", step)
             if np.isfinite(loss):
                 self.train_loss = float(loss)
             if step % self.config.log_interval == 0 and not self.evaluation_due(step):
@@ -147,6 +148,17 @@ class Progress:
             refresh=False,
         )
         self._bar.update(n_steps)
+
+    def _diverged(self, what: str, step: int) -> Diverged:
+        return Diverged(
+            f"training diverged at step {step}: {what}, learning rate {self._rate(step):.3g}. "
+            "Start anew (--overwrite) with a lower --learning_rate or a longer --warmup_iters; the "
+            f"checkpoints in {self.folder} are from before"
+        )
+
+    def _rate(self, step: int) -> float:
+        """Return the learning rate of the update that made a step."""
+        return float(self._learning_rates[max(0, step - 1 - self.skipped)])
 
     def evaluation_due(self, step: int) -> bool:
         """Return whether a step is followed by an evaluation: each eval_interval, and the last."""
@@ -171,7 +183,7 @@ class Progress:
             Diverged: the loss is not finite.
         """
         if not math.isfinite(val_loss):
-            raise Diverged(f"the validation loss is {val_loss} at step {step}")
+            raise self._diverged(f"validation loss {val_loss}", step)
         is_best = self.best is None or val_loss < self.best[0]
         if is_best and step > 0:
             self.best = val_loss, step
@@ -225,8 +237,7 @@ class Progress:
             row["val_loss"] = val_loss
             if self.bytes_per_token:
                 row["val_bits_per_byte"] = bits_per_byte(val_loss, self.bytes_per_token)
-        last_update = max(0, step - 1 - self.skipped)
-        row["lr"] = float(self._learning_rates[last_update])
+        row["lr"] = self._rate(step)
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)

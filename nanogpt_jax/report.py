@@ -4,6 +4,7 @@ Prints a line for each run and draws their losses over each other. No JAX, so it
 that holds the chip. --x is step, tokens or time.
 """
 
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 
 from nanogpt_jax.command_line import parse_args, split_settings
 from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.files import write_atomically
 from nanogpt_jax.run_folder import METRICS, PICTURE, read_config
 
 SMOOTHED_ROWS = 21  # the running mean's widest window
@@ -107,7 +109,9 @@ def describe(run: list[dict]) -> str:
 def draw(folder: Path, title: str) -> None:
     """Draw a run's loss.png from its metrics.jsonl."""
     rows = [row | {"x": row["step"]} for row in read_metrics(folder)]
-    loss_figure({title: rows}).savefig(Path(folder, PICTURE))
+    picture = io.BytesIO()
+    loss_figure({title: rows}).savefig(picture, format="png")
+    write_atomically(Path(folder, PICTURE), picture.getvalue())
 
 
 def loss_figure(runs: dict[str, list[dict]], x: str = "step"):

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -64,13 +65,35 @@ def check_writable(folder: Path) -> None:
     Raises:
         InputError: it is a file, lies below one, or its place is read-only.
     """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = _existing(folder)
     if not existing.is_dir():
         raise InputError(f"out_dir must be a folder, but {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"out_dir must be writable, but {existing} is not")
+
+
+def check_room(folder: Path, checkpoint_bytes: int) -> None:
+    """Check that the disk has room for the newest checkpoint, the best, and one being written.
+
+    Raises:
+        InputError: it has not, those that are there already counted in.
+    """
+    there = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+    free = shutil.disk_usage(_existing(folder)).free
+    if there + free < 3 * checkpoint_bytes:
+        raise InputError(
+            f"out_dir must have room for three checkpoints of {checkpoint_bytes / 2**20:,.1f} MiB "
+            f"(newest, best, and one being written), but on the disk of {folder} only "
+            f"{free / 2**20:,.1f} MiB are free: make room, or name another --out_dir"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or that above it which exists already."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
@@ -110,8 +133,19 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Return whether a run has a whole checkpoint; one cut off by a kill has a longer name."""
-    return any(path.name.isdecimal() for path in (folder / CHECKPOINTS).glob("*"))
+    """Return whether a run has a checkpoint."""
+    return bool(saved_steps(folder / CHECKPOINTS))
+
+
+def saved_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, the newest first.
+
+    One cut off by a kill has a longer name, and an empty folder is none.
+    """
+    found = checkpoints.iterdir() if checkpoints.is_dir() else []
+    names = [path.name for path in found if path.is_dir() and any(path.iterdir())]
+    steps = (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+    return sorted(steps, reverse=True)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import InputError, first_line
 
 Result = TypeVar("Result")
 
@@ -63,6 +63,10 @@ class Processes:
                 "all processes must have the same flags, versions and dataset, but some differ"
             )
 
+    def any(self, flag: bool) -> bool:
+        """Return whether it is true in any process."""
+        return bool(self.agree(0, int(flag))[1])
+
     def agree(self, proposal: int, signal: int) -> tuple[int, int]:
         """Return the first process's proposal and the highest signal that any process had."""
         if self.count == 1:
@@ -72,6 +76,9 @@ class Processes:
 
         told = multihost_utils.process_allgather(np.array([proposal, signal], np.int32))
         return int(told[0, 0]), int(told[:, 1].max())
+
+
+ALONE = Processes()
 
 
 def join_processes(config: TrainConfig) -> Processes:
@@ -103,8 +110,8 @@ def join_processes(config: TrainConfig) -> Processes:
     try:
         jax.distributed.initialize(**options)
     except Exception as error:  # of many kinds: it asks the cluster, the network, the file system
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"the processes cannot join at {address or 'Slurm'}: {reason}") from error
+        place = address or "Slurm"
+        raise InputError(f"the processes cannot join at {place}: {first_line(error)}") from error
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would swallow it
     processes = Processes(jax.process_index(), jax.process_count())
     if not processes.is_first:

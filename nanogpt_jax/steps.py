@@ -97,8 +97,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Make one update from A micro-batches, one after the other, so memory does not grow with A.
 
-    In float16 the loss is scaled up before its gradient is taken; where that overflows, the update
-    is skipped and the scale halved. Source: Micikevicius et al., "Mixed precision training", 2018.
+    Of a loss or a gradient that is not finite no update is made: parameters and optimizer stay as
+    they were. In float16, whose loss is scaled up before its gradient is taken, that is usual: the
+    update is counted as skipped and the scale halved. Source: Micikevicius et al., "Mixed precision
+    training", 2018.
 
     Args:
         batch_ABT1: int32 token ids.
@@ -111,37 +113,35 @@ def train_step(
     def mean_loss(params, batch_BT1, micro_key):
         return token_losses(model, params, batch_BT1, micro_key).mean()
 
-    def accumulate(carry, micro):
-        total, is_finite = carry
+    def accumulate(total, micro):
         batch_BT1, index = micro
         inputs = state.params, batch_BT1, jax.random.fold_in(step_key, index)
         if is_scaled:
             scaled = state.loss_scale.value_and_grad(mean_loss)(*inputs)
-            is_finite &= scaled.finite
             loss_and_grads = scaled.aux, scaled.grad
         else:
             loss_and_grads = jax.value_and_grad(mean_loss)(*inputs)
-        return (jax.tree.map(jnp.add, total, loss_and_grads), is_finite), None
+        return jax.tree.map(jnp.add, total, loss_and_grads), None
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-    carry = zeros, jnp.array(True)
-    micros = batch_ABT1, jnp.arange(n_micro)
-    (total, is_finite), _ = lax.scan(accumulate, carry, micros)
+    total, _ = lax.scan(accumulate, zeros, (batch_ABT1, jnp.arange(n_micro)))
     loss, grads = jax.tree.map(lambda x: x / n_micro, total)
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    loss_scale = state.loss_scale
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    loss_scale, skipped = state.loss_scale, state.skipped
     if is_scaled:
         # It adjusts itself by the gradient that it sees: once an update, one as finite as all were.
         seen = jnp.where(is_finite, 1.0, jnp.nan)
         loss_scale = loss_scale.value_and_grad(lambda x: x * seen)(jnp.float32(0)).dynamic_scale
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
-    skipped = state.skipped + ~is_finite
-    metrics = Metrics(loss, optax.tree.norm(grads), skipped)
+        skipped += ~is_finite
+    metrics = Metrics(loss, grad_norm, skipped)
     return TrainState(state.step + 1, params, opt_state, loss_scale, skipped), metrics
 
 

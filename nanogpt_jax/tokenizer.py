@@ -18,6 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import write_atomically
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
@@ -318,7 +319,7 @@ def from_json(content: str) -> Tokenizer:
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json into a folder."""
-    Path(folder, FILE_NAME).write_text(tokenizer.to_json() + "\n", encoding="utf-8")
+    write_atomically(Path(folder, FILE_NAME), (tokenizer.to_json() + "\n").encode())
 
 
 def load(folder: Path) -> Tokenizer | None:

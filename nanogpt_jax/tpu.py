@@ -50,7 +50,7 @@ from jax.experimental import topologies
 from nanogpt_jax import chips, counts, data, devices
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import InputError, first_line
 from nanogpt_jax.presets import with_vocab_size
 from nanogpt_jax.programs import Programs, make_programs, needed_bytes
 from nanogpt_jax.sharding import whole_note
@@ -79,7 +79,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     except Exception as error:  # the class differs between versions of JAX, the text does not
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         print(f"does not fit: {reason}")
         print("less: --remat, a larger --loss_chunks, a smaller --batch_size, --mesh fsdp=-1")
         return 1
@@ -148,7 +148,7 @@ def topology_devices(topology: str) -> list:
             topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "not installed" in reason:
             raise InputError(
                 "compile_for needs the TPU's compiler: pip install -e '.[tpu]' (no TPU needed)"

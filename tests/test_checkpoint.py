@@ -2,8 +2,10 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import re
+import shutil
 from functools import partial
 
 import jax
@@ -14,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nanogpt_jax import sharding, steps
 from nanogpt_jax.checkpoint import Checkpoints
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import Fault, InputError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 
@@ -58,7 +60,7 @@ def save(folder, *states, val_losses=None):
 
 def restore(folder, abstract, step):
     checkpoints = Checkpoints(folder)
-    state = checkpoints.restore(abstract, step)
+    state = checkpoints.restore(abstract, prefer=step)
     checkpoints.close()
     return state
 
@@ -91,7 +93,7 @@ def test_restores_every_array_bit_for_bit(folder, abstract, state_at):
 def test_restores_parameters_alone(folder, abstract, state_at):
     save(folder, state_at(7))
     checkpoints = Checkpoints(folder)
-    assert_equal(checkpoints.restore_params(abstract.params, 7), state_at(7).params)
+    assert_equal(checkpoints.restore_params(abstract.params)[0], state_at(7).params)
     checkpoints.close()
 
 
@@ -100,7 +102,7 @@ def test_keeps_the_newest_and_the_best_and_nothing_else(folder, abstract, state_
     for step, val_loss in (10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5):
         checkpoints.save(state_at(step), val_loss)
     checkpoints.wait()
-    assert (checkpoints.best_step(), checkpoints.latest_step()) == (20, 40)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (20, [40, 20])
     checkpoints.close()
     assert {path.name for path in folder.iterdir()} == {"20", "40"}
     assert_equal(restore(folder, abstract, 20), state_at(20))
@@ -111,7 +113,7 @@ def test_a_new_process_still_knows_the_best(folder, state_at):
     save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
     save(folder, state_at(30), state_at(40), val_losses=[3.0, 1.5])
     checkpoints = Checkpoints(folder)
-    assert (checkpoints.best_step(), checkpoints.latest_step()) == (10, 40)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (10, [40, 10])
     checkpoints.close()
     assert {path.name for path in folder.iterdir()} == {"10", "40"}
 
@@ -119,7 +121,7 @@ def test_a_new_process_still_knows_the_best(folder, state_at):
 def test_a_save_without_val_loss_is_newest_but_never_best(folder, state_at):
     save(folder, state_at(10), state_at(20), val_losses=[1.0, None])
     checkpoints = Checkpoints(folder)
-    assert (checkpoints.best_step(), checkpoints.latest_step()) == (10, 20)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (10, [20, 10])
     checkpoints.save(state_at(30), 2.0)
     checkpoints.close()
     assert {path.name for path in folder.iterdir()} == {"10", "30"}
@@ -128,13 +130,13 @@ def test_a_save_without_val_loss_is_newest_but_never_best(folder, state_at):
 def test_without_any_val_loss_there_is_no_best(folder, state_at):
     save(folder, state_at(10))
     checkpoints = Checkpoints(folder)
-    assert (checkpoints.best_step(), checkpoints.latest_step()) == (None, 10)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (None, [10])
     checkpoints.close()
 
 
 def test_an_empty_folder_has_no_checkpoint(folder):
     checkpoints = Checkpoints(folder)
-    assert (checkpoints.best_step(), checkpoints.latest_step()) == (None, None)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (None, [])
     checkpoints.close()
 
 
@@ -182,7 +184,7 @@ def test_what_a_kill_left_behind_is_cleaned_up(folder, abstract, state_at):
     (leftover / "params").mkdir(parents=True)
     (leftover / "params" / "half").write_bytes(b"half")
     checkpoints = Checkpoints(folder)
-    assert checkpoints.latest_step() == 7
+    assert checkpoints.steps() == [7]
     assert not leftover.exists()
     checkpoints.save(state_at(9))
     checkpoints.close()
@@ -245,6 +247,196 @@ def test_reading_only_changes_nothing(folder, abstract, state_at):
     saving = folder / "9.orbax-checkpoint-tmp"
     saving.mkdir()
     checkpoints = Checkpoints(folder, read_only=True)
-    assert_equal(checkpoints.restore_params(abstract.params, 7), state_at(7).params)
+    assert_equal(checkpoints.restore_params(abstract.params)[0], state_at(7).params)
     checkpoints.close()
     assert saving.exists()
+
+
+# Damage: told by name, and an older checkpoint taken
+
+
+def cut_to(size):
+    return lambda path: os.truncate(path, size(path.stat().st_size))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "missing": os.unlink,
+    "empty": cut_to(lambda size: 0),
+    "cut in half": cut_to(lambda size: size // 2),
+    "a bit flipped": flip,
+    "a folder": replace_by_folder,
+}
+
+
+def damaged_each_way(folder, copy, step, every):
+    """Yield copies of a folder, in each of which one file of a step is damaged in one way."""
+    paths = sorted(path for path in (folder / str(step)).rglob("*") if path.is_file())
+    ways = list(itertools.product(paths, DAMAGES))
+    for path, name in ways[::every]:
+        if path.stat().st_size:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder, copy)
+            DAMAGES[name](copy / path.relative_to(folder))
+            yield path.relative_to(folder), name
+
+
+@abandons_coroutines
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_damage_to_any_file_gives_what_was_saved_or_the_checkpoint_before(
+    folder, tmp_path, abstract, state_at, every, capsys
+):
+    """Some of Orbax's files are not needed to read an array, so their damage is none."""
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    fallen_back = []
+    for path, name in damaged_each_way(folder, tmp_path / "copy", 20, every):
+        checkpoints = Checkpoints(tmp_path / "copy")
+        state = checkpoints.restore(abstract)
+        fallen_back.append(int(state.step) == 10)
+        assert_equal(state, state_at(int(state.step)))
+        told = capsys.readouterr().err
+        assert len(told.splitlines()) == 2 * fallen_back[-1], (path, name, told)
+        if fallen_back[-1]:
+            assert "is taken in its place" in told
+            assert checkpoints.steps() == [10]
+            checkpoints.save(state_at(20), 2.0)
+            checkpoints.wait()
+        assert checkpoints.steps() == [20, 10]
+        checkpoints.close()
+        gc.collect()
+    assert 0 < sum(fallen_back) < len(fallen_back)
+
+
+@abandons_coroutines
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_the_damaged_array_is_named(folder, abstract, state_at, item, name):
+    save(folder, state_at(7))
+    DAMAGES[name](largest_file(folder / "7" / item))
+    with pytest.raises(InputError, match=r"(attn|mlp|wte|wpe|ln_\w)\.\w+") as error:
+        restore(folder, abstract, 7)
+    assert len(str(error.value).splitlines()) == 1
+    gc.collect()
+
+
+@abandons_coroutines
+def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(
+    folder, abstract, state_at, capsys
+):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    flip(largest_file(folder / "20" / "params"))
+    checkpoints = Checkpoints(folder)
+    assert_equal(checkpoints.restore(abstract), state_at(10))
+    assert f"set aside as {folder / '20.damaged'}" in capsys.readouterr().err
+    assert checkpoints.best_step() == 10
+    checkpoints.save(state_at(20), 0.5)  # so the other one is neither newest nor best
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"20", "20.damaged"}
+    assert_equal(restore(folder, abstract, 20), state_at(20))
+
+
+@abandons_coroutines
+def test_reading_only_takes_the_older_one_too_and_leaves_the_damaged_where_it_is(
+    folder, abstract, state_at
+):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    flip(largest_file(folder / "20" / "params"))
+    checkpoints = Checkpoints(folder, read_only=True)
+    params, step = checkpoints.restore_params(abstract.params)
+    checkpoints.close()
+    assert step == 10
+    assert_equal(params, state_at(10).params)
+    assert {path.name for path in folder.iterdir()} == {"10", "20"}
+
+
+@abandons_coroutines
+def test_where_all_are_damaged_each_is_named_in_one_line(folder, abstract, state_at):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    for step in "10", "20":
+        flip(largest_file(folder / step / "params"))
+    with pytest.raises(InputError, match=r"checkpoints/20: .*; .*checkpoints/10: .*--overwrite"):
+        restore(folder, abstract, 20)
+    assert {path.name for path in folder.iterdir()} == {"10", "20"}
+
+
+def test_a_damaged_loss_does_not_make_a_checkpoint_the_best(folder, state_at):
+    save(folder, state_at(10), state_at(20), val_losses=[1.5, 2.5])
+    facts = folder / "20" / "facts" / "metadata"
+    facts.write_text(facts.read_text().replace("2.5", "0.5"))
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.best_step() == 10
+    checkpoints.close()
+
+
+def test_a_checkpoint_under_another_step_is_told(folder, abstract, state_at):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    (folder / "20").rename(folder / "30")
+    assert_equal(restore(folder, abstract, None), state_at(10))
+
+
+def test_what_is_no_checkpoint_is_passed_over(folder, abstract, state_at):
+    """Files, empty folders and other names; a run goes on past the number of an empty folder."""
+    save(folder, state_at(10))
+    for name in "50", "0", "007", "٣", "x":
+        (folder / name).mkdir()
+    (folder / "60").write_text("a file")
+    (folder / "007" / "x").mkdir()
+    checkpoints = Checkpoints(folder)
+    assert_equal(checkpoints.restore(abstract), state_at(10))
+    checkpoints.save(state_at(20))
+    checkpoints.close()
+    assert_equal(restore(folder, abstract, None), state_at(20))
+
+
+def test_a_step_that_a_training_deletes_meanwhile_is_not_damaged(
+    folder, abstract, state_at, monkeypatch, capsys
+):
+    """The page and sample.py read while a training saves the next one and deletes this."""
+    save(folder, state_at(20))
+    checkpoints = Checkpoints(folder, read_only=True)
+    read = Checkpoints._read
+
+    def spy(self, step, **items):
+        if step == 20 and (folder / "20").exists():
+            (folder / "20").rename(folder.parent / "elsewhere")
+            save(folder, state_at(40))
+        return read(self, step, **items)
+
+    monkeypatch.setattr(Checkpoints, "_read", spy)
+    assert_equal(checkpoints.restore(abstract), state_at(40))
+    assert capsys.readouterr().err == ""
+    checkpoints.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are POSIX's")
+def test_a_disk_that_takes_no_more_is_told_and_leaves_the_checkpoint_before(
+    folder, abstract, state_at
+):
+    """A limit on the size of files is as good as a full disk, to a write."""
+    import resource
+
+    wide = abstract._replace(params=abstract.params | {"wide": jnp.zeros((256, 1024))})
+    state = state_at(20)._replace(params=jax.tree.map(jnp.ones_like, wide.params))
+    save(folder, state_at(10), val_losses=[1.0])
+    checkpoints = Checkpoints(folder)
+    noise = np.random.default_rng(0).normal(size=(256, 1024)).astype("f")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        checkpoints.save(state._replace(params=state.params | {"wide": noise}), 2.0)
+        with pytest.raises(Fault, match=r"could not be saved in .*checkpoints \(.*too large"):
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in folder.iterdir()] == ["10"]
+    assert_equal(restore(folder, abstract, 10), state_at(10))

@@ -17,7 +17,7 @@ def begun(tmp_path, tiny_config) -> Path:
     """The folder of a run of tiny_config."""
     folder = tmp_path / "out" / "tiny"
     run_folder.begin(folder, tiny_config, FINGERPRINT, {"jax": "0.0"})
-    (folder / "checkpoints" / "30").mkdir(parents=True)
+    (folder / "checkpoints" / "30" / "params").mkdir(parents=True)
     return folder
 
 
@@ -205,7 +205,7 @@ def test_a_config_json_of_something_else_has_no_model(tmp_path, config_json):
 
 
 def test_overwriting_deletes_a_run(begun):
-    (begun / "checkpoints" / "60").mkdir(parents=True)
+    (begun / "checkpoints" / "60" / "params").mkdir(parents=True)
     run_folder.delete(begun)
     assert begun.exists()
     assert not any(begun.iterdir())
@@ -245,7 +245,7 @@ def test_overwriting_never_deletes_what_is_not_a_run(tmp_path, config_json):
 
 def make_run(name: str, mtime_s: int, checkpoint: str = "60") -> Path:
     checkpoints = Path("out", name, "checkpoints")
-    (checkpoints / checkpoint).mkdir(parents=True)
+    (checkpoints / checkpoint / "params").mkdir(parents=True)
     os.utime(checkpoints, (mtime_s, mtime_s))
     return checkpoints.parent
 

@@ -1,0 +1,91 @@
+"""The first signal asks, the second ends; where there is nothing to save, the first one does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanogpt_jax.stopping import NUMBERS, StopSignals
+
+NAMES = [signal.Signals(number).name for number in NUMBERS]
+
+
+def test_the_first_signal_is_noted_and_told(capfd):
+    with StopSignals() as stop:
+        stop.may_save = True
+        assert stop.number == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    assert capfd.readouterr().err.strip().startswith("SIGTERM: saving, then stopping")
+
+
+def test_afterwards_signals_are_heard_as_before():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with StopSignals():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_another_signal_stops_nothing():
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            time.sleep(0.1)
+            assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+# Minutes in C without the interpreter's lock, as compilations are: no handler runs meanwhile.
+BUSY = "import hashlib; print('busy', flush=True); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31 - 1)"
+
+
+def started(may_save, then):
+    script = f"""
+from nanogpt_jax.stopping import StopSignals
+with StopSignals() as stop:
+    stop.may_save = {may_save}
+    {then}
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "busy\n"
+    return process
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=NAMES)
+def test_before_there_is_something_to_save_one_signal_ends_even_a_compilation(number):
+    with started(False, BUSY) as process:
+        process.send_signal(number)
+        stderr = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + number
+    name = signal.Signals(number).name
+    assert stderr.strip() == f"{name}: ended at once, there is nothing to save"
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=NAMES)
+def test_a_second_signal_ends_at_once(number):
+    with started(True, BUSY) as process:
+        process.send_signal(signal.SIGINT)
+        while "saving" not in process.stderr.readline():
+            pass
+        assert process.poll() is None
+        os.kill(process.pid, number)
+        stderr = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + number
+    assert "ended at once, without saving" in stderr

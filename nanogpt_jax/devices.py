@@ -82,7 +82,7 @@ def memory_levers(config: TrainConfig, compute: Compute) -> str:
     levers = [
         (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
         (is_gpt and not compute.remat, "--remat"),
-        (is_gpt and compute.dtype == jnp.float32, "--dtype bfloat16 where the chip has it"),
+        (is_gpt and compute.dtype == jnp.float32, "a --dtype of 16 bits"),
         (compute.loss_chunks == 1 < config.model.block_size, "--loss_chunks"),
         (True, "a smaller model"),
     ]

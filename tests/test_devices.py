@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from nanogpt_jax import mesh as meshes
-from nanogpt_jax.config import ComputeConfig, ModelConfig
-from nanogpt_jax.devices import choose, describe
+from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
+from nanogpt_jax.devices import Compute, choose, describe, memory_levers
 from nanogpt_jax.errors import InputError
 
 
@@ -142,6 +142,17 @@ def test_the_rest_of_what_was_asked_goes_through():
     compute, _ = choose(ComputeConfig(remat=True, loss_chunks=8), GPT2, jax.devices()[0], mesh)
     assert (compute.remat, compute.loss_chunks, compute.mesh) == (True, 8, mesh)
     assert compute.dtype == jnp.float32
+
+
+def test_of_too_little_memory_only_what_may_help_is_named():
+    """What is done already, or what a step of the lecture does not have, is no advice."""
+    levers = memory_levers(TrainConfig(), Compute())
+    for word in "--batch_size", "--gradient_accum", "--remat", "--loss_chunks", "16 bits":
+        assert word in levers
+    compute = Compute(jnp.dtype("bfloat16"), remat=True, loss_chunks=8)
+    assert memory_levers(TrainConfig(batch_size=1), compute) == "take a smaller model"
+    lecture = ModelConfig(architecture="bigram", bias=True, n_layer=1, n_head=1)
+    assert "--remat" not in memory_levers(TrainConfig(model=lecture), Compute())
 
 
 def test_a_mesh_in_words():

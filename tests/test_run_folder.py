@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +101,27 @@ def test_a_folder_without_permission_is_named(tmp_path):
     with pytest.raises(InputError, match="out_dir must be writable"):
         run_folder.check_usable(tmp_path / "a")
     tmp_path.chmod(0o700)
+
+
+# Whether there is room
+
+
+def test_there_must_be_room_for_three_checkpoints_with_those_that_are_there(tmp_path, monkeypatch):
+    """The newest, the best, and the one being written."""
+    free = {"bytes": 299}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free["bytes"]))
+    new, begun = tmp_path / "a" / "new", tmp_path / "begun"
+    (begun / "checkpoints" / "10").mkdir(parents=True)
+    (begun / "checkpoints" / "10" / "params").write_bytes(bytes(100))
+    run_folder.check_room(begun, 100)
+    with pytest.raises(InputError, match=r"room for three checkpoints of 0\.0 MiB .* --out_dir"):
+        run_folder.check_room(new, 100)
+    free["bytes"] = 199
+    with pytest.raises(InputError, match="room for three checkpoints"):
+        run_folder.check_room(begun, 100)
+    free["bytes"] = 300
+    run_folder.check_room(new, 100)
 
 
 # Whether a run can go on in it

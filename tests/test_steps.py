@@ -170,6 +170,29 @@ class TestManyStepsInOneDispatch:
         assert train_steps._cache_size() == 1
 
 
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("n_micro", [1, 2])
+def test_no_update_is_made_of_a_loss_or_gradient_that_is_not_finite(
+    model, tx, bad, n_micro, monkeypatch
+):
+    """One of the micro-batches has it; the state must stay fit to be looked at, and resumed."""
+    state = new_state(model, tx)
+
+    def token_losses(model, params, batch_BT1, key):
+        x = params["wte"]["embedding"].sum() * (batch_BT1[0, 0] - 1)  # 0 in a batch of ones
+        return jnp.log(x * x) if bad == "loss" else jnp.sqrt(jnp.abs(x))
+
+    monkeypatch.setattr(steps, "token_losses", token_losses)
+    batch_ABT1 = np.full((n_micro, 1, T + 1), 2)
+    batch_ABT1[0] = 1
+    after, metrics = jax.jit(partial(steps.train_step, model, tx))(state, batch_ABT1, KEY)
+    assert np.isfinite(metrics.loss) == (bad != "loss")
+    assert not np.isfinite(metrics.grad_norm)
+    assert after.step == 1
+    assert after.skipped == 0  # float16 alone goes on
+    jax.tree.map(np.testing.assert_array_equal, after._replace(step=state.step), state)
+
+
 def test_dropout_is_a_function_of_seed_step_and_micro_batch(dropout_model):
     """With a learning rate of 0 nothing else can tell two calls apart."""
     tx = optax.sgd(0.0)

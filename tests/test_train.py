@@ -157,6 +157,35 @@ def test_going_on_after_fewer_steps_equals_straight_through(straight, start, tmp
     assert_same_run(tmp_path, straight)
 
 
+def test_each_step_after_resuming_has_the_rate_and_the_batch_of_one_straight_through(
+    start, tmp_path, monkeypatch
+):
+    seen = {}
+    places = loader.TrainFeed.places
+
+    def spy(self, n_steps):
+        first, placed_NAB = self._step, places(self, n_steps)
+        for step in range(first, first + n_steps):
+            seen.setdefault(step, []).append(np.asarray(placed_NAB)[step - first])
+        return placed_NAB
+
+    monkeypatch.setattr(loader.TrainFeed, "places", spy)
+    warms_up = "--warmup_iters=20", "--lr_decay_iters=30", "--log_interval=1"
+    start(tmp_path / "straight", "--max_iters=40", *warms_up)
+    for n in 13, 27, 40:
+        start(tmp_path / "resumed", f"--max_iters={n}", *warms_up)
+    for batches in seen.values():
+        assert len(batches) >= 2
+        assert all(np.array_equal(batches[0], other) for other in batches[1:])
+    assert seen.keys() == set(range(40))
+    rates = [
+        {row["step"]: row["lr"] for row in read_metrics(tmp_path / name)}
+        for name in ("straight", "resumed")
+    ]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0].values())) > 25
+
+
 @pytest.mark.parametrize("step", [0, 79, 93])
 def test_a_signal_saves_and_the_same_command_goes_on(
     straight, start, tmp_path, step, monkeypatch, capsys

@@ -216,7 +216,7 @@ class Checkpoints:
             failure = first_line(error)
         if self._processes.any(failure is not None):
             reason = failure or "in another process"
-            raise Damaged(f"{self._path(step)}: the checkpoint cannot be restored ({reason})")
+            raise Damaged(f"{self._path(step)}: {', '.join(items)} cannot be restored ({reason})")
         return read
 
     def wait(self) -> None:

@@ -24,6 +24,7 @@ from nanogpt_jax import (
     huggingface,
     loggers,
     pretrained,
+    report,
     run_folder,
     startup,
     weights,
@@ -83,6 +84,8 @@ def main(argv: list[str]) -> int:
         run_folder.check_usable(folder)
     else:
         goes_on = run_folder.check_resumable(folder, config, corpus.fingerprint)
+        if goes_on:
+            report.read_metrics(folder)  # damage is said before anything is written
     if config.init_from != SCRATCH:  # fetched and found whole, or said now
         needed = [] if goes_on else [config.init_from]
         processes.first_alone(lambda: list(map(weights.open_tensors, needed)), "fetched")

@@ -16,7 +16,7 @@ import numpy as np
 from nanogpt_jax import hub, huggingface, run_folder, weights
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config import ModelConfig, check_fields
 from nanogpt_jax.counts import size_in_words
 from nanogpt_jax.errors import InputError, run_command
 
@@ -78,6 +78,9 @@ class ExportConfig:
 
     checkpoint: Literal["best", "latest"] = "best"
     """The checkpoint of lowest validation loss, or the newest."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def main(argv: list[str]) -> None:

@@ -86,8 +86,7 @@ class Progress:
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
         self._pending = None
-        schedule = learning_rate_schedule(config.optim, config.max_iters)
-        self._learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
+        self._learning_rate = jax.jit(learning_rate_schedule(config.optim, config.max_iters))
         self._bar = tqdm(
             initial=begun_at or 0,
             total=config.max_iters,
@@ -226,7 +225,7 @@ class Progress:
             if self.bytes_per_token:
                 row["val_bits_per_byte"] = bits_per_byte(val_loss, self.bytes_per_token)
         last_update = max(0, step - 1 - self.skipped)
-        row["lr"] = float(self._learning_rates[last_update])
+        row["lr"] = float(self._learning_rate(last_update))
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)

@@ -4,7 +4,6 @@ Prints a line for each run and draws their losses over each other. No JAX, so it
 that holds the chip. --x is step, tokens or time.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Literal
 
 import numpy as np
 
+from nanogpt_jax import files
 from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.config import MOST_FLOAT, TrainConfig, check_fields, to_flat_dict
+from nanogpt_jax.errors import InputError, reading, run_command
 from nanogpt_jax.run_folder import METRICS, PICTURE, read_config
 
 SMOOTHED_ROWS = 21  # the running mean's widest window
@@ -27,6 +28,9 @@ class ReportConfig:
     """What the curves run along; time is that of training, in seconds."""
     picture: str = ""
     """Where the picture goes; empty: loss.png beside a single run, out/report.png of several."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def main(argv: list[str]) -> None:
@@ -60,15 +64,39 @@ def main(argv: list[str]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Return the rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-    rows = []
+    """Return the rows of a run's metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+        InputError: it cannot be read, or another line is none of a run's.
+    """
     path = Path(folder, METRICS)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    if not path.exists():
+        return []
+    with reading(path, "a run's metrics"):
+        *lines, cut_off = path.read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines]
+    if None in rows:
+        at = rows.index(None)
+        raise InputError(
+            f'{path}, line {at + 1}: must be like {{"step": 10, "train_loss": 2.5, "elapsed_s": '
+            f'0.1, "tokens_per_s": 9000}}, but is {lines[at][:60].decode("utf-8", "replace")!r}: '
+            "delete the line, which no other needs"
+        )
+    last = _row(cut_off)
+    return [*rows, last] if last else rows
+
+
+def _row(line: bytes) -> dict | None:
+    try:
+        row = files.loads(line.decode("utf-8"))
+        for name in {"step", "elapsed_s", "tokens_per_s", *row}:
+            number = row[name]
+            is_number = isinstance(number, int if name == "step" else int | float)
+            if not is_number or isinstance(number, bool) or not abs(number) <= MOST_FLOAT:
+                return None
+        return row
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_run(folder: Path, x: str) -> list[dict]:
@@ -77,7 +105,7 @@ def read_run(folder: Path, x: str) -> list[dict]:
     Raises:
         InputError: there is no run, or it has logged nothing yet.
     """
-    asked = read_config(folder)
+    asked = to_flat_dict(TrainConfig()) | read_config(folder)
     rows = read_metrics(folder)
     if not rows:
         raise InputError(f"{folder} has logged nothing yet: there must be a {METRICS} with rows")

@@ -17,9 +17,14 @@ from typing import TypeAlias
 
 import numpy as np
 
-from nanogpt_jax.errors import InputError
+from nanogpt_jax import files
+from nanogpt_jax.errors import InputError, reading
 
 FILE_NAME = "tokenizer.json"
+MOST_BYTES = 2**26  # GPT-2's has 1.4 MB
+REQUIREMENT = (
+    'like {"type": "char", "chars": "..."} or a byte-level BPE of Hugging Face\'s tokenizers'
+)
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
 PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
 
@@ -300,7 +305,7 @@ def from_json(content: str) -> Tokenizer:
         ValueError: it describes none that this version knows.
     """
     try:
-        loaded = json.loads(content)
+        loaded = files.loads(content)
         if loaded.get("type") == "char":
             chars = loaded["chars"]
             if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
@@ -312,7 +317,7 @@ def from_json(content: str) -> Tokenizer:
                 raise ValueError("its words are not characters")
             return CharTokenizer("".join(chars))
         return BPETokenizer(content)
-    except (KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError("it is neither of characters nor of byte-level BPE") from None
 
 
@@ -337,12 +342,5 @@ def read(path: Path) -> Tokenizer:
     Raises:
         InputError: the file cannot be read, or is not a tokenizer this version knows.
     """
-    try:
-        return from_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(
-            f'{path}: must be like {{"type": "char", "chars": "..."}} or a byte-level BPE of '
-            f"Hugging Face's tokenizers, but {error}"
-        ) from None
+    with reading(path, REQUIREMENT):
+        return from_json(files.read_text(path, MOST_BYTES))

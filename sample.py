@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import hub, huggingface, pretrained, run_folder
+from nanogpt_jax import counts, hub, huggingface, pretrained, run_folder
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.answers import MAX_START
 from nanogpt_jax.command_line import parse_args, split_settings
@@ -77,6 +77,10 @@ def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig
     startup.use_compile_cache(config.compile_cache)
     asked = ComputeConfig(dtype=config.dtype, attention="xla")  # a cached token needs no other
     compute, _ = devices.choose(asked, model_config, jax.devices()[0])
+    n_rows = 1 if config.stream or config.web or config.exact_window else config.num_samples
+    needed = counts.least_sampling_bytes(model_config, n_rows)
+    memory = devices.memory_bytes(jax.devices()[0])
+    counts.check_memory(model_config, needed, memory, 1, "fewer --num_samples, or a smaller model")
     model = make_model(model_config, compute)
     key, _ = steps.stream_keys(0)
     abstract = jax.eval_shape(partial(steps.init_params, model), key)

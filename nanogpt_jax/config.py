@@ -19,7 +19,7 @@ def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
         raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
 
 
-MOST = 2**31 - 1  # int32: what counts steps and tokens on the device
+MOST = 2**30  # what counts steps and tokens on the device is an int32, and sums of two are too
 MOST_FLOAT = 3e38  # more is infinite in float32
 MOST_BYTES = 200, 4000  # of a part of a path, to which endings are added, and of all of it
 # The whole numbers that a field can be, where they are not from 1 to MOST. Those of a shape are

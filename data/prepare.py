@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_jax import command_line, corpora
-from nanogpt_jax.config import check_fields
+from nanogpt_jax.config import check_fields, check_value
 from nanogpt_jax.errors import InputError, run_command
 
 
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     flags = command_line.parse_args(
         Flags, command_line.split_settings(argv, Flags), Flags(), __doc__
     )
+    check_value("the dataset", str, datasets[0])
     folder = corpora.prepare(
         datasets[0],
         Path(flags.data_dir),

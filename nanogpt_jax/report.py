@@ -13,7 +13,7 @@ import numpy as np
 
 from nanogpt_jax import files
 from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.config import MOST_FLOAT, TrainConfig, check_fields, to_flat_dict
+from nanogpt_jax.config import MOST_FLOAT, TrainConfig, check_fields, check_value, to_flat_dict
 from nanogpt_jax.errors import InputError, reading, run_command
 from nanogpt_jax.run_folder import METRICS, PICTURE, read_config
 
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
             "the folder of at least one run must be given, like "
             "python -m nanogpt_jax.report out/small"
         )
+    for word in argv[:n_folders]:
+        check_value("the folder of a run", str, word)
     if len(folders) > 1:  # out/* has other things too
         others = [folder for folder in folders if not (folder / METRICS).exists()]
         folders = [folder for folder in folders if folder not in others] or folders

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import hub, huggingface, pretrained, run_folder
+from nanogpt_jax import counts, hub, huggingface, pretrained, run_folder
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.answers import MAX_START
 from nanogpt_jax.command_line import parse_args, split_settings
 from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig
-from nanogpt_jax.errors import InputError, run_command
+from nanogpt_jax.errors import InputError, reading, run_command, visible
 from nanogpt_jax.tokenizer import Tokenizer
 
 SEPARATOR = "-" * 15
@@ -58,22 +58,12 @@ def read_start(start: str | None) -> str | None:
     Raises:
         InputError: the file cannot be read as UTF-8 text.
     """
-    if start == "-":
-        try:
-            return sys.stdin.buffer.read().decode("utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"start: standard input must be UTF-8, but byte {error.start} is not"
-            ) from None
-    if start is None or not start.startswith("FILE:"):
+    if start is None or not (start == "-" or start.startswith("FILE:")):
         return start
-    path = Path(start.removeprefix("FILE:"))
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"start: {path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"start: {path} must be UTF-8, but byte {error.start} is not") from None
+    place = "standard input" if start == "-" else start.removeprefix("FILE:")
+    with reading(f"start: {place}", "UTF-8 text"):
+        content = sys.stdin.buffer.read() if start == "-" else Path(place).read_bytes()
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
 def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig):
@@ -87,6 +77,10 @@ def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig
     startup.use_compile_cache(config.compile_cache)
     asked = ComputeConfig(dtype=config.dtype, attention="xla")  # a cached token needs no other
     compute, _ = devices.choose(asked, model_config, jax.devices()[0])
+    n_rows = 1 if config.stream or config.web or config.exact_window else config.num_samples
+    needed = counts.least_sampling_bytes(model_config, n_rows)
+    memory = devices.memory_bytes(jax.devices()[0])
+    counts.check_memory(model_config, needed, memory, 1, "fewer --num_samples, or a smaller model")
     model = make_model(model_config, compute)
     key, _ = steps.stream_keys(0)
     abstract = jax.eval_shape(partial(steps.init_params, model), key)
@@ -151,7 +145,7 @@ def write_samples(
         )
         for tokens in np.asarray(tokens_BN):
             text = tokenizer.decode(tokens)
-            print((start or "") + "".join(until(config.stop, [text])), SEPARATOR, sep="\n")
+            show((start or "") + "".join(until(config.stop, [text])), f"\n{SEPARATOR}\n")
         return 0
 
     prefill = jax.jit(partial(generate.prefill, model), static_argnames="exact_window")
@@ -169,11 +163,16 @@ def write_samples(
             yield text_of(np.asarray(tokens_B), final=made == config.max_new_tokens)
 
     for row in range(config.num_samples):  # a text without end goes on until Ctrl-C
-        print(start or "", end="", flush=True)
+        show(start or "")
         for text in until(config.stop, pieces(row)):
-            print(text, end="", flush=True)
+            show(text)
         print(f"\n{SEPARATOR}", flush=True)
     return 0
+
+
+def show(text: str, end: str = "") -> None:
+    """Print text; on a terminal, which would obey them, control characters in a visible form."""
+    print(visible(text, keep="\n\t") if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:

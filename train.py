@@ -18,9 +18,11 @@ from nanogpt_jax import (
     accounting,
     chips,
     corpora,
+    counts,
     huggingface,
     loggers,
     pretrained,
+    report,
     run_folder,
     startup,
     weights,
@@ -28,7 +30,7 @@ from nanogpt_jax import (
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
 from nanogpt_jax.corpora import Corpus
-from nanogpt_jax.counts import checkpoint_bytes, size_in_words
+from nanogpt_jax.counts import checkpoint_bytes
 from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
 from nanogpt_jax.errors import Fault, InputError, run_command
 from nanogpt_jax.presets import PRESETS, parse_train_config
@@ -81,6 +83,8 @@ def main(argv: list[str]) -> int:
         run_folder.check_usable(folder)
     else:
         goes_on = run_folder.check_resumable(folder, config, corpus.fingerprint)
+        if goes_on:
+            report.read_metrics(folder)  # damage is said before anything is written
     if config.init_from != SCRATCH:  # fetched and found whole, or said now
         needed = [] if goes_on else [config.init_from]
         processes.first_alone(lambda: list(map(weights.open_tensors, needed)), "fetched")
@@ -131,13 +135,19 @@ def train(
     use_all = processes.count > 1
     mesh = meshes.make_mesh(meshes.choose_sizes(config, jax.device_count(), use_all))
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
+    least = counts.least_sampling_bytes if config.eval_only else counts.least_training_bytes
+    counts.check_memory(
+        config.model, least(config.model), devices.memory_bytes(jax.local_devices()[0]),
+        mesh.shape["fsdp"] * mesh.shape["tensor"],
+        "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1",
+    )  # fmt: skip
 
     vocabulary = f"{corpus.known_tokens or corpus.vocab_size}"
     if corpus.known_tokens not in (None, corpus.vocab_size):
         vocabulary += f" padded to {corpus.vocab_size}"
     print(
-        f"{config.config}: {size_in_words(config.model)}, {config.tokens_per_iter:,} tokens a "
-        f"step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
+        f"{config.config}: {counts.size_in_words(config.model)}, {config.tokens_per_iter:,} tokens "
+        f"a step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
         f"{vocabulary})"
     )
     print(f"jax {jax.__version__} on {devices.describe(mesh)}: {how}")

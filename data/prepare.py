@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_jax import command_line, corpora
+from nanogpt_jax.config import check_fields, check_value
 from nanogpt_jax.errors import InputError, run_command
 
 
@@ -30,8 +31,7 @@ class Flags:
     """Where it will lie, each dataset in a folder of its own."""
 
     def __post_init__(self):
-        if self.shard_tokens < 1:
-            raise InputError(f"shard_tokens must be at least 1, got {self.shard_tokens}")
+        check_fields(self)
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise InputError("vocab_size is that of --tokenizer bpe: give both, or leave it out")
 
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     flags = command_line.parse_args(
         Flags, command_line.split_settings(argv, Flags), Flags(), __doc__
     )
+    check_value("the dataset", str, datasets[0])
     folder = corpora.prepare(
         datasets[0],
         Path(flags.data_dir),

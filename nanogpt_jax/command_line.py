@@ -6,37 +6,49 @@ flag, or a field of a JSON file, is first a setting: its name and its value as t
 
 import contextlib
 import io
-import json
 import re
 import sys
 from pathlib import Path
 from typing import TypeVar
 
+from nanogpt_jax import files
 from nanogpt_jax.config import field_types
-from nanogpt_jax.errors import InputError, did_you_mean
+from nanogpt_jax.errors import InputError, did_you_mean, reading
 
 Config = TypeVar("Config")
+
+
+# What a run's config.json says of the machine that it ran on and of that one start. None of it is
+# a reader's: a compiled program is code, and another's out_dir with overwrite deletes a run.
+OF_A_START = {
+    "out_dir", "overwrite", "compile_cache", "compile_for", "coordinator_address", "num_processes",
+    "process_id",
+}  # fmt: skip
 
 
 def read_settings(path: Path, cls: type) -> dict[str, str]:
     """Read a JSON file of flat fields as settings for `parse_args`.
 
+    Of a run's own config.json, which may be a stranger's, `OF_A_START` is left out: its folder is
+    where it lies, and what it brings is not run.
+
     Raises:
         InputError: no such file, not a JSON object, or a field that `cls` does not have.
     """
-    try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: must be a JSON file, but {error}") from None
+    with reading(path, "a JSON file"):
+        loaded = files.read_json(path)
     if not isinstance(loaded, dict):
         raise InputError(f'{path}: must hold one JSON object, like {{"n_layer": 4}}')
-    loaded.pop("made_with", None)  # a run's config.json says there what it ran on
-    for name in loaded:
+    if loaded.pop("made_with", None) is not None:
+        loaded = {name: value for name, value in loaded.items() if name not in OF_A_START}
+        if str(loaded.get("config")).endswith(".json"):  # every field of that file stands here
+            del loaded["config"]
+    for name, value in loaded.items():
         if name not in field_types(cls):
             hint = did_you_mean(name, field_types(cls))
             raise InputError(f"{path}: there is no field {name!r}.{hint}")
+        if isinstance(value, list | dict):
+            raise InputError(f"{path}: {name} must be a single value, got {value!r}")
     return {name: str(value) for name, value in loaded.items()}
 
 

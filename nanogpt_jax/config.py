@@ -5,7 +5,7 @@ flat and carry nanoGPT's names (`n_layer`).
 """
 
 import dataclasses
-import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -17,6 +17,76 @@ from nanogpt_jax.errors import InputError
 def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
     if not ok:
         raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
+
+
+MOST = 2**30  # what counts steps and tokens on the device is an int32, and sums of two are too
+MOST_FLOAT = 3e38  # more is infinite in float32
+MOST_BYTES = 200, 4000  # of a part of a path, to which endings are added, and of all of it
+# The whole numbers that a field can be, where they are not from 1 to MOST. Those of a shape are
+# beyond any GPT: a stranger's file shall not keep the machine busy.
+RANGES = {
+    "n_layer": (1, 2**10),
+    "n_head": (1, 2**10),
+    "n_embd": (1, 2**16),
+    "block_size": (1, 2**20),
+    "vocab_size": (1, 2**24),
+    "seed": (0, 2**32 - 1),
+    "port": (0, 2**16 - 1),
+    "process_id": (-1, MOST),
+    "max_new_tokens": (-1, MOST),
+    **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MOST)),
+}
+TEXTS = {"start", "stop"}  # all other fields of text name something, a file as a rule
+IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def check_fields(config: Any) -> None:
+    """Check each field of a configuration as `check_value` does."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        check_value(name, hint, getattr(config, name))
+
+
+def check_value(name: str, hint: Any, value: Any) -> None:
+    """Check a field by its type alone, whatever else it must be.
+
+    A whole number lies in its range, a number is at least 0 and finite in float32, and a text is
+    one that the system can take for a name.
+
+    Raises:
+        InputError: naming the field.
+    """
+
+    def require(ok: bool, requirement: str) -> None:
+        if not ok:
+            raise InputError(f"{name} must be {requirement}, got {value!r}")
+
+    kinds = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is Literal:
+        require(isinstance(value, str) and value in kinds, f"one of {', '.join(kinds)}")
+        return
+    if value is None and type(None) in kinds:
+        return
+    kind = kinds[0]
+    accepted = (int, float) if kind is float else kind
+    is_of_kind = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    require(is_of_kind, IN_WORDS.get(kind, f"a {kind.__name__}"))
+    if kind is int:
+        least, most = RANGES.get(name, (1, MOST))
+        require(value >= least, f"at least {least}")
+        require(value <= most, f"at most {most}")
+    elif kind is float:
+        require(0 <= value <= MOST_FLOAT, "finite and at least 0")
+    elif kind is str and name not in TEXTS:
+        require(_is_name(value), "a name that a file can have")
+
+
+def _is_name(text: str) -> bool:
+    try:
+        parts = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:  # half a character
+        return False
+    longest, total = MOST_BYTES
+    return "\0" not in text and len(text) <= total and max(map(len, parts)) <= longest
 
 
 SCRATCH = "scratch"  # in place of the name of weights: random ones
@@ -55,14 +125,12 @@ class ModelConfig:
     """Exact GELU (nanoGPT) or its tanh approximation (OpenAI's GPT-2 weights)."""
 
     def __post_init__(self):
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
-        _require(self.vocab_size is None or self.vocab_size >= 1, self, "vocab_size", "at least 1")
+        check_fields(self)
         if self.known_tokens is not None:
             most = self.vocab_size or self.known_tokens
             within = f"from 1 to vocab_size={self.vocab_size}"
-            _require(1 <= self.known_tokens <= most, self, "known_tokens", within)
-        _require(0 <= self.dropout < 1, self, "dropout", "at least 0 and below 1")
+            _require(self.known_tokens <= most, self, "known_tokens", within)
+        _require(self.dropout < 1, self, "dropout", "at least 0 and below 1")
         divides = f"a multiple of n_head={self.n_head}"
         _require(self.n_embd % self.n_head == 0, self, "n_embd", divides)
         if self.architecture != "gpt":
@@ -106,13 +174,9 @@ class OptimConfig:
     """Largest global norm of the gradient; 0: no clipping."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters"):
-            value = getattr(self, name)
-            _require(value >= 0 and math.isfinite(value), self, name, "finite and at least 0")
+        check_fields(self)
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")
-        decay = self.lr_decay_iters
-        _require(decay is None or decay >= 1, self, "lr_decay_iters", "at least 1")
+            _require(getattr(self, name) < 1, self, name, "at least 0 and below 1")
 
 
 def _refuse_resume(init_from: str | None) -> None:
@@ -136,7 +200,7 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
     sizes = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, size = part.partition("=")
-        if axis not in MESH_AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+        if axis not in MESH_AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
             raise InputError(
                 f"mesh must look like data=-1,fsdp=1,tensor=1, each axis a number of devices, -1 "
                 f"for all that are left, but {part!r} came"
@@ -170,7 +234,7 @@ class ComputeConfig:
     over all devices, or as many as batch_size can be divided by."""
 
     def __post_init__(self):
-        _require(self.loss_chunks >= 1, self, "loss_chunks", "at least 1")
+        check_fields(self)
         mesh_sizes(self.mesh)
 
 
@@ -237,21 +301,21 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self):
-        ones = "batch_size gradient_accumulation_steps max_iters eval_interval log_interval"
-        for name in ones.split():
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        check_fields(self)
         _require(self.dataset != "", self, "dataset", "a name or a path")
         _require(self.tokenizer != "", self, "tokenizer", "char, gpt2, bpe or a path")
         _require(
             self.init_from != "", self, "init_from", "scratch, the name of a GPT-2 or a folder"
         )
         _refuse_resume(self.init_from)
-        _require(self.eval_iters >= 0, self, "eval_iters", "at least 0")
-        _require(0 <= self.seed < 2**32, self, "seed", "from 0 to 2**32 - 1")
+        if self.tokens_per_iter > MOST:
+            raise InputError(
+                f"batch_size x gradient_accumulation_steps x block_size must be at most {MOST} "
+                f"tokens, got {self.tokens_per_iter}"
+            )
         divides = self.model.block_size % self.compute.loss_chunks == 0
         block = f"a divisor of block_size={self.model.block_size}"
         _require(divides, self.compute, "loss_chunks", block)
-        _require(self.heartbeat_timeout_s >= 1, self, "heartbeat_timeout_s", "at least 1")
         address = self.coordinator_address
         port = re.fullmatch(r".+:(\d{1,5})", address)
         ok = address in ("", "auto") or (port and 1 <= int(port[1]) <= 65535)
@@ -316,25 +380,20 @@ class SampleConfig:
     """With --web: its port; 0: a free one."""
 
     def __post_init__(self):
+        check_fields(self)
         _refuse_resume(self.init_from)
         ok = self.init_from is None or self.out_dir is None
         _require(ok, self, "init_from", "left out where out_dir names a run")
-        _require(self.num_samples >= 1, self, "num_samples", "at least 1")
         endless = self.max_new_tokens == -1 and self.stream
         ok = self.max_new_tokens >= 1 or endless
         _require(ok, self, "max_new_tokens", "at least 1, or -1 together with --stream")
         ok = not self.web or 1 <= self.max_new_tokens <= MAX_PAGE_TOKENS
         _require(ok, self, "max_new_tokens", f"from 1 to {MAX_PAGE_TOKENS} with --web")
-        ok = self.temperature >= 0 and math.isfinite(self.temperature)
-        _require(ok, self, "temperature", "finite and at least 0")
-        _require(self.top_k >= 0, self, "top_k", "at least 0")
         _require(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
         _require(self.stop != "", self, "stop", "a text of at least one character")
         ok = self.stop is None or not self.web
         _require(ok, self, "stop", "left out with --web, whose page has a button for it")
-        _require(0 <= self.seed < 2**32, self, "seed", "from 0 to 2**32 - 1")
         _require(self.host != "", self, "host", "an address, like 127.0.0.1")
-        _require(0 <= self.port < 2**16, self, "port", "from 0 to 65535")
 
 
 def field_types(cls: type) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
 from nanogpt_jax.errors import InputError, did_you_mean
 from nanogpt_jax.opening import Corpus, open_corpus, tokenizer_of_nanogpt
 from nanogpt_jax.preparation import is_prepared, prepare_folder
-from nanogpt_jax.shards import PROGRESS, SHARD_TOKENS, read_json
+from nanogpt_jax.shards import PROGRESS, SHARD_TOKENS
 from nanogpt_jax.sources import Texts
 
 __all__ = ["Corpus", "known_val_tokens", "open_corpus", "prepare", "resolve"]
@@ -213,7 +213,7 @@ def _folder_of(source: Path, data_dir: Path, label: str) -> Path:
 
 def _give_tokenizer(folder: Path, asked: str, vocab_size: int | None) -> None:
     """Refuse a folder that has another tokenizer; put the one that was asked for where none is."""
-    meta, choice = read_json(folder / "meta.json"), Choice.of(asked, vocab_size)
+    meta, choice = shards.read_meta(folder), Choice.of(asked, vocab_size)
     dtype = meta.get("dtype", "uint16")
     has = tokenizers.load(folder) or tokenizer_of_nanogpt(folder, dtype)
     if has is not None and not choice.made(has, meta.get("tokenizer")):
@@ -260,7 +260,7 @@ def known_val_tokens(
         places += [_folder_of(Path(name), data_dir, label) for label in labels]
     for folder in places:
         if shards.has_tokens(folder):
-            meta = read_json(folder / "meta.json")
+            meta = shards.read_meta(folder)
             if "val_tokens" in meta:
                 return meta["val_tokens"]
             width = np.dtype(meta.get("dtype", "uint16")).itemsize

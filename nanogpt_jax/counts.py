@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from nanogpt_jax.config import ComputeConfig, ModelConfig
+from nanogpt_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,37 @@ def train_flops_per_token(config: ModelConfig) -> int:
 def is_float32(config: ModelConfig, compute: ComputeConfig) -> bool:
     """Return whether a run surely multiplies in float32; with dtype auto the chip decides."""
     return compute.dtype == "float32" or config.architecture != "gpt"
+
+
+def least_training_bytes(config: ModelConfig) -> int:
+    """Return what training needs whatever the batch: weights, gradients and AdamW's averages."""
+    return 16 * n_params(config)
+
+
+def least_sampling_bytes(config: ModelConfig, n_rows: int = 0) -> int:
+    """Return what writing needs: weights, and of each row keys and values of 16 bits."""
+    return 4 * (n_params(config) + n_rows * config.n_layer * config.block_size * config.n_embd)
+
+
+def check_memory(
+    config: ModelConfig, needed: int, device_bytes: int | None, n_devices: int, advice: str
+) -> None:
+    """Refuse what some devices surely cannot hold, before anything is built.
+
+    Args:
+        device_bytes: the memory of a device; None: nothing tells.
+        n_devices: those that share it out among them.
+        advice: what could be changed.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if device_bytes is not None and needed > n_devices * device_bytes:
+        raise InputError(
+            f"a model of {n_params(config):,} parameters must have at least "
+            f"{needed / 2**30:,.1f} GiB here, but memory is {n_devices} x "
+            f"{device_bytes / 2**30:,.1f} GiB: take {advice}"
+        )
 
 
 def memory_bytes(config: ModelConfig, compute: ComputeConfig, batch_size: int) -> dict[str, int]:

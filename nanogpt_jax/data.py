@@ -19,6 +19,8 @@ SPLITS = ("train", "val")
 # A split of at most this many bytes lies on the device; of a larger one only its next windows do.
 RESIDENT_BYTES = 256 * 2**20
 MOST_STEPS_PER_DISPATCH = 1024
+MOST_OFFSETS = 2**21  # of a dispatch
+MOST_EVAL_TOKENS = 2**30
 
 
 def check_whole(path: Path, dtype: str) -> int:
@@ -212,7 +214,9 @@ class TrainBatches:
             len(tokens), seed, block_size, shape
         )  # fmt: skip
         step_bytes = int(np.prod(shape)) * (block_size + 1) * tokens.itemsize
-        within = most_steps if is_resident(tokens) else RESIDENT_BYTES // 8 // step_bytes
+        within = MOST_OFFSETS // int(np.prod(shape))
+        if not is_resident(tokens):
+            within = min(within, RESIDENT_BYTES // 8 // step_bytes)
         self.most_steps = max(1, min(most_steps, within))
 
     def offsets(self, step: int, n_steps: int) -> np.ndarray:
@@ -236,19 +240,19 @@ def eval_batches(
     missing to a whole last batch are windows that count nothing.
 
     Raises:
-        InputError: the whole of a split that is too large for the device.
+        InputError: more of a split than can be evaluated at once.
     """
-    if not n_batches and len(tokens) >= 2**30:
+    n_windows = -(-(len(tokens) - 1) // block_size)
+    n_chosen = min(n_windows, n_batches * batch_size or n_windows)
+    if n_chosen * block_size >= MOST_EVAL_TOKENS:
         raise InputError(
             f"eval_iters must be given for a validation split of {len(tokens):,} tokens, which is "
-            "too large to be evaluated in whole: like --eval_iters 200"
+            f"too large to be evaluated in whole: like --eval_iters 200, got {n_batches}"
         )
-    starts = np.arange(0, len(tokens) - 1, block_size)
+    chosen = np.linspace(0, n_windows - 1, n_chosen).round().astype(np.int64)
+    starts = chosen * block_size
     offsets = np.minimum(starts, len(tokens) - 1 - block_size)
     counts = np.minimum(block_size, len(tokens) - 1 - starts)
-    if 0 < n_batches * batch_size < len(starts):
-        chosen = np.linspace(0, len(starts) - 1, n_batches * batch_size).round().astype(np.int64)
-        offsets, counts = offsets[chosen], counts[chosen]
     fill = (0, -len(offsets) % batch_size)
     offsets_NB = np.pad(offsets, fill).reshape(-1, batch_size)
     counts_NB = np.pad(counts, fill).reshape(-1, batch_size).astype(np.int32)

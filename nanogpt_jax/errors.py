@@ -1,20 +1,68 @@
 """What is told in one line, wrong input or a fault, and how a command answers it."""
 
+import contextlib
 import difflib
 import errno
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+
+MOST_CHARS = 2000  # of a message, which may quote a whole file
+# What a terminal obeys or a reader takes for the end of a line, and halves of characters.
+CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
-class InputError(ValueError):
-    """One line for the user: what was required, what came, what to do."""
+def visible(text: str, keep: str = "") -> str:
+    """Return a text with its control characters as escapes, like \\x1b, but for those to keep."""
+
+    def escape(found: re.Match) -> str:
+        return found[0] if found[0] in keep else ascii(found[0])[1:-1]
+
+    return CONTROLS.sub(escape, text)
 
 
-class Fault(RuntimeError):
-    """One line for the user: what befell a run whose input was right, and what to do."""
+class Told(Exception):
+    """What is told in one line, whatever it quotes of a flag, a file or another library."""
+
+    def __str__(self) -> str:
+        line, most = visible(super().__str__()), MOST_CHARS
+        return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+
+
+class InputError(Told, ValueError):
+    """Wrong input: what was required, what came, what to do."""
+
+
+class Fault(Told, RuntimeError):
+    """What befell a run whose input was right, and what to do."""
+
+
+@contextlib.contextmanager
+def reading(path, requirement: str) -> Iterator[None]:
+    """Answer whatever goes wrong while a file is read and understood with one line.
+
+    Args:
+        requirement: what the file must be, like "a JSON file".
+
+    Raises:
+        InputError: naming the file, and what went wrong.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    # A foreign file can bring any of them about; a panic of Rust's is no Exception.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+            raise
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path}: must be {requirement}, but {reason}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -5,6 +5,50 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+MOST_JSON_BYTES = 2**24  # what Python makes of a file takes twenty times its size
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Return the text of a file that is not large.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not in UTF-8, or larger than most_bytes.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it is larger than {most_bytes >> 20} MiB")
+    return content.decode("utf-8")
+
+
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Return what a JSON file holds; raises as `read_text` and `loads` do."""
+    return loads(read_text(path, most_bytes))
+
+
+def loads(text: str) -> Any:
+    """Return what a JSON text says, each name in it once.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+
+    def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name comes twice in it")
+        return found
+
+    def refuse(word: str) -> None:  # Python would read them
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=named_once, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

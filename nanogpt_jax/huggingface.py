@@ -13,19 +13,19 @@ from pathlib import Path
 
 from nanogpt_jax import hub
 from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.config import RANGES, ModelConfig
+from nanogpt_jax.errors import InputError, reading
+from nanogpt_jax.files import read_json
 from nanogpt_jax.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 
 MOST_CONFIG_BYTES = 2**20
-# Our fields, theirs, and a bound beyond any GPT-2: a hostile file shall not keep the machine busy.
-SIZES = (
-    ("n_layer", "n_layer", 2**10),
-    ("n_head", "n_head", 2**10),
-    ("n_embd", "n_embd", 2**16),
-    ("block_size", "n_positions", 2**20),
-    ("vocab_size", "vocab_size", 2**24),
-)
+SIZES = {  # our fields and theirs
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+}
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu"}
 READ_ACTIVATIONS = {**ACTIVATIONS, "gelu_pytorch_tanh": "gelu_tanh"}
 # What a GPT-2 there can be besides, and is not here. A field left out has this value.
@@ -65,8 +65,8 @@ def read_config(source: str) -> ModelConfig:
         )
     require(loaded.get("model_type") == "gpt2", "model_type", "gpt2")
     sizes = {}
-    for ours, theirs, most in SIZES:
-        size = loaded.get(theirs)
+    for ours, theirs in SIZES.items():
+        size, most = loaded.get(theirs), RANGES[ours][1]
         is_int = isinstance(size, int) and not isinstance(size, bool)
         require(is_int and 1 <= size <= most, theirs, f"a whole number from 1 to {most}")
         sizes[ours] = size
@@ -87,16 +87,8 @@ def read_config(source: str) -> ModelConfig:
 
 
 def _read_object(path: Path) -> dict:
-    try:
-        if path.stat().st_size > MOST_CONFIG_BYTES:
-            raise InputError(f"{path}: must be a short JSON file, but is larger than 1 MiB")
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: must be a JSON file, but {str(error)[:80]}") from None
+    with reading(path, "a short JSON file"):
+        loaded = read_json(path, MOST_CONFIG_BYTES)
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: must hold one JSON object")
     return loaded
@@ -220,7 +212,7 @@ def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
     """
     end = end_of_text_id(tokenizer)
     ends = {"bos_token_id": end, "eos_token_id": end}
-    names = {theirs: getattr(config, ours) for ours, theirs, _ in SIZES}
+    names = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()}
     fixed = {name: value for name, value in FIXED.items() if value is not None}
     dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from nanogpt_jax import corpora, counts, data, devices, generate, startup, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.config import TrainConfig, check_fields
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.loader import EvalFeed, TrainFeed
@@ -66,10 +66,7 @@ class LectureConfig:
     """Folder of compiled programs, for the next start; off: none; empty: one in your home."""
 
     def __post_init__(self):
-        if self.most_iters < 1:
-            raise InputError(f"most_iters must be at least 1, got {self.most_iters}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        check_fields(self)
 
 
 class Climbed(NamedTuple):

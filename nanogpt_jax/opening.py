@@ -53,7 +53,7 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
     """
     folder = Path(folder)
     shards.check_finished(folder)
-    meta = shards.read_json(folder / "meta.json")
+    meta = shards.read_meta(folder)
     dtype = meta.get("dtype", "uint16")
     files = {split: shards.files_of(folder, split, meta) for split in SPLITS}
     _check_sizes(folder, files, dtype)

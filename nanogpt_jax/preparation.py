@@ -16,13 +16,13 @@ import numpy as np
 from nanogpt_jax import costs, shards
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.files import locked, write_atomically, write_json
+from nanogpt_jax.files import locked, read_json, write_atomically, write_json
 from nanogpt_jax.shards import (
     PROGRESS,
     SHARD_TOKENS,
     SPLITS,
     ShardWriter,
-    read_json,
+    read_meta,
 )
 from nanogpt_jax.sources import in_batches, read_ahead, train_characters
 from nanogpt_jax.tokenizer import CharTokenizer, Tokenizer
@@ -54,7 +54,7 @@ def prepare_folder(
     facts = begun["facts"] if is_known else _scan(source, choice)
     if _is_done(folder, source_sha256=facts.get("sha256")):
         with contextlib.suppress(OSError):  # touched, or copied: next time it need not be read
-            meta = read_json(folder / "meta.json")
+            meta = read_meta(folder)
             if meta.get("source_stat") != stat:
                 write_json(folder / "meta.json", meta | {"source_stat": stat})
         _check_done(source, folder, min_tokens)
@@ -84,14 +84,14 @@ def is_prepared(source, folder: Path, choice) -> bool:
     """Return whether a source, touched or copied perhaps, lies tokenised in a folder."""
     if _is_done(folder, source_stat=source.stat()):
         return True
-    is_whole = _is_done(folder, source_sha256=read_json(folder / "meta.json").get("source_sha256"))
+    is_whole = _is_done(folder, source_sha256=read_meta(folder).get("source_sha256"))
     return is_whole and _is_done(folder, source_sha256=_scan(source, choice).get("sha256"))
 
 
 def _is_done(
     folder: Path, source_stat: str | None = None, source_sha256: str | None = None
 ) -> bool:
-    meta = read_json(folder / "meta.json")
+    meta = read_meta(folder)
     same_stat = source_stat is not None and meta.get("source_stat") == source_stat
     same_text = source_sha256 is not None and meta.get("source_sha256") == source_sha256
     return (
@@ -108,9 +108,14 @@ def _journal(folder: Path) -> dict | None:
         "dtype": str, "facts": dict, "position": dict, "splits": dict,
     }  # fmt: skip
     try:
-        begun = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        is_one = all(isinstance(begun[name], kind) for name, kind in kinds.items())
-        return begun if is_one and begun["splits"].keys() == {*SPLITS} else None
+        begun = read_json(folder / PROGRESS)
+        is_one = (
+            all(isinstance(begun[name], kind) for name, kind in kinds.items())
+            and all(ShardWriter.is_state(begun["splits"][split], split) for split in SPLITS)
+            and begun["dtype"] in ("uint16", "uint32")
+            and begun["shard_tokens"] >= 1
+        )
+        return begun if is_one else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -137,7 +142,7 @@ def _bar(source, what: str, done: int = 0):
 
 
 def _check_done(source, folder: Path, min_tokens: int) -> None:
-    meta = read_json(folder / "meta.json")
+    meta = read_meta(folder)
     shortest = min(meta["train_tokens"], meta["val_tokens"])
     if shortest < min_tokens:
         raise _too_short(source, shortest, min_tokens)

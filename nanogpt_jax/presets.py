@@ -14,7 +14,6 @@ from nanogpt_jax.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    field_types,
 )
 from nanogpt_jax.errors import InputError, did_you_mean
 
@@ -262,8 +261,7 @@ def parse_train_config(
         base = from_file.pop("config", None)
         if base in PRESETS:
             default = PRESETS[base]()
-        elif base is not None and len(from_file) + 1 < len(field_types(TrainConfig)):
-            # Only a run's own config.json, which has every field, may name the file it came from.
+        elif base is not None:
             hint = did_you_mean(base, PRESETS)
             raise InputError(f"{name}: config must be a preset, but there is no {base!r}.{hint}")
         settings = from_file | settings

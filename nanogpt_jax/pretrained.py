@@ -16,7 +16,7 @@ import numpy as np
 from nanogpt_jax import hub, huggingface, run_folder, weights
 from nanogpt_jax import tokenizer as tokenizers
 from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config import ModelConfig, check_fields, check_value
 from nanogpt_jax.counts import size_in_words
 from nanogpt_jax.errors import InputError, run_command
 
@@ -79,6 +79,9 @@ class ExportConfig:
     checkpoint: Literal["best", "latest"] = "best"
     """The checkpoint of lowest validation loss, or the newest."""
 
+    def __post_init__(self):
+        check_fields(self)
+
 
 def main(argv: list[str]) -> None:
     """Export a run; what is wrong is said before JAX is loaded."""
@@ -90,6 +93,8 @@ def main(argv: list[str]) -> None:
             "export, the folder of a run and a new folder must be given, in this order, like "
             "python -m nanogpt_jax.pretrained export out/small small-gpt"
         )
+    for word in words:
+        check_value("a folder", str, word)
     export(Path(words[1]), Path(words[2]), asked.checkpoint)
 
 

@@ -87,8 +87,7 @@ class Progress:
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
         self._pending = None
-        schedule = learning_rate_schedule(config.optim, config.max_iters)
-        self._learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
+        self._learning_rate = jax.jit(learning_rate_schedule(config.optim, config.max_iters))
         self._bar = tqdm(
             initial=begun_at or 0,
             total=config.max_iters,
@@ -158,7 +157,7 @@ class Progress:
 
     def _rate(self, step: int) -> float:
         """Return the learning rate of the update that made a step."""
-        return float(self._learning_rates[max(0, step - 1 - self.skipped)])
+        return float(self._learning_rate(max(0, step - 1 - self.skipped)))
 
     def evaluation_due(self, step: int) -> bool:
         """Return whether a step is followed by an evaluation: each eval_interval, and the last."""

@@ -5,7 +5,6 @@ that holds the chip. --x is step, tokens or time.
 """
 
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Literal
 
 import numpy as np
 
+from nanogpt_jax import files
 from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.errors import InputError, run_command
-from nanogpt_jax.files import write_atomically
+from nanogpt_jax.config import MOST_FLOAT, TrainConfig, check_fields, check_value, to_flat_dict
+from nanogpt_jax.errors import InputError, reading, run_command
 from nanogpt_jax.run_folder import METRICS, PICTURE, read_config
 
 SMOOTHED_ROWS = 21  # the running mean's widest window
@@ -30,6 +30,9 @@ class ReportConfig:
     picture: str = ""
     """Where the picture goes; empty: loss.png beside a single run, out/report.png of several."""
 
+    def __post_init__(self):
+        check_fields(self)
+
 
 def main(argv: list[str]) -> None:
     """Print a line for each run, and draw them."""
@@ -42,6 +45,8 @@ def main(argv: list[str]) -> None:
             "the folder of at least one run must be given, like "
             "python -m nanogpt_jax.report out/small"
         )
+    for word in argv[:n_folders]:
+        check_value("the folder of a run", str, word)
     if len(folders) > 1:  # out/* has other things too
         others = [folder for folder in folders if not (folder / METRICS).exists()]
         folders = [folder for folder in folders if folder not in others] or folders
@@ -62,15 +67,39 @@ def main(argv: list[str]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Return the rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-    rows = []
+    """Return the rows of a run's metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+        InputError: it cannot be read, or another line is none of a run's.
+    """
     path = Path(folder, METRICS)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    if not path.exists():
+        return []
+    with reading(path, "a run's metrics"):
+        *lines, cut_off = path.read_bytes().split(b"\n")
+    rows = [_row(line) for line in lines]
+    if None in rows:
+        at = rows.index(None)
+        raise InputError(
+            f'{path}, line {at + 1}: must be like {{"step": 10, "train_loss": 2.5, "elapsed_s": '
+            f'0.1, "tokens_per_s": 9000}}, but is {lines[at][:60].decode("utf-8", "replace")!r}: '
+            "delete the line, which no other needs"
+        )
+    last = _row(cut_off)
+    return [*rows, last] if last else rows
+
+
+def _row(line: bytes) -> dict | None:
+    try:
+        row = files.loads(line.decode("utf-8"))
+        for name in {"step", "elapsed_s", "tokens_per_s", *row}:
+            number = row[name]
+            is_number = isinstance(number, int if name == "step" else int | float)
+            if not is_number or isinstance(number, bool) or not abs(number) <= MOST_FLOAT:
+                return None
+        return row
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_run(folder: Path, x: str) -> list[dict]:
@@ -79,7 +108,7 @@ def read_run(folder: Path, x: str) -> list[dict]:
     Raises:
         InputError: there is no run, or it has logged nothing yet.
     """
-    asked = read_config(folder)
+    asked = to_flat_dict(TrainConfig()) | read_config(folder)
     rows = read_metrics(folder)
     if not rows:
         raise InputError(f"{folder} has logged nothing yet: there must be a {METRICS} with rows")
@@ -111,7 +140,7 @@ def draw(folder: Path, title: str) -> None:
     rows = [row | {"x": row["step"]} for row in read_metrics(folder)]
     picture = io.BytesIO()
     loss_figure({title: rows}).savefig(picture, format="png")
-    write_atomically(Path(folder, PICTURE), picture.getvalue())
+    files.write_atomically(Path(folder, PICTURE), picture.getvalue())
 
 
 def loss_figure(runs: dict[str, list[dict]], x: str = "step"):

@@ -10,7 +10,6 @@ out/small/config.json      all that was asked, with versions and device
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -19,8 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt_jax import files, tokenizer
-from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig, field_types, to_flat_dict
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.config import (
+    ComputeConfig,
+    ModelConfig,
+    TrainConfig,
+    check_value,
+    field_types,
+    to_flat_dict,
+)
+from nanogpt_jax.errors import InputError, reading
 
 OUT = Path("out")
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
@@ -219,31 +225,40 @@ def read_model_config(folder: Path) -> ModelConfig:
     """Return the shape of a run's model.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or none of a shape that can be.
     """
     begun = read_config(folder)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
-    return ModelConfig(**{name: begun[name] for name in names & begun.keys()})
+    try:
+        model = ModelConfig(**{name: begun[name] for name in names & begun.keys()})
+        if model.vocab_size is None:
+            raise InputError("vocab_size must be a whole number, got None")
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG}: {error}") from None
+    return model
 
 
 def read_config(folder: Path) -> dict:
     """Return what a run was asked for: TrainConfig's fields, flat, and made_with.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or a field has a value that it cannot have.
     """
     path = folder / CONFIG
     if not path.exists():
         raise InputError(f"out_dir must hold a run, but there is no {path}")
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: must be a run's configuration, but {error}") from None
+    with reading(path, "a run's configuration"):
+        loaded = files.read_json(path)
     ours = (
         isinstance(loaded, dict)
-        and "made_with" in loaded
+        and isinstance(loaded.get("made_with"), dict)
         and loaded.keys() <= {*field_types(TrainConfig), "made_with"}
     )
     if not ours:
         raise InputError(f"{path}: must be a run's configuration, but was made by something else")
+    try:
+        for name in loaded.keys() - {"made_with"}:
+            check_value(name, field_types(TrainConfig)[name], loaded[name])
+    except InputError as error:
+        raise InputError(f"{path}: must be a run's configuration, but {error}") from None
     return loaded

@@ -5,7 +5,6 @@ split that fits one shard is nanoGPT's `train.bin`; of more they are `train_0000
 """
 
 import contextlib
-import json
 import os
 import re
 import zlib
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax.errors import InputError
-from nanogpt_jax.files import sync_folder
+from nanogpt_jax.errors import InputError, reading
+from nanogpt_jax.files import read_json, sync_folder
 
 SPLITS = ("train", "val")
 PROGRESS = "progress.json"  # is there while the files are not all there
@@ -22,18 +21,17 @@ SHARD_TOKENS = 100_000_000  # 200 MB
 _OURS = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
 
 
-def read_json(path: Path) -> dict:
+def read_meta(folder: Path) -> dict:
     """Read a folder's meta.json; an empty one where there is no file.
 
     Raises:
-        InputError: the file is something else.
+        InputError: the file is something else, or names files that are not the folder's own.
     """
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / "meta.json"
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: must be a JSON file, but {error}") from None
+    with reading(path, "a JSON file"):
+        loaded = read_json(path)
     if not isinstance(loaded, dict) or loaded.get("dtype", "uint16") not in ("uint16", "uint32"):
         raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32", but is not')
     for name in ("vocab_size", "train_tokens", "val_tokens"):
@@ -47,19 +45,21 @@ def read_json(path: Path) -> dict:
     return loaded
 
 
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_count(value, below: int = 2**63) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+def _is_file(file: dict, split: str) -> bool:
+    name = re.fullmatch(rf"{split}(_[0-9]{{5}})?\.bin", file["name"])  # and lies nowhere else
+    return name is not None and _is_count(file["tokens"])
 
 
 def _are_splits(splits) -> bool:
     try:
         return all(
-            _is_count(splits[split]["crc32"])
+            _is_count(splits[split]["crc32"], 2**32)
             and len(splits[split]["files"]) > 0
-            and all(
-                isinstance(file["name"], str) and _is_count(file["tokens"])
-                for file in splits[split]["files"]
-            )
+            and all(_is_file(file, split) for file in splits[split]["files"])
             for split in SPLITS
         )
     except (KeyError, TypeError, IndexError):
@@ -79,7 +79,7 @@ def is_foreign(folder: Path) -> bool:
     """
     if not has_tokens(folder) or (folder / PROGRESS).exists():
         return False
-    return not {"source_sha256", "source_stat"} & read_json(folder / "meta.json").keys()
+    return not {"source_sha256", "source_stat"} & read_meta(folder).keys()
 
 
 def check_finished(folder: Path) -> None:
@@ -145,6 +145,15 @@ class ShardWriter:
         self._file = self._partial.open("r+b" if self._partial.exists() else "w+b")
         self._file.truncate(self._open_tokens * self._dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
+
+    @staticmethod
+    def is_state(state, split: str) -> bool:
+        """Return whether something read from a file can be what `sync` returned."""
+        try:
+            counts = [_is_count(state[name]) for name in ("open_tokens", "open_crc32", "crc32")]
+            return all(counts) and all(_is_file(file, split) for file in state["files"])
+        except (KeyError, TypeError, IndexError):
+            return False
 
     @staticmethod
     def recover(folder: Path, split: str, dtype: str, state: dict) -> bool:

@@ -17,10 +17,16 @@ from typing import TypeAlias
 
 import numpy as np
 
-from nanogpt_jax.errors import InputError
-from nanogpt_jax.files import write_atomically
+from nanogpt_jax import files
+from nanogpt_jax.errors import InputError, reading
 
 FILE_NAME = "tokenizer.json"
+MOST_BYTES = 2**26  # GPT-2's has 1.4 MB
+# What a byte-level BPE of today's can do to a text before its pairs are merged.
+NORMALIZERS, CUTS = {"NFC", "NFD", "NFKC", "NFKD"}, {"ByteLevel", "Digits", "Split"}
+REQUIREMENT = (
+    'like {"type": "char", "chars": "..."} or a byte-level BPE of Hugging Face\'s tokenizers'
+)
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
 PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
 
@@ -114,10 +120,7 @@ class BPETokenizer:
         """
         from tokenizers import Tokenizer  # only where there is one
 
-        fields = json.loads(content)
-        kinds = {part["type"] for part in _parts(fields.get("pre_tokenizer"))}
-        if fields["model"]["type"] != "BPE" or "ByteLevel" not in kinds:
-            raise ValueError("it is not byte-level BPE")
+        _check_form(json.loads(content))
         try:  # two, since how they read END_OF_TEXT is a state that threads would share
             self._of_text, self._of_prompt = (Tokenizer.from_str(content) for _ in range(2))
         except Exception as error:  # Exception itself is what it raises
@@ -209,12 +212,14 @@ class BPETokenizer:
         return self._encode(self._of_text, list(texts))
 
     def _encode(self, tokenizer, texts: list[str]) -> list[np.ndarray]:
-        try:
-            found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError):
-            raise InputError(
-                "the text must be of whole characters, but has a lone surrogate: write it in UTF-8"
-            ) from None
+        with reading("the tokenizer", "able to encode the text"):
+            try:
+                found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            except (UnicodeEncodeError, TypeError):
+                raise InputError(
+                    "the text must be of whole characters, but has a lone surrogate: write it in "
+                    "UTF-8"
+                ) from None
         return [np.array(encoding.ids, np.int64) for encoding in found]
 
     def decode(self, ids) -> str:
@@ -276,10 +281,34 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _parts(pre_tokenizer: dict | None) -> list[dict]:
-    if pre_tokenizer is None:
-        return []
-    return pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+def _check_form(fields: dict) -> None:
+    """Refuse what is not byte-level BPE, and parts of which some make `tokenizers` panic.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    model = fields["model"]
+    cuts = _kinds(fields.get("pre_tokenizer"), "pretokenizers")
+    if model["type"] != "BPE" or "ByteLevel" not in cuts:
+        raise ValueError("it is not byte-level BPE")
+    for part, kinds, known in (
+        ("normalizer", _kinds(fields.get("normalizer"), "normalizers"), NORMALIZERS),
+        ("pre_tokenizer", cuts, CUTS),
+    ):
+        if kinds - known:
+            others = ", ".join(sorted(map(str, kinds - known)))
+            raise ValueError(
+                f"its {part} has {others}, where only {', '.join(sorted(known))} is known"
+            )
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ValueError(f"its {name} is {model[name]!r}, which GPT-2 has none of")
+
+
+def _kinds(part: dict | None, parts: str) -> set[str]:
+    if part is None:
+        return set()
+    return {each["type"] for each in (part[parts] if part["type"] == "Sequence" else [part])}
 
 
 def _byte_characters() -> list[str]:
@@ -301,7 +330,7 @@ def from_json(content: str) -> Tokenizer:
         ValueError: it describes none that this version knows.
     """
     try:
-        loaded = json.loads(content)
+        loaded = files.loads(content)
         if loaded.get("type") == "char":
             chars = loaded["chars"]
             if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
@@ -313,13 +342,13 @@ def from_json(content: str) -> Tokenizer:
                 raise ValueError("its words are not characters")
             return CharTokenizer("".join(chars))
         return BPETokenizer(content)
-    except (KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError("it is neither of characters nor of byte-level BPE") from None
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json into a folder."""
-    write_atomically(Path(folder, FILE_NAME), (tokenizer.to_json() + "\n").encode())
+    files.write_atomically(Path(folder, FILE_NAME), (tokenizer.to_json() + "\n").encode())
 
 
 def load(folder: Path) -> Tokenizer | None:
@@ -338,12 +367,5 @@ def read(path: Path) -> Tokenizer:
     Raises:
         InputError: the file cannot be read, or is not a tokenizer this version knows.
     """
-    try:
-        return from_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(
-            f'{path}: must be like {{"type": "char", "chars": "..."}} or a byte-level BPE of '
-            f"Hugging Face's tokenizers, but {error}"
-        ) from None
+    with reading(path, REQUIREMENT):
+        return from_json(files.read_text(path, MOST_BYTES))

@@ -4,7 +4,6 @@ A weight file is foreign: whatever is in it, the answer is its numbers or one li
 never opened.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanogpt_jax import hub
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import InputError, reading
+from nanogpt_jax.files import read_json
 
 INDEX = "model.safetensors.index.json"  # of weights in several files
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
@@ -45,10 +45,8 @@ class Tensor(NamedTuple):
                 f"{self.path}: {self.name} must be of type {', '.join(TYPES)}, but is of "
                 f"{self.piece.get_dtype()}"
             )
-        try:
+        with reading(self.path, f"a safetensors file with a readable {self.name}"):
             values = np.asarray(self.piece[index], np.float32)
-        except Exception as error:  # safetensors raises many kinds
-            raise _unreadable(self.path, f"{self.name} must be readable", error) from None
         if not np.isfinite(values).all():
             raise InputError(f"{self.path}: {self.name} must be finite, but has NaN or infinity")
         return values
@@ -67,11 +65,9 @@ def open_tensors(source: str) -> dict[str, Tensor]:
 
     tensors = {}
     for path in _files(source):
-        try:
+        with reading(path, "a safetensors file"):
             file = safe_open(path, "numpy")
             found = [(name, file.get_slice(name)) for name in list(file.keys())]
-        except Exception as error:
-            raise _unreadable(path, "must be a safetensors file", error) from None
         for name, piece in found:
             short = name.removeprefix("transformer.")
             if short in tensors:
@@ -96,24 +92,12 @@ def _files(source: str) -> list[Path]:
 
 def _indexed(path: Path) -> list[str]:
     """Return the names of the files that an index lists; they lie beside it, and nowhere else."""
-    try:
-        names = {*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-        is_index = all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_index = False
-    if not is_index:
-        raise InputError(
-            f'{path}: must be like {{"weight_map": {{"{EMBEDDING}": "a.safetensors"}}}}, with '
-            "the names of files beside it"
-        )
-    return sorted(names)
-
-
-def _unreadable(path: Path, requirement: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or repr(error)
-    return InputError(f"{path}: {requirement}, but {reason:.200}")
+    requirement = f'like {{"weight_map": {{"{EMBEDDING}": "a.safetensors"}}}}'
+    with reading(path, f"{requirement}, with the names of files beside it"):
+        names = {*read_json(path)["weight_map"].values()}
+        if not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
+            raise ValueError("names others")
+        return sorted(names)
 
 
 def check(

@@ -176,7 +176,7 @@ def test_the_answer_is_whole_in_a_narrow_terminal_and_for_a_long_value(monkeypat
         (["--init_from=resume"], "init_from=resume: leave it out"),
         (["--init_from="], "init_from must be scratch, the name of a GPT-2 or a folder"),
         (["--tokenizer="], "tokenizer must be char, gpt2, bpe or a path"),
-        (["--known_tokens=0"], "known_tokens must be from 1 to"),
+        (["--known_tokens=0"], "known_tokens must be at least 1"),
         (["--known_tokens=66", "--vocab_size=65"], "known_tokens must be from 1 to vocab_size=65"),
         (["--n_head=5"], "n_embd must be a multiple of n_head=5, got 128"),
         (["--n_embd=-128"], "n_embd must be at least 1, got -128"),
@@ -185,8 +185,8 @@ def test_the_answer_is_whole_in_a_narrow_terminal_and_for_a_long_value(monkeypat
         (["--block_size=0"], "block_size must be at least 1, got 0"),
         (["--vocab_size=0"], "vocab_size must be at least 1, got 0"),
         (["--dropout=1"], "dropout must be at least 0 and below 1, got 1.0"),
-        (["--dropout=-0.1"], "dropout must be at least 0 and below 1, got -0.1"),
-        (["--dropout=nan"], "dropout must be at least 0 and below 1, got nan"),
+        (["--dropout=-0.1"], "dropout must be finite and at least 0, got -0.1"),
+        (["--dropout=nan"], "dropout must be finite and at least 0, got nan"),
         (["--batch_size=-1"], "batch_size must be at least 1, got -1"),
         (["--max_iters=0"], "max_iters must be at least 1, got 0"),
         (["--eval_interval=0"], "eval_interval must be at least 1, got 0"),
@@ -196,12 +196,12 @@ def test_the_answer_is_whole_in_a_narrow_terminal_and_for_a_long_value(monkeypat
         (["--learning_rate=nan"], "learning_rate must be finite and at least 0, got nan"),
         (["--learning_rate=-1"], "learning_rate must be finite and at least 0, got -1.0"),
         (["--weight_decay=inf"], "weight_decay must be finite and at least 0, got inf"),
-        (["--warmup_iters=-1"], "warmup_iters must be finite and at least 0, got -1"),
+        (["--warmup_iters=-1"], "warmup_iters must be at least 0, got -1"),
         (["--grad_clip=-1"], "grad_clip must be finite and at least 0, got -1.0"),
         (["--lr_decay_iters=0"], "lr_decay_iters must be at least 1, got 0"),
         (["--beta2=1"], "beta2 must be at least 0 and below 1, got 1.0"),
-        (["--seed=-1"], "seed must be from 0 to 2**32 - 1, got -1"),
-        (["--seed=4294967296"], "seed must be from 0 to 2**32 - 1, got 4294967296"),
+        (["--seed=-1"], "seed must be at least 0, got -1"),
+        (["--seed=4294967296"], "seed must be at most 4294967295, got 4294967296"),
     ],
 )
 def test_a_training_value_that_cannot_be_names_field_requirement_and_value(argv, message):
@@ -215,18 +215,18 @@ def test_a_training_value_that_cannot_be_names_field_requirement_and_value(argv,
     [
         (["--top_p=0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--top_p=1.1"], "top_p must be above 0 and at most 1, got 1.1"),
-        (["--top_p=nan"], "top_p must be above 0 and at most 1, got nan"),
+        (["--top_p=nan"], "top_p must be finite and at least 0, got nan"),
         (["--top_k=-1"], "top_k must be at least 0, got -1"),
         (["--temperature=-1"], "temperature must be finite and at least 0, got -1.0"),
         (["--temperature=inf"], "temperature must be finite and at least 0, got inf"),
         (["--num_samples=0"], "num_samples must be at least 1, got 0"),
         (["--max_new_tokens=0"], "max_new_tokens must be at least 1, or -1 together with --stream"),
         (["--max_new_tokens=-1"], "max_new_tokens must be at least 1, or -1 together"),
-        (["--max_new_tokens=-2", "--stream"], "max_new_tokens must be at least 1, or -1 together"),
+        (["--max_new_tokens=-2", "--stream"], "max_new_tokens must be at least -1, got -2"),
         (["--stop="], "stop must be a text of at least one character, got ''"),
         (["--checkpoint=oldest"], "invalid choice 'oldest'"),
-        (["--seed=-1"], "seed must be from 0 to 2**32 - 1, got -1"),
-        (["--port=65536"], "port must be from 0 to 65535, got 65536"),
+        (["--seed=-1"], "seed must be at least 0, got -1"),
+        (["--port=65536"], "port must be at most 65535, got 65536"),
         (["--host="], "host must be an address, like 127.0.0.1, got ''"),
         (["--web", "--stop=x"], "stop must be left out with --web"),
         (["--web", "--max_new_tokens=5001"], "max_new_tokens must be from 1 to 5000 with --web"),
@@ -267,6 +267,7 @@ def test_the_config_json_of_a_run_gives_the_same_configuration_again(tmp_path):
     assert again.pop("config") == str(path)
     expected = to_flat_dict(config)
     del expected["config"]
+    expected["out_dir"] = None  # it lies where the file lies
     assert again == expected
 
 
@@ -306,7 +307,7 @@ def test_a_json_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, cont
     ("content", "message"),
     [
         ('{"n_layer": "four"}', "n_layer must be a whole number, got 'four'"),
-        ('{"n_layer": [4]}', r"n_layer must be a whole number, got '\[4\]'"),
+        ('{"n_layer": [4]}', r"n_layer must be a single value, got \[4\]"),
         ('{"n_embd": 10, "n_head": 3}', "n_embd must be a multiple of n_head=3, got 10"),
     ],
 )

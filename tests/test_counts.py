@@ -10,13 +10,16 @@ from conftest import layers_of
 from nanogpt_jax import steps
 from nanogpt_jax.config import RUNGS, ComputeConfig, ModelConfig
 from nanogpt_jax.counts import (
+    check_memory,
     forward_flops_per_token,
+    least_training_bytes,
     memory_bytes,
     n_params,
     n_params_as_told,
     parts,
     train_flops_per_token,
 )
+from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.presets import PRESETS, with_vocab_size
 from nanogpt_jax.rungs import make_model
@@ -171,3 +174,13 @@ def test_memory_is_saved_by_what_saves_it():
             memory_bytes(config, ComputeConfig(**costly), 16)["activations"]
             > (plain["activations"])
         )
+
+
+@pytest.mark.parametrize(("n_devices", "memory"), [(1, 16 * 4225), (4, 4 * 4225), (1, None)])
+def test_what_devices_can_hold_together_is_not_refused(n_devices, memory):
+    bigram = ModelConfig(architecture="bigram", n_layer=1, n_head=1, bias=True, vocab_size=65)
+    needed = least_training_bytes(bigram)
+    check_memory(bigram, needed, memory, n_devices, "less")
+    if memory is not None:
+        with pytest.raises(InputError, match="take less"):
+            check_memory(bigram, needed, memory - 1, n_devices, "less")

@@ -185,6 +185,25 @@ def test_a_limit_above_the_whole_split_is_the_whole_split():
             np.testing.assert_array_equal(one, other)
 
 
+def test_an_evaluation_takes_no_more_memory_than_its_windows():
+    """However many batches are asked for, and however long the split is."""
+    short = eval_batches(np.zeros(101, "<u2"), 8, 3, 2**30)
+    assert short[0].shape == (5, 3)
+    long = np.lib.stride_tricks.as_strided(np.zeros(1, "<u2"), [10**11], [0])
+    offsets_NB, counts_NB = eval_batches(long, 1, 3, 2)
+    assert offsets_NB.tolist()[0][0] == 0
+    assert offsets_NB.tolist()[-1][-1] == 10**11 - 2
+    assert counts_NB.sum() == 6
+    for n_batches in (0, 2**30):
+        with pytest.raises(InputError, match=r"eval_iters must be given .* like --eval_iters 200"):
+            eval_batches(long, 1, 3, n_batches)
+
+
+def test_a_dispatch_of_huge_batches_has_few_steps():
+    batches = data.TrainBatches(np.zeros(101, "<u2"), 0, 8, (1024, 1024), 1024)
+    assert batches.offsets(0, 1).shape == (2, 1024, 1024)
+
+
 # Token files
 
 

@@ -319,7 +319,7 @@ def refused(source: str, *parts: str) -> None:
         ({"vocab_size": [23]}, "vocab_size must be a whole number"),
         ({"n_positions": -9}, "n_positions must be a whole number"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon must be 1e-05 or left out, got 1e-06"),
-        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be 1e-05"),
+        ({"layer_norm_epsilon": float("nan")}, "NaN is no JSON"),
         ({"n_inner": 47}, "n_inner must be null or 4 n_embd = 48, got 47"),
         ({"activation_function": "relu"}, "activation_function must be one of gelu_new, gelu"),
         ({"activation_function": ["gelu"]}, "activation_function must be one of"),

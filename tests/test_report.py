@@ -120,6 +120,41 @@ def test_the_command_does_without_jax(make_run):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_last_line_that_was_cut_off_is_left_out(make_run):
+    """By a kill anywhere in it, or by a power failure, which can leave zeros."""
+    path = make_run("a") / "metrics.jsonl"
+    whole = path.read_bytes()
+    rows = read_metrics(path.parent)
+    begin = whole[:-1].rindex(b"\n") + 1
+    for cut in (whole[:begin], whole[: begin + 9], whole[:-3], whole[:begin] + bytes(512)):
+        path.write_bytes(cut)
+        assert read_metrics(path.parent) == rows[:-1]
+    path.write_bytes(whole[:-1])
+    assert read_metrics(path.parent) == rows
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["3", "[]", "{}", "null", "", "{", '{"step": 7}', "\x00"]
+    + [
+        json.dumps(TRAIN[0] | change)
+        for change in ({"step": "7"}, {"step": 7.5}, {"step": True}, {"step": None})
+    ]
+    + [
+        json.dumps(VAL[0] | {"val_loss": loss})
+        for loss in (None, "2.5", float("nan"), float("inf"), [2.5], 10**400)
+    ],
+)
+def test_another_line_that_is_no_row_is_named(make_run, line):
+    folder = make_run("a")
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], line, *lines[4:]]) + "\n")
+    for read in (report.read_metrics, lambda folder: report.read_run(folder, "time")):
+        with pytest.raises(InputError, match=r"metrics\.jsonl, line 5: must be like .* delete the"):
+            read(folder)
+
+
 def test_metrics_of_a_folder_without_any_are_none(tmp_path):
     assert read_metrics(tmp_path) == []
 

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from nanogpt_jax import run_folder
-from nanogpt_jax.config import OptimConfig, TrainConfig, to_flat_dict
+from nanogpt_jax.config import (
+    OptimConfig,
+    TrainConfig,
+    check_value,
+    field_types,
+    to_flat_dict,
+)
 from nanogpt_jax.errors import InputError
 
 FINGERPRINT = "0123456789abcdef"
@@ -144,16 +150,29 @@ def test_what_does_not_touch_the_updates_may_change(begun, tiny_config):
     assert run_folder.check_resumable(begun, changed, FINGERPRINT)
 
 
+OTHERS = (77, 0.25, True, False, "gelu_tanh", "bigram", "gpt2")
+
+
+def is_another(name: str, value, other) -> bool:
+    """Whether a field could have that other value."""
+    try:
+        check_value(name, field_types(TrainConfig)[name], other)
+    except InputError:
+        return False
+    return other != value
+
+
 def test_every_field_that_touches_the_updates_is_named_when_it_differs(begun, tiny_config):
     for name, value in to_flat_dict(tiny_config).items():
         if name in run_folder.FREE_FIELDS:
             continue
         path = begun / "config.json"
         original = path.read_text(encoding="utf-8")
-        path.write_text(json.dumps(json.loads(original) | {name: "another"}))
+        another = next(other for other in OTHERS if is_another(name, value, other))
+        path.write_text(json.dumps(json.loads(original) | {name: another}))
         with pytest.raises(InputError) as error:
             run_folder.check_resumable(begun, tiny_config, FINGERPRINT)
-        assert f"a run that differs: {name} 'another' -> {value!r}. " in str(error.value)
+        assert f"a run that differs: {name} {another!r} -> {value!r}. " in str(error.value)
         path.write_text(original)
 
 

@@ -194,7 +194,7 @@ def test_what_cannot_be_is_an_input_error(home, monkeypatch, argv, complaint):
 def test_a_start_that_is_no_utf_8_is_told_with_its_byte(home, tmp_path):
     path = tmp_path / "start.txt"
     path.write_bytes(b"the \xff cat")
-    with pytest.raises(InputError, match="byte 4"):
+    with pytest.raises(InputError, match="position 4"):
         sample.main([f"--out_dir={home / 'out' / 'run'}", f"--start=FILE:{path}"])
 
 

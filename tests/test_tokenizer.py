@@ -260,6 +260,10 @@ def test_a_file_with_padding_and_truncation_encodes_whole_texts(bpe, tmp_path):
     assert len(tokenizers.load(tmp_path).encode(TEXT)) > 3
 
 
+def in_a_sequence(part: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": [part, {"type": "ByteLevel"}]}
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -280,6 +284,20 @@ def test_a_file_with_padding_and_truncation_encodes_whole_texts(bpe, tmp_path):
             "not have all 256 bytes",
         ),
         ({"model": {"type": "WordLevel", "vocab": {"ab": 0}, "unk_token": "a"}}, "not characters"),
+        ({"normalizer": {"type": "Prepend", "prepend": ""}}, "its normalizer has Prepend, where"),
+        (
+            {"normalizer": {"type": "Replace", "normalizers": [], "pattern": {"Regex": ""}}},
+            "its normalizer has Replace, where only NFC",
+        ),
+        (
+            {"pre_tokenizer": in_a_sequence({"type": "FixedLength", "length": 0})},
+            "its pre_tokenizer has FixedLength, where only ByteLevel",
+        ),
+        ({"model": {"type": "BPE", "dropout": 0.5}}, "its dropout is 0.5"),
+        (
+            {"model": {"type": "BPE", "continuing_subword_prefix": "##"}},
+            "continuing_subword_prefix",
+        ),
     ],
 )
 def test_a_file_that_is_another_tokenizer_is_named(bpe, tmp_path, change, complaint):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,17 @@ def test_overwrite_deletes_no_folder_that_is_not_a_run(start, tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_damaged_metrics_are_named_before_anything_is_written(straight, start, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 40', '"step": "40"'))
+    before = content(folder)
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 5: must be like"):
+        start(folder, "--max_iters=240")
+    assert content(folder) == before
+
+
 def test_eval_only_says_the_last_logged_loss_and_changes_nothing(straight, start, capsys):
     before = content(straight)
     assert start(straight, "--max_iters=200", "--eval_only") == 0
@@ -396,7 +408,7 @@ def test_float16_goes_on_bit_for_bit_with_its_loss_scale(start, tmp_path):
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_is_made(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(devices, "memory_bytes", lambda device: 100_000)
     with pytest.raises(Fault, match=r"a step needs .* of 0 MiB on each device: take a sm"):
         start(tmp_path, "--max_iters=40")
     assert not saved_steps(tmp_path)
@@ -493,9 +505,10 @@ def test_the_config_of_a_run_repeats_it(straight, start, tmp_path):
     """`--config` takes the config.json that a run leaves."""
     config = json.loads((straight / "config.json").read_text())
     asked = parse_train_config(["--config", str(straight / "config.json")])
-    same = {name for name in config if name not in ("made_with", "config")}
+    same = {name for name in config if name not in ("made_with", "config", "out_dir")}
     flat = run_folder.to_flat_dict(asked)
     assert {name: flat[name] for name in same} == {name: config[name] for name in same}
+    assert run_folder.choose(asked, "letters", "shakespeare_char") == straight
 
 
 def test_a_known_chips_run_tells_its_cost_beforehand_and_its_mfu(

@@ -240,6 +240,8 @@ class TrainConfig:
         ones = "batch_size gradient_accumulation_steps max_iters eval_interval log_interval"
         for name in ones.split():
             _require(getattr(self, name) >= 1, self, name, "at least 1")
+        _require(self.out_dir != "", self, "out_dir", "the path of a folder")
+        _require(self.data_dir != "", self, "data_dir", "the path of a folder")
         _require(self.dataset != "", self, "dataset", "a name or a path")
         _require(self.tokenizer != "", self, "tokenizer", "char, gpt2, bpe or a path")
         _require(
@@ -317,6 +319,7 @@ class SampleConfig:
 
     def __post_init__(self):
         _refuse_resume(self.init_from)
+        _require(self.out_dir != "", self, "out_dir", "the path of a folder")
         ok = self.init_from is None or self.out_dir is None
         _require(ok, self, "init_from", "left out where out_dir names a run")
         _require(self.num_samples >= 1, self, "num_samples", "at least 1")

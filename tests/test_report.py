@@ -52,6 +52,16 @@ def test_the_picture_is_drawn_from_whatever_there_is(make_run, rows):
     assert len(picture) > 8_000
 
 
+@pytest.mark.parametrize("name", ["日本", "$x^2_{$", "a $", "\udcff", "a\nb"])
+def test_any_name_is_drawn_as_it_is_written_and_without_a_word(make_run, name):
+    """Of a font without its characters, or as a formula that is none, matplotlib would complain."""
+    folder = make_run("a")
+    draw(folder, name)
+    assert (folder / "loss.png").stat().st_size > 8_000
+    rows = [row | {"x": row["step"]} for row in TRAIN + VAL]
+    report.save(loss_figure({name: rows, "b": rows}), folder / "several.png")
+
+
 def test_one_run_shows_both_curves_and_its_best():
     rows = [row | {"x": row["step"]} for row in TRAIN + VAL]
     figure = loss_figure({"a run": rows})

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from nanogpt_jax.steps import Metrics
 from nanogpt_jax.tokenizer import bits_per_byte
 
 REDRAW_S = 60
+RATES_BLOCK = 2**16  # learning rates that are computed at once
 MOST_SKIPPED = 50  # updates in a row: the loss scale was halved each time
 
 
@@ -86,8 +88,11 @@ class Progress:
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
         self._pending = None
-        schedule = learning_rate_schedule(config.optim, config.max_iters)
-        self._learning_rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
+        schedule = jax.jit(learning_rate_schedule(config.optim, config.max_iters))
+        # A chip would compute a single one only when the dispatch at hand is done.
+        self._rates_of = lru_cache(1)(
+            lambda block: np.asarray(schedule(RATES_BLOCK * block + np.arange(RATES_BLOCK)))
+        )
         self._bar = tqdm(
             initial=begun_at or 0,
             total=config.max_iters,
@@ -226,7 +231,7 @@ class Progress:
             if self.bytes_per_token:
                 row["val_bits_per_byte"] = bits_per_byte(val_loss, self.bytes_per_token)
         last_update = max(0, step - 1 - self.skipped)
-        row["lr"] = float(self._learning_rates[last_update])
+        row["lr"] = float(self._rates_of(last_update // RATES_BLOCK)[last_update % RATES_BLOCK])
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)

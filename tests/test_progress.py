@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import time
+import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +16,8 @@ from nanogpt_jax.report import read_metrics
 from nanogpt_jax.steps import Metrics
 
 LOSSES = (3.0 + np.random.default_rng(0).normal(size=100)).astype(np.float32)
+
+MOST_STEPS = 2**31 - 1
 
 
 @pytest.fixture
@@ -95,6 +99,32 @@ def test_the_learning_rate_is_that_of_the_update_before(tmp_path, config):
     schedule = learning_rate_schedule(config.optim, config.max_iters)
     for row in read_metrics(tmp_path)[1:]:
         assert row["lr"] == pytest.approx(float(schedule(row["step"] - 1)), rel=1e-6)
+
+
+def test_the_learning_rate_is_exactly_what_all_of_them_computed_at_once_are(tmp_path, config):
+    optim = dataclasses.replace(config.optim, warmup_iters=50, lr_decay_iters=150_000)
+    config = dataclasses.replace(config, optim=optim, max_iters=200_000)
+    schedule = learning_rate_schedule(config.optim, config.max_iters)
+    rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
+    progress = Progress(tmp_path, config, None)
+    logged = [1, 49, 50, 51, 65_535, 65_536, 65_537, 131_072, 131_073, 149_999, 150_001, 200_000]
+    for step in logged:
+        progress.evaluated(step, 2.0)
+    progress.close()
+    assert [row["lr"] for row in read_metrics(tmp_path)] == [float(rates[s - 1]) for s in logged]
+
+
+def test_a_run_of_two_billion_steps_begins_as_quickly_as_a_short_one(tmp_path, config):
+    """The learning rates of all its steps would take 24 GB."""
+    config = dataclasses.replace(config, max_iters=MOST_STEPS)
+    tracemalloc.start()
+    progress = Progress(tmp_path, config, None)
+    progress.evaluated(MOST_STEPS, 2.0)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    progress.close()
+    assert most_bytes < 50e6
+    assert read_metrics(tmp_path)[0]["lr"] == np.float32(config.optim.min_lr)
 
 
 def test_a_resumed_run_has_the_rows_of_one_straight_through(tmp_path, config):

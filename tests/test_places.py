@@ -6,6 +6,9 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -155,3 +158,75 @@ def test_names_that_the_locale_makes_unreadable_are_refused_with_what_helps(run,
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     line = refusal(run("train.py", *TINY, "--out_dir=ü", env=os.environ | ascii_only, timeout=60))
     assert "PYTHONUTF8=1 in front" in line
+
+
+# Two at once
+
+
+@pytest.fixture
+def trainer(book):
+    """The process of a training without end in out/run, which has a checkpoint."""
+    argv = [*TINY, "--max_iters=1000000", "--eval_interval=20", "--out_dir=out/run"]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv],
+        cwd=book.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        process.argv, process.folder = argv, book.parent / "out" / "run"
+        try:
+            wait_for_steps(process, 60)  # so the first of 20 is whole
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_steps(process, n_steps):
+    """Wait until a training has made as many steps more."""
+    rows = read_metrics(process.folder)
+    until_step = n_steps + (rows[-1]["step"] if rows else 0)
+    deadline_s = time.monotonic() + 120
+    while not any(row["step"] >= until_step for row in read_metrics(process.folder)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_second_training_of_a_folder_is_refused_and_the_first_goes_on(run, trainer):
+    for more in (), ("--overwrite",):
+        line = refusal(run("train.py", *trainer.argv, *more, timeout=60))
+        assert line == "error: out/run is being trained by another process: wait for it"
+        wait_for_steps(trainer, 40)
+    steps = [row["step"] for row in read_metrics(trainer.folder)]
+    assert steps == list(range(len(steps)))  # nothing was deleted, and nothing written twice
+    trainer.send_signal(signal.SIGTERM)
+    told, complaints = trainer.communicate(timeout=60)
+    assert trainer.returncode == 128 + signal.SIGTERM
+    assert "and saved: the same command goes on" in told
+    assert complaints == "\nSIGTERM: saving, then stopping\n"
+
+
+@pytest.mark.slow
+def test_a_run_is_sampled_evaluated_and_drawn_while_it_is_trained(run, trainer):
+    done = run("sample.py", *SHORT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("out/run, step ")
+    done = run("-m", "nanogpt_jax.report", "out/run", timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("out/run  best val loss ")
+    done = run("train.py", *trainer.argv, "--eval_only", timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^step \d+: val loss ", done.stdout, re.MULTILINE)
+    wait_for_steps(trainer, 40)
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_leaves_its_folder_free(run, trainer):
+    trainer.kill()
+    trainer.communicate(timeout=60)
+    stopped_at = max(
+        int(path.name) for path in trainer.folder.glob("checkpoints/*") if path.name.isdecimal()
+    )
+    more = f"--max_iters={stopped_at + 5}", "--lr_decay_iters=1000000"
+    done = run("train.py", *trainer.argv, *more, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"going on with out/run from step {stopped_at}" in done.stdout

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,27 @@ def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
     with run_folder.locked(tmp_path), refused, second:
         pass
     with run_folder.locked(tmp_path):
+        pass
+
+
+HOLDS = """
+import pathlib, sys, time
+from nanogpt_jax import run_folder
+with run_folder.locked(pathlib.Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_was_killed_holds_its_folder_no_longer(tmp_path):
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "mine\n"
+        refused = pytest.raises(InputError, match="is being trained by another process")
+        with refused, run_folder.locked(tmp_path / "run"):
+            pass
+        holder.kill()
+    with run_folder.locked(tmp_path / "run"):
         pass
 
 

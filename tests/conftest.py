@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,15 @@ def run(tmp_path):
         return subprocess.run([*command, *map(str, argv)], check=False, **kwargs)
 
     return run_script
+
+
+@pytest.fixture
+def own_signals():
+    """Undo what a training in this process does to signals."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

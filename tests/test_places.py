@@ -91,19 +91,10 @@ def test_a_read_only_disk_is_refused_in_a_line(run, book, read_only):
 
 
 @pytest.fixture
-def start(book, monkeypatch):
-    """Run train.py in this process, in the book's folder, and undo what it does to signals."""
-
-    def run_here(*argv):
-        monkeypatch.chdir(book.parent)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            return train.main([*TINY, *argv])
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    return run_here
+def start(book, own_signals, monkeypatch):
+    """Run train.py in this process, in the book's folder."""
+    monkeypatch.chdir(book.parent)
+    return lambda *argv: train.main([*TINY, *argv])
 
 
 def command_shown(told: str) -> list[str]:

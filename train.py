@@ -125,6 +125,7 @@ def train(
     from nanogpt_jax.rungs import make_model
 
     startup.use_compile_cache(config.compile_cache, processes.count)
+    devices.warn_of_unused_chip()
     if jax.process_count() != processes.count:
         raise InputError(
             f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "

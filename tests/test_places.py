@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from nanogpt_jax import devices
 from nanogpt_jax.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +118,21 @@ def test_a_run_in_an_unusual_place_goes_on_and_writes_as_its_end_tells(
     assert [row["step"] for row in read_metrics(Path(out_dir))] == [0, 1, 2, 3, 4]
     assert sample.main([*command_shown(told), *SHORT]) == 0
     assert capsys.readouterr().err == f"{Path(out_dir)}, step 4\n"
+
+
+def test_training_and_sampling_tell_of_a_chip_that_is_not_used_before_they_begin(
+    start, capsys, monkeypatch
+):
+    told_until_then = []
+    monkeypatch.setattr(
+        devices, "warn_of_unused_chip", lambda: told_until_then.append(capsys.readouterr().out)
+    )
+    assert start("--max_iters=2", "--out_dir=run") == 0
+    assert sample.main(["--out_dir=run", *SHORT]) == 0
+    in_training, in_sampling = told_until_then
+    assert "step" not in in_training
+    assert "val loss" in in_sampling  # the end of the training
+    assert "-----" not in in_sampling
 
 
 @pytest.mark.slow

@@ -96,11 +96,9 @@ def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig
         print(config.init_from, file=sys.stderr)
         return model, pretrained.load_params(config.init_from, model_config, abstract)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, read_only=True)
-    step = checkpoints.best_step() if config.checkpoint == "best" else checkpoints.latest_step()
-    step = checkpoints.latest_step() if step is None else step  # stopped before an evaluation
-    if step is None:
+    if checkpoints.latest_step() is None:
         raise InputError(f"{folder} has no checkpoint yet: train it first")
-    params = checkpoints.restore_params(abstract, step)
+    params, step = checkpoints.read_params(abstract, config.checkpoint)
     print(f"{folder}, step {step}", file=sys.stderr)
     return model, params
 

@@ -174,7 +174,7 @@ def train(
     abstract = programs.abstract_state
     if config.eval_only:  # without an optimizer's state, which takes twice the memory of these
         if begun_at is not None:
-            params = checkpoints.restore_params(abstract.params, begun_at)
+            params, begun_at = checkpoints.read_params(abstract.params, "latest")
         else:
             params = pretrained.load_params(config.init_from, config.model, abstract.params)
     elif begun_at is not None:

@@ -101,6 +101,27 @@ class Checkpoints:
         """Return the parameters alone of a step; raises as `restore` does."""
         return self._restore("params", abstract_params, step)
 
+    def read_params(self, abstract_params, checkpoint: str):
+        """Return (parameters, step) of a checkpoint; a training that goes on may replace it.
+
+        Args:
+            checkpoint: "latest"; or "best", which is the latest where none was evaluated.
+
+        Raises:
+            InputError: see `restore`.
+        """
+        failed_at = None
+        while True:
+            best = self.best_step() if checkpoint == "best" else None
+            step = self.latest_step() if best is None else best
+            try:
+                return self.restore_params(abstract_params, step), step
+            except InputError:
+                if step == failed_at:
+                    raise
+                failed_at = step
+                self._manager.reload()  # perhaps it was deleted, and another is there
+
     def _restore(self, item: str, abstract, step: int):
         path = self.folder / str(step)
         targets = _named_leaves(abstract)

@@ -149,10 +149,8 @@ def _write_weights(run: Path, config: ModelConfig, checkpoint: str, path: Path) 
     from nanogpt_jax.model import GPT
 
     checkpoints = Checkpoints(run / run_folder.CHECKPOINTS, read_only=True)
-    best = checkpoints.best_step() if checkpoint == "best" else None
-    step = checkpoints.latest_step() if best is None else best  # stopped before an evaluation
     abstract = jax.eval_shape(partial(steps.init_params, GPT(config)), jax.random.key(0))
-    params = checkpoints.restore_params(sharding.on_one_device(abstract), step)
+    params, step = checkpoints.read_params(sharding.on_one_device(abstract), checkpoint)
     checkpoints.close()
     arrays = {}
     for name, array in flatten_dict(params, sep=".").items():

@@ -107,6 +107,31 @@ def test_keeps_the_newest_and_the_best_and_nothing_else(folder, abstract, state_
     assert_equal(restore(folder, abstract, 40), state_at(40))
 
 
+@pytest.mark.parametrize("checkpoint", ["best", "latest"])
+@abandons_coroutines
+def test_a_checkpoint_that_a_training_replaces_while_it_is_read_is_read_in_its_place(
+    folder, abstract, state_at, checkpoint
+):
+    save(folder, state_at(10), val_losses=[2.0])
+    reader = Checkpoints(folder, read_only=True)
+    save(folder, state_at(20), val_losses=[1.0])
+    params, step = reader.read_params(abstract.params, checkpoint)
+    reader.close()
+    gc.collect()
+    assert step == 20
+    assert_equal(params, state_at(20).params)
+
+
+@abandons_coroutines
+def test_a_checkpoint_that_is_damaged_and_not_replaced_is_refused(folder, abstract, state_at):
+    save(folder, state_at(10), val_losses=[2.0])
+    largest_file(folder / "10" / "params").write_bytes(b"")
+    reader = Checkpoints(folder, read_only=True)
+    with refused(folder / "10"):
+        reader.read_params(abstract.params, "best")
+    reader.close()
+
+
 @pytest.mark.slow
 def test_fifty_saves_of_a_worsening_loss_leave_the_first_and_the_last(folder, abstract, state_at):
     """A long run that overfits: two checkpoints take the same room after any number of saves."""

@@ -75,6 +75,7 @@ def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig
     from nanogpt_jax.rungs import make_model
 
     startup.use_compile_cache(config.compile_cache)
+    devices.warn_of_unused_chip()
     asked = ComputeConfig(dtype=config.dtype, attention="xla")  # a cached token needs no other
     compute, _ = devices.choose(asked, model_config, jax.devices()[0])
     n_rows = 1 if config.stream or config.web or config.exact_window else config.num_samples

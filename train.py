@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
+import shlex
 import time
 from functools import partial
 from pathlib import Path
@@ -127,6 +128,7 @@ def train(
     from nanogpt_jax.rungs import make_model
 
     startup.use_compile_cache(config.compile_cache, processes.count)
+    devices.warn_of_unused_chip()
     if jax.process_count() != processes.count:
         raise InputError(
             f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "
@@ -157,7 +159,7 @@ def train(
     # From here on all is known to be possible; so now, and not before, something may be deleted.
     overwrites = config.overwrite and not config.eval_only
     config = dataclasses.replace(config, overwrite=False)  # nothing to be repeated
-    same = dataclasses.replace(config, out_dir=None, data_dir="", dataset=None)
+    same = dataclasses.replace(config, out_dir=None, data_dir=".", dataset=None)
     processes.check_same(f"{same} {corpus.fingerprint} {jax.__version__}")
     if processes.is_first and overwrites:
         run_folder.delete(folder)
@@ -203,8 +205,8 @@ def train(
     if begun_at is not None and begun_at >= config.max_iters:
         print(
             f"{folder} is complete: {begun_at} steps are done. `python sample.py --out_dir "
-            f"{folder}` writes text; --overwrite trains anew; --max_iters {2 * begun_at} "
-            f"--lr_decay_iters {config.optim.lr_decay_iters} goes on"
+            f"{shlex.quote(str(folder))}` writes text; --overwrite trains anew; --max_iters "
+            f"{2 * begun_at} --lr_decay_iters {config.optim.lr_decay_iters} goes on"
         )
         return 0
     if begun_at is not None:
@@ -298,7 +300,7 @@ def train(
         )
         return 128 + stopped_by
     best_loss, best_step = progress.best
-    where = "" if folder.parent == run_folder.OUT else f" --out_dir {folder}"
+    where = "" if folder.parent == run_folder.OUT else f" --out_dir {shlex.quote(str(folder))}"
     print(
         f"{step} steps in {progress.elapsed_s():.0f} s of training, best val loss {best_loss:.4f} "
         f"at step {best_step}. The run lies in {folder}: loss.png shows it, "

@@ -302,6 +302,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
+        _require(self.out_dir != "", self, "out_dir", "the path of a folder")
+        _require(self.data_dir != "", self, "data_dir", "the path of a folder")
         _require(self.dataset != "", self, "dataset", "a name or a path")
         _require(self.tokenizer != "", self, "tokenizer", "char, gpt2, bpe or a path")
         _require(
@@ -382,6 +384,7 @@ class SampleConfig:
     def __post_init__(self):
         check_fields(self)
         _refuse_resume(self.init_from)
+        _require(self.out_dir != "", self, "out_dir", "the path of a folder")
         ok = self.init_from is None or self.out_dir is None
         _require(ok, self, "init_from", "left out where out_dir names a run")
         endless = self.max_new_tokens == -1 and self.stream

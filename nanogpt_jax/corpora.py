@@ -5,6 +5,7 @@ has `train.bin` and `val.bin`, made by nanoGPT or by anything else.
 """
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
 from nanogpt_jax.errors import InputError, did_you_mean
 from nanogpt_jax.opening import Corpus, open_corpus, tokenizer_of_nanogpt
 from nanogpt_jax.preparation import is_prepared, prepare_folder
+from nanogpt_jax.run_folder import check_place
 from nanogpt_jax.shards import PROGRESS, SHARD_TOKENS
 from nanogpt_jax.sources import Texts
 
@@ -109,8 +111,7 @@ def prepare(
         is_training: refuse what takes long.
     """
     data_dir = Path(data_dir)
-    if data_dir.exists() and not data_dir.is_dir():
-        raise InputError(f"data_dir must be a folder, but {data_dir} is a file")
+    check_place(data_dir, "data_dir")
     if dataset in NAMES:
         choice = _choice(dataset, tokenizer, vocab_size)
         folder = _named_folder(dataset, data_dir, choice)
@@ -206,7 +207,7 @@ def find_source(path: Path):
 
 def _folder_of(source: Path, data_dir: Path, label: str) -> Path:
     """Return where one's own text is prepared: a hash keeps two books called input.txt apart."""
-    place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
+    place = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:8]
     suffix = "" if label == "char" else f"-{label}"
     return data_dir / f"{source.resolve().stem}-{place}{suffix}"
 

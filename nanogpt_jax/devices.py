@@ -3,15 +3,22 @@
 The places that ask which platform this is are here; all else is told.
 """
 
+import logging
 import os
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError
 
+# What tells of a chip, whether JAX can use it or not. Source: jax/_src/hardware_utils.py.
+NVIDIA_FILES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")  # the second in containers, then WSL2's
+GOOGLE, TPUS = "0x1ae0", {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 SPLASH_BLOCK = 128  # the splash kernel works on pieces of the context of this many positions
 
 
@@ -65,6 +72,46 @@ def describe(mesh: Mesh) -> str:
     count = f"{mesh.size} x " if mesh.size > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{count}{device.platform}{kind}" + (f" ({axes})" if axes else "")
+
+
+def warn_of_unused_chip(root: Path = Path("/")) -> None:
+    """Say so on standard error where a GPU or TPU seems to be there, but JAX computes on the CPU.
+
+    To be called before JAX looks for devices itself. Nothing is said where JAX_PLATFORMS names the
+    platform, or CUDA_VISIBLE_DEVICES hides the GPU: then it is meant so.
+
+    Args:
+        root: of the file system that is looked at.
+    """
+    if jax.config.jax_platforms:
+        return
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not is_hidden and any((root / name).exists() for name in NVIDIA_FILES):
+        chip, extra = "an NVIDIA GPU", "'.[cuda12]' or '.[cuda13]', as its driver needs,"
+    elif any(_pci_id(device) in TPUS for device in root.glob("sys/bus/pci/devices/*")):
+        chip, extra = "a TPU", "'.[tpu]'"
+    else:
+        return
+    # JAX says as much, but not what to do; what else went wrong it shall say.
+    logging.getLogger("jax._src.xla_bridge").addFilter(
+        lambda record: "may be present" not in record.getMessage()
+    )
+    if jax.default_backend() == "cpu":
+        print(
+            f"*** {chip} seems to be here, but JAX computes on the CPU: pip install -e {extra} "
+            "in this environment lets it use the chip; JAX_PLATFORMS=cpu in front says that the "
+            "CPU is meant ***",
+            file=sys.stderr,
+        )
+
+
+def _pci_id(device: Path) -> str:
+    """Return the number of a device of Google's, which makes network cards too; "" of others."""
+    try:
+        is_googles = (device / "vendor").read_text().strip() == GOOGLE
+        return (device / "device").read_text().strip() if is_googles else ""
+    except OSError:
+        return ""
 
 
 def memory_bytes(device) -> int | None:

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from nanogpt_jax.steps import Metrics
 from nanogpt_jax.tokenizer import bits_per_byte
 
 REDRAW_S = 60
+RATES_BLOCK = 2**16  # learning rates that are computed at once
 MOST_SKIPPED = 50  # updates in a row: the loss scale was halved each time
 
 
@@ -87,7 +89,11 @@ class Progress:
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
         self._pending = None
-        self._learning_rate = jax.jit(learning_rate_schedule(config.optim, config.max_iters))
+        schedule = jax.jit(learning_rate_schedule(config.optim, config.max_iters))
+        # A chip would compute a single one only when the dispatch at hand is done.
+        self._rates_of = lru_cache(1)(
+            lambda block: np.asarray(schedule(RATES_BLOCK * block + np.arange(RATES_BLOCK)))
+        )
         self._bar = tqdm(
             initial=begun_at or 0,
             total=config.max_iters,
@@ -157,7 +163,8 @@ class Progress:
 
     def _rate(self, step: int) -> float:
         """Return the learning rate of the update that made a step."""
-        return float(self._learning_rate(max(0, step - 1 - self.skipped)))
+        update = max(0, step - 1 - self.skipped)
+        return float(self._rates_of(update // RATES_BLOCK)[update % RATES_BLOCK])
 
     def evaluation_due(self, step: int) -> bool:
         """Return whether a step is followed by an evaluation: each eval_interval, and the last."""

@@ -6,6 +6,7 @@ that holds the chip. --x is step, tokens or time.
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
     path = Path(config.picture) if config.picture else alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        loss_figure(runs, config.x).savefig(path)
+        save(loss_figure(runs, config.x), path)
     except (OSError, ValueError) as error:  # ValueError: no format of that name
         raise InputError(f"picture: {path} cannot be written ({error})") from None
     print(f"drawn to {path}")
@@ -139,8 +140,15 @@ def draw(folder: Path, title: str) -> None:
     """Draw a run's loss.png from its metrics.jsonl."""
     rows = [row | {"x": row["step"]} for row in read_metrics(folder)]
     picture = io.BytesIO()
-    loss_figure({title: rows}).savefig(picture, format="png")
+    save(loss_figure({title: rows}), picture)
     files.write_atomically(Path(folder, PICTURE), picture.getvalue())
+
+
+def save(figure, path: Path | io.BytesIO) -> None:
+    """Write a figure as PNG or as a path ends; characters that the font lacks become boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(path)
 
 
 def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
@@ -155,7 +163,8 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="tight")
     axes = figure.subplots()
     alone = len(runs) == 1
-    for i, (name, rows) in enumerate(runs.items()):
+    names = [_as_written(name) for name in runs]
+    for i, (name, rows) in enumerate(zip(names, runs.values(), strict=True)):
         train = np.array([(row["x"], row["train_loss"]) for row in rows if "train_loss" in row])
         val = np.array([(row["x"], row["val_loss"]) for row in rows if "val_loss" in row])
         color = "tab:blue" if alone else f"C{i}"
@@ -182,21 +191,28 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
                     ha="right" if best else "left",
                     color="tab:red",
                 )
-    title = next(iter(runs)) if alone else "validation (dots) and train loss"
+    title = names[0] if alone else "validation (dots) and train loss"
     x_label = {"step": "step", "tokens": "tokens read", "time": "seconds of training"}[x]
     axes.set(xlabel=x_label, ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        # Not "best": that compares with every point, for seconds, and says so in a warning.
+        axes.legend(frameon=False, loc="upper right")
     return figure
 
 
-def _running_mean(losses: np.ndarray) -> list[float]:
+def _as_written(name: str) -> str:
+    """Return a name so that matplotlib sees no formula in $...$, and text in any bytes."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+
+
+def _running_mean(losses: np.ndarray) -> np.ndarray:
     """Return the mean around each row, of fewer rows at both ends."""
-    widest = min(SMOOTHED_ROWS // 2, len(losses) // 20)
-    halves = [min(widest, i, len(losses) - 1 - i) for i in range(len(losses))]
-    return [losses[i - half : i + half + 1].mean() for i, half in enumerate(halves)]
+    i = np.arange(len(losses))
+    half = np.minimum(i, i[::-1]).clip(max=min(SMOOTHED_ROWS // 2, len(losses) // 20))
+    sums = np.concatenate([[0], losses.cumsum()])
+    return (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)
 
 
 if __name__ == "__main__":

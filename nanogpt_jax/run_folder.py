@@ -10,6 +10,7 @@ out/small/config.json      all that was asked, with versions and device
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from nanogpt_jax.errors import InputError, reading
 OUT = Path("out")
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
+LONGEST_NAME = 255  # bytes, in all usual file systems
 # What may change from one start of a run to the next: it does not touch the updates themselves.
 FREE_FIELDS = {
     "config", "out_dir", "dataset", "data_dir", "tokenizer", "max_iters", "eval_interval",
@@ -69,13 +71,46 @@ def check_writable(folder: Path) -> None:
     """Check that a folder can be made or written, without making it.
 
     Raises:
-        InputError: it is a file, lies below one, or its place is read-only.
+        InputError: see `check_place`; its place is read-only; or Orbax cannot work there.
     """
-    existing = _existing(folder)
-    if not existing.is_dir():
-        raise InputError(f"out_dir must be a folder, but {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    existing = check_place(folder, "out_dir")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise InputError(f"out_dir must be writable, but {existing} is not")
+    path = str(folder.absolute())
+    if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that are no text
+        raise InputError(
+            f"out_dir must be UTF-8, but is {path} (with PYTHONUTF8=1 in front Python reads what "
+            "another locale does not)"
+        )
+    if any(character in path for character in "*?["):
+        # Orbax looks for what it saved by the whole path as a pattern, and would not find it.
+        raise InputError(f"out_dir must have no * ? or [ in its whole path, but is {path}")
+
+
+def check_place(folder: Path, name: str) -> Path:
+    """Return the deepest place that is there on the way to a folder.
+
+    Args:
+        name: the field that names the folder, for the message.
+
+    Raises:
+        InputError: it is a file, lies below one, or no folder can have such a path.
+    """
+    place = folder.absolute()
+    try:
+        if max(len(os.fsencode(part)) for part in place.parts) > LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(place / (LONGEST_NAME * "_"))  # room for what will lie in it
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name} must be the path of a folder, but {folder}: {reason}") from None
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        what = "a file" if place.exists() else "a link to nowhere"
+        raise InputError(f"{name} must be a folder, but {place} is {what}")
+    return place
 
 
 def check_room(folder: Path, checkpoint_bytes: int) -> None:
@@ -85,21 +120,13 @@ def check_room(folder: Path, checkpoint_bytes: int) -> None:
         InputError: it has not, those that are there already counted in.
     """
     there = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(check_place(folder, "out_dir")).free
     if there + free < 3 * checkpoint_bytes:
         raise InputError(
             f"out_dir must have room for three checkpoints of {checkpoint_bytes / 2**20:,.1f} MiB "
             f"(newest, best, and one being written), but on the disk of {folder} only "
             f"{free / 2**20:,.1f} MiB are free: make room, or name another --out_dir"
         )
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or that above it which exists already."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return existing
 
 
 def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
@@ -159,9 +186,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Make the folder, and keep other processes from training in it meanwhile.
 
     Raises:
-        InputError: another process is training there.
+        InputError: it cannot be made, or another process is training there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out_dir: {folder} cannot be made ({error.strerror})") from None
 
     def refuse() -> None:
         raise InputError(f"{folder} is being trained by another process: wait for it") from None
@@ -245,9 +275,9 @@ def read_config(folder: Path) -> dict:
         InputError: the folder holds no run, or a field has a value that it cannot have.
     """
     path = folder / CONFIG
-    if not path.exists():
-        raise InputError(f"out_dir must hold a run, but there is no {path}")
     with reading(path, "a run's configuration"):
+        if not path.exists():
+            raise InputError(f"out_dir must hold a run, but there is no {path}")
         loaded = files.read_json(path)
     ours = (
         isinstance(loaded, dict)

@@ -124,7 +124,8 @@ def stat_of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         found = _stat(file)
-        digest.update(f"{file.name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+        facts = f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode()
+        digest.update(os.fsencode(file.name) + facts)
     return digest.hexdigest()[:16]
 
 

@@ -169,8 +169,9 @@ def use_compile_cache(asked: str, n_processes: int = 1) -> None:
     folder = Path(asked) if asked else caches / "nanogpt_jax" / platform.node()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"no compile cache: {folder} cannot be made ({error.strerror})")
+        str(folder.absolute()).encode()  # XLA takes UTF-8 only
+    except (OSError, ValueError) as error:
+        print(f"no compile cache: {folder} cannot be made ({error})")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -77,3 +77,19 @@ def run(tmp_path):
         return subprocess.run([*command, *map(str, argv)], check=False, **kwargs)
 
     return run_script
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder on a disk that is mounted read-only, which holds even for root."""
+    place = tmp_path / "read_only"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("nothing can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

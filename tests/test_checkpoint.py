@@ -109,6 +109,19 @@ def test_keeps_the_newest_and_the_best_and_nothing_else(folder, abstract, state_
     assert_equal(restore(folder, abstract, 40), state_at(40))
 
 
+@pytest.mark.slow
+def test_fifty_saves_of_a_worsening_loss_leave_the_first_and_the_last(folder, abstract, state_at):
+    """A long run that overfits: two checkpoints take the same room after any number of saves."""
+    sizes = []
+    for steps_of_a_start in range(10, 260, 10), range(260, 510, 10):
+        save(folder, *map(state_at, steps_of_a_start), val_losses=[1 + s for s in steps_of_a_start])
+        assert {path.name for path in folder.iterdir()} == {"10", str(steps_of_a_start[-1])}
+        sizes.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert_equal(restore(folder, abstract, 10), state_at(10))
+    assert_equal(restore(folder, abstract, 500), state_at(500))
+
+
 def test_a_new_process_still_knows_the_best(folder, state_at):
     save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
     save(folder, state_at(30), state_at(40), val_losses=[3.0, 1.5])

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -279,6 +280,20 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, data_dir, ending):
     (tmp_path / f"a.{ending}").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=rf"a\.{ending}: cannot be read \(No such file"):
         prepare(str(tmp_path), data_dir, tokenizer="char")
+
+
+@pytest.mark.parametrize("path", ["book.txt", "book.txt/data", 256 * "x", "x/" + 256 * "x", "a\0b"])
+def test_a_data_dir_that_cannot_be_is_refused_and_nothing_written(book, tmp_path, path):
+    for dataset in str(book), "shakespeare_char":
+        with pytest.raises(InputError, match="data_dir must be "):
+            resolve(dataset, tmp_path / path, 9)
+    assert list(tmp_path.iterdir()) == [book]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_a_text_whose_name_is_no_utf_8_serves_as_well(book, data_dir):
+    other = book.rename(book.with_name("b\udcff\udcfe.txt"))
+    assert open_corpus(resolve(str(other), data_dir, 9), 9).tokenizer
 
 
 def test_training_does_not_begin_a_large_text(book, data_dir, monkeypatch):

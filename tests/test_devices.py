@@ -1,11 +1,15 @@
 """Precision and attention kernel, chosen for devices that are not there."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from nanogpt_jax import devices
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.devices import Compute, choose, describe, memory_levers
@@ -153,6 +157,97 @@ def test_of_too_little_memory_only_what_may_help_is_named():
     assert memory_levers(TrainConfig(batch_size=1), compute) == "take a smaller model"
     lecture = ModelConfig(architecture="bigram", bias=True, n_layer=1, n_head=1)
     assert "--remat" not in memory_levers(TrainConfig(model=lecture), Compute())
+
+
+# A chip that JAX does not use
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A file system of which nothing is known, on a machine whose user forces no platform."""
+    forced = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    yield tmp_path
+    jax.config.update("jax_platforms", forced)
+
+
+def write(path, content=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def add_pci_device(root, vendor, device):
+    for name, number in ("vendor", vendor), ("device", device):
+        write(root / "sys" / "bus" / "pci" / "devices" / f"0000:00:{device}" / name, f"{number}\n")
+
+
+def warning(root, capsys):
+    devices.warn_of_unused_chip(root)
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "dxg"])
+def test_a_gpu_that_jax_does_not_use_is_said_with_what_to_install(root, capsys, name):
+    write(root / "dev" / name)
+    (line,) = warning(root, capsys).splitlines()
+    assert line.startswith("*** an NVIDIA GPU seems to be here, but JAX computes on the CPU")
+    assert "pip install -e '.[cuda12]' or '.[cuda13]'" in line
+
+
+def test_a_tpu_that_jax_does_not_use_is_said_with_what_to_install(root, capsys):
+    add_pci_device(root, "0x8086", "0x1237")
+    add_pci_device(root, "0x1ae0", "0x0063")
+    (line,) = warning(root, capsys).splitlines()
+    assert line.startswith("*** a TPU seems to be here, but JAX computes on the CPU")
+    assert "pip install -e '.[tpu]'" in line
+
+
+def test_on_a_machine_without_a_chip_nothing_is_said(root, capsys):
+    """Google's network card and disk are no TPU, nor has Intel a TPU of the same number."""
+    for vendor, device in ("0x1ae0", "0x0042"), ("0x1ae0", "0x001f"), ("0x8086", "0x0063"):
+        add_pci_device(root, vendor, device)
+    (root / "sys" / "bus" / "pci" / "devices" / "unreadable").mkdir()
+    assert warning(root, capsys) == ""
+
+
+def test_who_forces_the_cpu_or_hides_the_gpu_is_told_nothing(root, capsys, monkeypatch):
+    write(root / "dev" / "nvidia0")
+    for hidden in "", "-1":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert warning(root, capsys) == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert warning(root, capsys)
+    jax.config.update("jax_platforms", "cpu")
+    assert warning(root, capsys) == ""
+
+
+def test_where_jax_uses_the_chip_nothing_is_said(root, capsys, monkeypatch):
+    write(root / "dev" / "nvidia0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert warning(root, capsys) == ""
+
+
+SCRIPT = """
+import pathlib, sys
+import jax
+from jax._src import hardware_utils
+from nanogpt_jax import devices
+hardware_utils.has_visible_nvidia_gpu = lambda: True  # as on the machine whose root is given
+devices.warn_of_unused_chip(pathlib.Path(sys.argv[1]))
+jax.devices()
+"""
+
+
+def test_what_jax_says_of_it_itself_becomes_one_line_with_ours(tmp_path):
+    write(tmp_path / "dev" / "nvidia0")
+    free = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    for root, words in (tmp_path, "*** an NVIDIA GPU seems to be here"), (tmp_path / "x", "may be"):
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(root)],
+            env=free, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        (line,) = done.stderr.splitlines()
+        assert words in line
 
 
 def test_a_mesh_in_words():

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import time
+import tracemalloc
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +16,8 @@ from nanogpt_jax.report import read_metrics
 from nanogpt_jax.steps import Metrics
 
 LOSSES = (3.0 + np.random.default_rng(0).normal(size=100)).astype(np.float32)
+
+MOST_STEPS = 2**30
 
 
 @pytest.fixture
@@ -97,6 +101,32 @@ def test_the_learning_rate_is_that_of_the_update_before(tmp_path, config):
         assert row["lr"] == pytest.approx(float(schedule(row["step"] - 1)), rel=1e-6)
 
 
+def test_the_learning_rate_is_exactly_what_all_of_them_computed_at_once_are(tmp_path, config):
+    optim = dataclasses.replace(config.optim, warmup_iters=50, lr_decay_iters=150_000)
+    config = dataclasses.replace(config, optim=optim, max_iters=200_000)
+    schedule = learning_rate_schedule(config.optim, config.max_iters)
+    rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
+    progress = Progress(tmp_path, config, None)
+    logged = [1, 49, 50, 51, 65_535, 65_536, 65_537, 131_072, 131_073, 149_999, 150_001, 200_000]
+    for step in logged:
+        progress.evaluated(step, 2.0)
+    progress.close()
+    assert [row["lr"] for row in read_metrics(tmp_path)] == [float(rates[s - 1]) for s in logged]
+
+
+def test_a_run_of_a_billion_steps_begins_as_quickly_as_a_short_one(tmp_path, config):
+    """The learning rates of all its steps would take 24 GB."""
+    config = dataclasses.replace(config, max_iters=MOST_STEPS)
+    tracemalloc.start()
+    progress = Progress(tmp_path, config, None)
+    progress.evaluated(MOST_STEPS, 2.0)
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    progress.close()
+    assert most_bytes < 50e6
+    assert read_metrics(tmp_path)[0]["lr"] == np.float32(config.optim.min_lr)
+
+
 def test_a_resumed_run_has_the_rows_of_one_straight_through(tmp_path, config):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir()
@@ -137,7 +167,7 @@ def test_resuming_remembers_the_best_and_the_time(tmp_path, config):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_loss_that_is_no_number_is_told_with_its_step(tmp_path, config, bad):
     losses = np.where(np.arange(100) == 6, bad, LOSSES)
-    with pytest.raises(Diverged, match=f"loss {bad} and .* at step 7"):
+    with pytest.raises(Diverged, match=f"at step 7: loss {bad} and"):
         run(tmp_path, config, losses=losses)
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 4]
 
@@ -147,14 +177,14 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_its_parameters_are_sav
 ):
     progress = Progress(tmp_path, config, None)
     progress.dispatched(0, 1, 0.0, Metrics(np.float32([2.0]), np.float32([np.inf]), [0]))
-    with pytest.raises(Diverged, match="gradient norm inf at step 1"):
+    with pytest.raises(Diverged, match=r"at step 1: .* gradient norm inf"):
         progress.catch_up()
     progress.close()
 
 
 def test_a_validation_loss_that_is_no_number_is_told_with_its_step(tmp_path, config):
     progress = Progress(tmp_path, config, None)
-    with pytest.raises(Diverged, match="nan at step 10"):
+    with pytest.raises(Diverged, match="at step 10: validation loss nan"):
         progress.evaluated(10, float("nan"))
     progress.close()
     assert read_metrics(tmp_path) == []

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -52,6 +53,16 @@ def test_the_picture_is_drawn_from_whatever_there_is(make_run, rows):
     assert len(picture) > 8_000
 
 
+@pytest.mark.parametrize("name", ["日本", "$x^2_{$", "a $", "\udcff", "a\nb"])
+def test_any_name_is_drawn_as_it_is_written_and_without_a_word(make_run, name):
+    """Of a font without its characters, or as a formula that is none, matplotlib would complain."""
+    folder = make_run("a")
+    draw(folder, name)
+    assert (folder / "loss.png").stat().st_size > 8_000
+    rows = [row | {"x": row["step"]} for row in TRAIN + VAL]
+    report.save(loss_figure({name: rows, "b": rows}), folder / "several.png")
+
+
 def test_one_run_shows_both_curves_and_its_best():
     rows = [row | {"x": row["step"]} for row in TRAIN + VAL]
     figure = loss_figure({"a run": rows})
@@ -59,6 +70,28 @@ def test_one_run_shows_both_curves_and_its_best():
     np.testing.assert_allclose(shown["validation"], [(r["step"], r["val_loss"]) for r in VAL])
     assert len(shown["train (running mean)"]) == len(TRAIN)
     assert figure.axes[0].texts[0].get_text() == "best 1.3333\nat step 100"
+
+
+def test_the_running_mean_is_that_of_the_rows_around():
+    losses = np.random.default_rng(0).normal(3, 1, 300)
+    smooth = report._running_mean(losses)
+    assert smooth[0] == losses[0]
+    assert smooth[1] == pytest.approx(losses[:3].mean())
+    assert smooth[150] == pytest.approx(losses[140:161].mean())
+    assert smooth[-1] == pytest.approx(losses[-1])
+
+
+def test_the_picture_of_a_million_steps_is_drawn_in_seconds_and_without_a_word(make_run):
+    """It is redrawn while the run waits; matplotlib's search for a free corner took long."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"step": 10 * i, "train_loss": loss, "tokens_per_s": 9, "elapsed_s": i}
+        for i, loss in enumerate(rng.normal(3, 1, 100_000))
+    ]
+    folder = make_run("a", [row | {"val_loss": 3} for row in rows[::200]] + rows)
+    begun_s = time.perf_counter()
+    draw(folder, "a run")
+    assert time.perf_counter() - begun_s < 10
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +43,27 @@ def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
     with run_folder.locked(tmp_path), refused, second:
         pass
     with run_folder.locked(tmp_path):
+        pass
+
+
+HOLDS = """
+import pathlib, sys, time
+from nanogpt_jax import run_folder
+with run_folder.locked(pathlib.Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_was_killed_holds_its_folder_no_longer(tmp_path):
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "mine\n"
+        refused = pytest.raises(InputError, match="is being trained by another process")
+        with refused, run_folder.locked(tmp_path / "run"):
+            pass
+        holder.kill()
+    with run_folder.locked(tmp_path / "run"):
         pass
 
 
@@ -107,6 +130,49 @@ def test_a_folder_without_permission_is_named(tmp_path):
     with pytest.raises(InputError, match="out_dir must be writable"):
         run_folder.check_usable(tmp_path / "a")
     tmp_path.chmod(0o700)
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for place in tmp_path / "link", tmp_path / "link" / "run":
+        with pytest.raises(InputError, match=f"{tmp_path}/link is a link to nowhere"):
+            run_folder.check_usable(place)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (256 * "x", "File name too long"),
+        (f"missing/{256 * 'x'}", "File name too long"),
+        (f"missing/{128 * 'ü'}", "File name too long"),
+        ("/".join(25 * [160 * "x"]), "File name too long"),
+        ("a\0b", "embedded null byte"),
+    ],
+)
+def test_a_path_that_no_folder_can_have_is_refused_in_a_line(tmp_path, path, reason):
+    with pytest.raises(InputError, match=f"out_dir must be the path of a folder.*{reason}") as told:
+        run_folder.check_usable(tmp_path / path)
+    assert "\n" not in str(told.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_orbax_reads_as_a_pattern_is_refused_wherever_that_stands(
+    tmp_path, monkeypatch
+):
+    """It saved, and could not restore what it had saved."""
+    for name in "run [1]", "run*", "what?":
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        with pytest.raises(InputError, match=r"no \* \? or \[ in its whole path, but is .*/out/a"):
+            run_folder.check_usable(Path("out/a"))
+
+
+def test_a_folder_that_cannot_be_made_after_all_is_refused():
+    if not Path("/proc/self").exists():
+        pytest.skip("there is no /proc")
+    refused = pytest.raises(InputError, match=r"out_dir: /proc/run cannot be made \(No such file")
+    with refused, run_folder.locked(Path("/proc/run")):
+        pass
 
 
 # Whether there is room
@@ -230,9 +296,15 @@ def test_the_models_shape_is_read_from_a_run(begun, tiny_config):
 
 
 def test_a_folder_without_a_run_has_no_model(tmp_path):
-    for folder in (tmp_path, tmp_path / "none"):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path, tmp_path / "none", tmp_path / "file"):
         with pytest.raises(InputError, match=f"must hold a run, but there is no {folder}"):
             run_folder.read_model_config(folder)
+
+
+def test_a_path_that_no_folder_can_have_has_no_model(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        run_folder.read_model_config(tmp_path / (256 * "x"))
 
 
 @pytest.mark.parametrize("config_json", [*FOREIGN, '{"n_layer": "four"}'])

@@ -31,6 +31,7 @@ def compile_something(tmp_path):
         unset = {"JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"}
         env = {name: value for name, value in os.environ.items() if name not in unset}
         env |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)} | variables
+        env |= {"PYTHONIOENCODING": "utf-8:backslashreplace"}  # as every command sets it
         result = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(asked)],
             env=env, cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -65,11 +66,21 @@ def test_off_keeps_nothing(compile_something):
     assert not compile_something("off", JAX_COMPILATION_CACHE_DIR="theirs")[0]
 
 
-def test_a_folder_that_cannot_be_made_is_said_and_does_no_harm(compile_something, tmp_path):
+@pytest.mark.parametrize("folder", ["file/cache", 256 * "x", "no UTF-8: \udcff"])
+def test_a_folder_that_cannot_be_made_is_said_and_does_no_harm(compile_something, tmp_path, folder):
     (tmp_path / "file").write_text("in the way")
-    kept, result = compile_something("file/cache")
+    kept, result = compile_something(folder)
     assert not kept
-    assert "no compile cache: file/cache cannot be made" in result.stdout
+    assert "no compile cache: " in result.stdout
+    assert "cannot be made (" in result.stdout
+
+
+def test_a_path_that_no_folder_can_have_is_no_compile_cache(capsys):
+    """It comes from a JSON file: a command line has no NUL."""
+    before = jax.config.jax_compilation_cache_dir
+    startup.use_compile_cache("a\0b")
+    assert jax.config.jax_compilation_cache_dir == before
+    assert "cannot be made (embedded null byte)" in capsys.readouterr().out
 
 
 def test_a_broken_entry_only_warns(compile_something):

@@ -1,0 +1,91 @@
+"""Make tests/fixtures/run_v1: a run as it is left today, which every later version shall read.
+
+    python tests/make_old_run.py
+
+It was made with the oldest supported versions, since newer ones read older files. It is not made
+again, unless a change of format is meant to leave such runs behind: then it gets another number.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from nanogpt_jax import report, run_folder, tokenizer
+from nanogpt_jax.config import SampleConfig
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "tests" / "fixtures" / "run_v1"
+TEXT = "".join(f"a cat sat on {what}.\n" for what in ("a mat", "a hat", "me", "tom") * 25)
+TRAIN = [
+    *("--config=tiny", "--n_layer=1", "--n_embd=4", "--n_head=2", "--block_size=16", "--seed=1"),
+    *("--learning_rate=0.05", "--decay_lr=False", "--lr_decay_iters=140", "--mesh=data=1"),
+    *("--eval_interval=20", "--log_interval=20", "--dataset=text.txt", "--out_dir=run"),
+]
+N_STEPS, N_STEPS_MORE = 140, 10  # where the best is another than the newest
+GO_ON = "--log_interval=1", "--eval_interval=1000", f"--max_iters={N_STEPS + N_STEPS_MORE}"
+SAMPLE = "--out_dir=run", "--num_samples=1", "--max_new_tokens=60", "--temperature=0"
+
+
+def load(name: str):
+    """Return a script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train, sample = load("train"), load("sample")
+
+
+def told_by(main, argv: list[str]) -> str:
+    """Return what a command prints, which must do what it was asked."""
+    stdout = io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        assert not main(list(argv))
+    return stdout.getvalue()
+
+
+def logits_of(folder: Path, checkpoint: str) -> list[list[float]]:
+    """Return the logits, (T, V), of the first positions of the text."""
+    config = SampleConfig(checkpoint=checkpoint, compile_cache="off")
+    model, params = sample.restore(config, folder, run_folder.read_model_config(folder))
+    ids = tokenizer.load(folder).encode(TEXT)[: model.config.block_size]
+    logits_BTV, _ = model.apply({"params": params}, jnp.asarray(ids)[None])
+    return [[float(f"{logit:.9g}") for logit in logits_V] for logits_V in logits_BTV[0].tolist()]
+
+
+def without_traces(folder: Path) -> None:
+    """Take out of a run what is no part of its format: the picture, and where and when it was."""
+    (folder / run_folder.PICTURE).unlink()
+    for path in folder.rglob("commit_success.txt"):
+        path.write_text(path.read_text().replace(f"{folder.absolute().parent}/", ""))
+    for path in folder.rglob("_CHECKPOINT_METADATA"):
+        timeless = re.sub(r'(timestamp_nsecs": )\d+', r"\g<1>1700000000000000000", path.read_text())
+        path.write_text(timeless)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):
+        run = Path("run")
+        Path("text.txt").write_text(TEXT, encoding="utf-8")
+        print(told_by(train.main, [*TRAIN, f"--max_iters={N_STEPS}"]))
+        without_traces(run)
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        shutil.copytree(run, FOLDER / run)
+        shutil.copy("text.txt", FOLDER)
+        expected = {
+            "logits": {name: logits_of(run, name) for name in ("best", "latest")},
+            "sample": told_by(sample.main, SAMPLE),
+            "report": told_by(report.main, [str(run)]).splitlines()[0],
+        }
+        print(told_by(train.main, [*TRAIN, *GO_ON]))
+        rows = report.read_metrics(run)
+        expected["losses"] = [row["train_loss"] for row in rows if row["step"] > N_STEPS]
+        (FOLDER / "expected.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")

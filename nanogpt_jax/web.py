@@ -18,6 +18,7 @@ POLICY = (
     "default-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; frame-ancestors 'none'"
 )
+MOST_REQUEST_BYTES = 2**22  # what is typed is at most a hundredth of it
 # Clicks and arrow keys choose a character.
 CHOOSE = """
 const choose = (character) => {
@@ -108,16 +109,24 @@ def serve(player, config: SampleConfig, folder: Path | None, listener: socket.so
 
 
 def with_policy(app):
-    """Return an ASGI app whose answers carry POLICY."""
+    """Return an ASGI app whose answers carry POLICY, and that hangs up on endless requests."""
 
     async def answer(scope, receive, send):
+        n_bytes = 0
+
+        async def receive_no_more():
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            return message if n_bytes <= MOST_REQUEST_BYTES else {"type": "http.disconnect"}
+
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 policy = (b"content-security-policy", POLICY.encode())
                 message["headers"] = [*message["headers"], policy]
             await send(message)
 
-        await app(scope, receive, send_with_policy)
+        await app(scope, receive_no_more, send_with_policy)
 
     return answer
 

@@ -51,7 +51,7 @@ def place(tmp_path, book) -> Path:
     config = replace(config, model=model, optim=replace(config.optim, lr_decay_iters=60))
     for name in ("run", "run_of_bins"):
         run_folder.begin(tmp_path / name, config, corpus.fingerprint, {})
-        (tmp_path / name / "checkpoints" / "9").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "9" / "params").mkdir(parents=True)
     tokenizer.save(corpus.tokenizer, tmp_path / "run")
     return tmp_path
 
@@ -134,7 +134,7 @@ def test_bad_input_to_training_is_answered_in_one_line(run, place, without_jax, 
         ("--out_dir=run_of_bins", ["run_of_bins", "tokenizer.json"]),
         ("--out_dir=run --start=Zebra!", ["'!', 'Z'"]),
         ("--out_dir=run --start=FILE:none.txt", ["none.txt", "cannot be read"]),
-        ("--out_dir=run --start=FILE:latin.txt", ["latin.txt", "byte 3"]),
+        ("--out_dir=run --start=FILE:latin.txt", ["latin.txt", "UTF-8", "position 3"]),
         ("--top_p 0", ["top_p must be above 0 and at most 1, got 0.0"]),
         ("--top_k -1", ["top_k must be at least 0, got -1"]),
         ("--temperature -1", ["temperature", "at least 0", "got -1.0"]),

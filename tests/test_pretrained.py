@@ -706,7 +706,7 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
     few = replace(RUNS["bpe"][0], vocab_size=100)
     run_folder.begin(tmp_path / "few", TrainConfig(model=few), 16 * "0", {})
     tokenizers.save(BPE, tmp_path / "few")
-    (tmp_path / "few" / "checkpoints" / "7").mkdir(parents=True)
+    (tmp_path / "few" / "checkpoints" / "7" / "params").mkdir(parents=True)
     with pytest.raises(InputError, match="at most the model's 100 tokens"):
         pretrained.export(tmp_path / "few", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

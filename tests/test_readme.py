@@ -27,6 +27,13 @@ def test_files_that_are_linked_exist():
     assert [path for path in TO_FILES if not (ROOT / path).exists()] == []
 
 
+def test_each_promise_names_a_test_that_is_there():
+    promises = re.findall(r"\[`(test_\w+)`\]\((tests/\w+\.py)\)", README)
+    assert len(promises) > 20
+    for name, path in promises:
+        assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
+
+
 def test_modules_are_listed_in_their_layers():
     from test_layers import LAYER_OF
 

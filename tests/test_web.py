@@ -1,5 +1,6 @@
 """The page of sample.py --web: what it shows, checked first without Gradio, then in a browser."""
 
+import asyncio
 import contextlib
 import dataclasses
 import math
@@ -347,6 +348,26 @@ def test_what_cannot_be_listened_at_is_an_input_error(monkeypatch):
             web.listen("127.0.0.1", port)
     with pytest.raises(InputError, match=r"nowhere\.invalid"):
         web.listen("nowhere.invalid", 0)
+
+
+@pytest.mark.parametrize(("n_pieces", "is_whole"), [(4, True), (5, False), (10**6, False)])
+def test_a_request_without_end_is_hung_up_on(n_pieces, is_whole):
+    """Gradio gathers all of a request before it looks at it."""
+    sent, got = [], []
+
+    async def receive():
+        sent.append(bytes(2**20))
+        return {"type": "http.request", "body": sent[-1], "more_body": len(sent) < n_pieces}
+
+    async def app(scope, receive, send):
+        message = {"more_body": True}
+        while message.get("more_body"):
+            message = await receive()
+            got.append(message["type"])
+
+    asyncio.run(web.with_policy(app)({"type": "http"}, receive, None))
+    assert got[-1] == ("http.request" if is_whole else "http.disconnect")
+    assert len(sent) == min(n_pieces, 5)
 
 
 def test_without_gradio_the_error_says_how_to_get_it(monkeypatch):

@@ -94,8 +94,9 @@ def main(argv: list[str]) -> int:
     writes = processes.is_first and not config.eval_only
     if writes:
         loggers.check(config)
-        run_folder.check_room(folder, checkpoint_bytes(config.model))
     with run_folder.locked(folder) if writes else contextlib.nullcontext(), StopSignals() as stop:
+        if writes:
+            run_folder.check_room(folder, checkpoint_bytes(config.model))
         return train(config, corpus, folder, processes, stop, start_s)
 
 

@@ -9,11 +9,12 @@ import contextlib
 import inspect
 import json
 import logging
+import re
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +46,12 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 sys.unraisablehook = partial(_tell_others, sys.unraisablehook)
 
 
+# What keeps a file from being read that need not be damaged.
+NOT_OF_THE_FILE = re.compile(
+    "(?i)permission.denied|too many open files|input/output error|stale (nfs )?file|UNAVAILABLE"
+)
+
+
 class Damaged(InputError):
     """A checkpoint is not what was saved, or of a model of another shape."""
 
@@ -68,7 +75,13 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._val_losses = {step: self._val_loss(step) for step in self.steps()}
+        self._val_losses, self._damaged = {}, {}
+        for step in self.steps():
+            try:
+                self._val_losses[step] = self._facts(step)["val_loss"]
+            except Damaged as error:
+                if self._path(step).exists():
+                    self._damaged[step] = error
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints that lie on the disk now, the newest first."""
@@ -136,7 +149,7 @@ class Checkpoints:
         )
 
     def _first_whole(self, restore: Callable[[int], Result], prefer: int | None) -> Result | None:
-        damaged = {}
+        damaged = dict(self._damaged)
         # Listed anew each time: a training that goes on here deletes steps, and makes others.
         while steps := [step for step in self.steps() if step not in damaged]:
             step = prefer if prefer in steps else steps[0]
@@ -148,7 +161,7 @@ class Checkpoints:
                 continue
             for error in damaged.values():
                 print(f"warning: {error}; step {step} is taken in its place", file=sys.stderr)
-            self._set_aside([other for other in damaged if other > step])
+            self._set_aside(damaged)
             return whole
         if damaged:
             reasons = "; ".join(map(str, damaged.values()))
@@ -161,8 +174,8 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Rename checkpoints that are in the way of those to come."""
+    def _set_aside(self, steps: Collection[int]) -> None:
+        """Rename checkpoints: they are in the way of those to come, or would be deleted as old."""
         if self.read_only or not steps:
             return
         if self._processes.is_first:
@@ -173,7 +186,11 @@ class Checkpoints:
                 print(f"warning: set aside as {aside}; delete it at will", file=sys.stderr)
         self._processes.wait("set aside")
         for step in steps:
-            del self._val_losses[step]
+            self._val_losses.pop(step, None)
+            self._damaged.pop(step, None)
+            for _ in range(120):  # until a network's file system has noticed, here too
+                if self._path(step).exists():
+                    time.sleep(0.5)
         self._manager.reload()
 
     def _facts(self, step: int) -> dict:
@@ -184,16 +201,12 @@ class Checkpoints:
         """
         read = self._read(step, facts=ocp.args.JsonRestore())["facts"]
         facts = read if isinstance(read, dict) else {}
-        crc32 = facts.pop("crc32", None)
-        if crc32 != _crc32(facts) or facts["step"] != step:
+        is_whole = facts.pop("crc32", None) == _crc32(facts)
+        val_loss, checksums = facts.get("val_loss"), facts.get("checksums")
+        is_ours = isinstance(val_loss, int | float | None) and isinstance(checksums, dict)
+        if not (is_whole and is_ours and facts.get("step") == step):
             raise Damaged(f"{self._path(step)}: its facts are not what was saved: it is damaged")
         return facts
-
-    def _val_loss(self, step: int) -> float | None:
-        try:
-            return self._facts(step)["val_loss"]
-        except Damaged:  # told of if it is restored
-            return None
 
     def _restore(self, item: str, abstract, step: int):
         checksums = self._facts(step)["checksums"]
@@ -211,9 +224,16 @@ class Checkpoints:
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many kinds, Exception itself among them
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
             while error.__cause__ is not None:  # the innermost one names the array
                 error = error.__cause__
             failure = first_line(error)
+            if NOT_OF_THE_FILE.search(failure):
+                raise Fault(
+                    f"{self._path(step)} cannot be read at this moment ({failure}): nothing was "
+                    "changed, try again"
+                ) from None
         if self._processes.any(failure is not None):
             reason = failure or "in another process"
             raise Damaged(f"{self._path(step)}: {', '.join(items)} cannot be restored ({reason})")

@@ -21,7 +21,7 @@ def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
 
 MOST = 2**30  # what counts steps and tokens on the device is an int32, and sums of two are too
 MOST_FLOAT = 3e38  # more is infinite in float32
-MOST_BYTES = 200, 4000  # of a part of a path, to which endings are added, and of all of it
+MOST_BYTES = 255, 4000  # of a part of a path, and of all of it
 # The whole numbers that a field can be, where they are not from 1 to MOST. Those of a shape are
 # beyond any GPT: a stranger's file shall not keep the machine busy.
 RANGES = {
@@ -82,11 +82,11 @@ def check_value(name: str, hint: Any, value: Any) -> None:
 
 def _is_name(text: str) -> bool:
     try:
-        parts = os.fsencode(text).split(b"/")
+        name = os.fsencode(text.replace(os.sep, "/"))
     except UnicodeEncodeError:  # half a character
         return False
     longest, total = MOST_BYTES
-    return "\0" not in text and len(text) <= total and max(map(len, parts)) <= longest
+    return b"\0" not in name and len(name) <= total and max(map(len, name.split(b"/"))) <= longest
 
 
 SCRATCH = "scratch"  # in place of the name of weights: random ones

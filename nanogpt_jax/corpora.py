@@ -209,7 +209,7 @@ def _folder_of(source: Path, data_dir: Path, label: str) -> Path:
     """Return where one's own text is prepared: a hash keeps two books called input.txt apart."""
     place = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:8]
     suffix = "" if label == "char" else f"-{label}"
-    return data_dir / f"{source.resolve().stem}-{place}{suffix}"
+    return data_dir / f"{source.resolve().stem[:50]}-{place}{suffix}"  # a name has 255 bytes
 
 
 def _give_tokenizer(folder: Path, asked: str, vocab_size: int | None) -> None:

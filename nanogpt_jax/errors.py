@@ -76,7 +76,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-# Of a file that was opened, or could have been a moment ago.
+# Of a file that was opened, or could have been a moment ago: no error of this program.
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 # What JAX's backends say when another process of the run is gone.
@@ -91,7 +91,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     Either in one line; only what nobody foresaw, an error of this program, shows its traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows could not take every character
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        # By lines also into a file: a signal that ends the process at once loses none.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
@@ -115,7 +116,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
             )
         elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
             where = f": {error.filename}" if error.filename else ""
-            _leave(1, f"error: the disk cannot be written ({error.strerror}{where})")
+            _leave(1, f"error: a file cannot be read or written ({error.strerror}{where})")
         elif _is_one_of_several() and _PEER_DIED.search(str(error)):
             _leave(
                 1,

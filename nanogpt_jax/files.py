@@ -66,6 +66,12 @@ def write_atomically(path: Path, content: bytes) -> None:
             partial.unlink()
 
 
+def delete_partials(folder: Path) -> None:
+    """Delete what processes that were killed left of files which they wrote as a whole."""
+    for path in folder.glob("*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file as a whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

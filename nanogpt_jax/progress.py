@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from nanogpt_jax import files
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.counts import train_flops_per_token
-from nanogpt_jax.errors import Fault
+from nanogpt_jax.errors import Fault, InputError
 from nanogpt_jax.loggers import Logger, open_loggers
 from nanogpt_jax.optim import learning_rate_schedule
 from nanogpt_jax.report import draw, read_metrics
@@ -77,9 +78,8 @@ class Progress:
             step_flops = config.tokens_per_iter * train_flops_per_token(config.model)
             self._mfu_per_step_s = step_flops / peak_flops
         if is_first:
-            partial = folder / f"{METRICS}.partial"
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            partial.replace(folder / METRICS)
+            kept = "".join(json.dumps(row) + "\n" for row in rows)
+            files.write_atomically(folder / METRICS, kept.encode())
         path = folder / METRICS if is_first else Path(os.devnull)
         self._file = path.open("a", encoding="utf-8")
         self._loggers = open_loggers(config, folder, begun_at) if is_first else []
@@ -220,9 +220,11 @@ class Progress:
     def close(self) -> None:
         """End the bar and the file, and draw the picture."""
         self._bar.close()
-        self._file.close()
-        self._draw()
-        self._tell(lambda logger: logger.close())
+        try:
+            self._file.close()
+        finally:  # even where the disk took no more
+            self._draw()
+            self._tell(lambda logger: logger.close())
 
     def _skips(self) -> str:
         return f", skipped updates: {self.skipped}" if self.skipped else ""
@@ -232,7 +234,7 @@ class Progress:
             return
         try:
             draw(self.folder, self.config.config)
-        except OSError as error:  # a full disk; no reason to lose the run
+        except (OSError, InputError) as error:  # a full disk, say; no reason to lose the run
             self.say(f"{PICTURE} could not be drawn: {error}")
 
     def _log(self, step: int, val_loss: float | None = None) -> None:

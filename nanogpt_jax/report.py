@@ -74,9 +74,9 @@ def read_metrics(folder: Path) -> list[dict]:
         InputError: it cannot be read, or another line is none of a run's.
     """
     path = Path(folder, METRICS)
-    if not path.exists():
-        return []
     with reading(path, "a run's metrics"):
+        if not path.exists():
+            return []
         *lines, cut_off = path.read_bytes().split(b"\n")
     rows = [_row(line) for line in lines]
     if None in rows:

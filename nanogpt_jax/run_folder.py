@@ -61,7 +61,8 @@ def check_usable(folder: Path) -> None:
         InputError: see `check_writable`; or it holds other things.
     """
     check_writable(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+    others = [path for path in folder.glob("*") if path.suffix != ".partial"]  # left by a kill
+    if others and not (folder / CONFIG).exists():
         raise InputError(
             f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
         )
@@ -101,7 +102,7 @@ def check_place(folder: Path, name: str) -> Path:
         if max(len(os.fsencode(part)) for part in place.parts) > LONGEST_NAME:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(place / (LONGEST_NAME * "_"))  # room for what will lie in it
+            os.lstat(place / "/".join(5 * [50 * "_"]))  # room for what will lie in it
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} must be the path of a folder, but {folder}: {reason}") from None
@@ -119,9 +120,12 @@ def check_room(folder: Path, checkpoint_bytes: int) -> None:
     Raises:
         InputError: it has not, those that are there already counted in.
     """
-    there = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
-    free = shutil.disk_usage(check_place(folder, "out_dir")).free
-    if there + free < 3 * checkpoint_bytes:
+    checkpoints = folder / CHECKPOINTS
+    counted = [checkpoints / str(step) for step in saved_steps(checkpoints)]
+    there = sum(path.stat().st_size for step in counted for path in step.rglob("*"))
+    usage = shutil.disk_usage(check_place(checkpoints, "out_dir"))
+    free = usage.free
+    if usage.total and there + free < 3 * checkpoint_bytes:  # 0 where the system does not know
         raise InputError(
             f"out_dir must have room for three checkpoints of {checkpoint_bytes / 2**20:,.1f} MiB "
             f"(newest, best, and one being written), but on the disk of {folder} only "
@@ -207,6 +211,7 @@ def locked(folder: Path) -> Iterator[None]:
 def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) -> None:
     """Make the folder, or bring its config.json up to what was asked now."""
     folder.mkdir(parents=True, exist_ok=True)
+    files.delete_partials(folder)
     facts = {**made_with, "dataset_fingerprint": fingerprint}
     files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": facts})
 

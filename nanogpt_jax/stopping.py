@@ -1,11 +1,14 @@
 """SIGINT and SIGTERM: the first asks a run to save and stop, the second ends it at once. No JAX."""
 
+import contextlib
 import os
 import signal
 import socket
 import threading
+import time
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+SAME_S = 0.5  # within it a signal is the same again: to the whole group, and passed on by a wrapper
 
 
 class StopSignals:
@@ -41,17 +44,25 @@ class StopSignals:
         self.number = self.number or number
 
     def _hear(self) -> None:
-        n_signals = 0
+        n_signals, last, last_s = 0, 0, 0.0
         while number := int.from_bytes(self._heard.recv(1)):  # empty, so 0, when it is closed
             if number not in NUMBERS:  # another one, whose handler is not ours
                 continue
-            n_signals += 1
+            now_s = time.monotonic()
+            if number == last and now_s - last_s < SAME_S:
+                continue
+            n_signals, last, last_s = n_signals + 1, number, now_s
             name = signal.Signals(number).name
-            # Not print: that may be what the signal interrupted, and cannot be entered twice.
             if self.may_save and n_signals == 1:
                 line = f"\n{name}: saving, then stopping; a second one ends at once\n"
-                os.write(2, line.encode())
+                _tell(line)
                 continue
             state = "without saving" if self.may_save else "there is nothing to save"
-            os.write(2, f"\n{name}: ended at once, {state}\n".encode())
+            _tell(f"\n{name}: ended at once, {state}\n")
             os._exit(128 + number)
+
+
+def _tell(line: str) -> None:
+    # Not print: that may be what the signal interrupted, and cannot be entered twice.
+    with contextlib.suppress(OSError):  # whoever read it may have got the signal too
+        os.write(2, line.encode())

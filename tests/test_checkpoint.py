@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from nanogpt_jax import sharding, steps
+from nanogpt_jax import checkpoint, sharding, steps
 from nanogpt_jax.checkpoint import Checkpoints
 from nanogpt_jax.errors import Fault, InputError
 from nanogpt_jax.model import GPT
@@ -382,13 +383,53 @@ def test_where_all_are_damaged_each_is_named_in_one_line(folder, abstract, state
     assert {path.name for path in folder.iterdir()} == {"10", "20"}
 
 
-def test_a_damaged_loss_does_not_make_a_checkpoint_the_best(folder, state_at):
-    save(folder, state_at(10), state_at(20), val_losses=[1.5, 2.5])
-    facts = folder / "20" / "facts" / "metadata"
-    facts.write_text(facts.read_text().replace("2.5", "0.5"))
+FORGED = [{}, {"step": 10}, {"val_loss": "low"}, {"checksums": None}, {"step": "10"}]
+
+
+@pytest.mark.parametrize("forged", [None, *FORGED], ids=str)
+def test_the_best_with_facts_that_are_damaged_or_forged_is_told_and_not_deleted(
+    folder, abstract, state_at, forged, capsys
+):
+    """It is not the best any more, nor the newest; its arrays may be whole."""
+    save(folder, state_at(10), state_at(20), val_losses=[0.5, 2.5])
+    path = folder / "10" / "facts" / "metadata"
+    facts = json.loads(path.read_text())
+    del facts["crc32"]
+    if forged is None:
+        path.write_text(path.read_text().replace("0.5", "0.4"))
+    else:
+        facts = facts | forged if forged else forged
+        path.write_text(json.dumps(facts | {"crc32": checkpoint._crc32(facts)}))
+    is_damage = forged != {"step": 10}
     checkpoints = Checkpoints(folder)
-    assert checkpoints.best_step() == 10
+    assert checkpoints.best_step() == (20 if is_damage else 10)
+    assert_equal(checkpoints.restore(abstract), state_at(20))
+    checkpoints.save(state_at(30), 3.0)
     checkpoints.close()
+    kept = {"10.damaged", "20", "30"} if is_damage else {"10", "30"}
+    assert {path.name for path in folder.iterdir()} == kept
+    assert ("checkpoints/10: its facts are not what was saved" in capsys.readouterr().err) == (
+        is_damage
+    )
+
+
+@pytest.mark.parametrize(
+    "reason", ["PERMISSION_DENIED: Error opening", "[Errno 5] Input/output error", "UNAVAILABLE"]
+)
+def test_what_cannot_be_read_for_the_moment_is_not_taken_for_damaged(
+    folder, abstract, state_at, monkeypatch, reason
+):
+    save(folder, state_at(10), state_at(20), val_losses=[0.5, 2.5])
+    checkpoints = Checkpoints(folder)
+
+    def fail(*args, **kwargs):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(Fault, match=r"checkpoints/20 cannot be read at this moment .*try again"):
+        checkpoints.restore(abstract)
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"10", "20"}
 
 
 def test_a_checkpoint_under_another_step_is_told(folder, abstract, state_at):

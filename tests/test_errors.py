@@ -16,7 +16,7 @@ ENDS = [
     (
         f"OSError({errno.ENOSPC}, 'No space left on device', 'out/metrics.jsonl')",
         1,
-        "error: the disk cannot be written (No space left on device: out/metrics.jsonl)",
+        "error: a file cannot be read or written (No space left on device: out/metrics.jsonl)",
     ),
     ("KeyboardInterrupt()", 130, ""),
 ]

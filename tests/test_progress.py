@@ -208,6 +208,17 @@ def test_no_mfu_is_told_of_a_chip_that_is_not_known(tmp_path, config):
     assert not any("mfu" in row for row in read_metrics(tmp_path))
 
 
+def test_a_log_that_is_damaged_meanwhile_costs_the_picture_and_not_the_run(
+    tmp_path, config, capsys
+):
+    progress = Progress(tmp_path, config, None)
+    train(progress, 0, 10)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    progress.close()
+    assert "loss.png could not be drawn" in capsys.readouterr().out
+
+
 def test_a_run_draws_its_picture(tmp_path, config):
     run(tmp_path, config)
     assert (tmp_path / "loss.png").stat().st_size > 8_000

@@ -67,6 +67,14 @@ def test_a_process_that_was_killed_holds_its_folder_no_longer(tmp_path):
         pass
 
 
+def test_a_folder_in_which_a_start_was_killed_is_as_good_as_empty(tmp_path, tiny_config):
+    """Between a file's first byte and its name lies a moment."""
+    (tmp_path / "config.json.123.partial").write_text('{"n_la')
+    assert not run_folder.check_resumable(tmp_path, tiny_config, FINGERPRINT)
+    run_folder.begin(tmp_path, tiny_config, FINGERPRINT, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def files_of_someone_else(folder: Path, config_json: str | None = None) -> Path:
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
@@ -194,6 +202,8 @@ def test_there_must_be_room_for_three_checkpoints_with_those_that_are_there(tmp_
         run_folder.check_room(begun, 100)
     free["bytes"] = 300
     run_folder.check_room(new, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=0, free=0))
+    run_folder.check_room(new, 100)  # the system does not know
 
 
 # Whether a run can go on in it

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nanogpt_jax.stopping import NUMBERS, StopSignals
+from nanogpt_jax.stopping import NUMBERS, SAME_S, StopSignals
 
 NAMES = [signal.Signals(number).name for number in NUMBERS]
 
@@ -84,7 +84,28 @@ def test_a_second_signal_ends_at_once(number):
         while "saving" not in process.stderr.readline():
             pass
         assert process.poll() is None
+        time.sleep(2 * SAME_S)
         os.kill(process.pid, number)
         stderr = process.communicate(timeout=20)[1]
     assert process.returncode == 128 + number
     assert "ended at once, without saving" in stderr
+
+
+def test_a_signal_that_comes_twice_at_once_is_one():
+    """To the whole group of processes, and passed on by the one that started this."""
+    with started(True, BUSY) as process:
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        time.sleep(2 * SAME_S)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+
+
+def test_a_signal_is_heard_though_nobody_reads_what_is_told():
+    """As in `train.py 2>&1 | tee log`, where tee gets it too."""
+    with started(False, BUSY) as process:
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -43,6 +44,7 @@ def _tell_others(tell: Callable, unraisable) -> None:
 # so would all that it reads or writes beside the array that fails, soon or late.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 sys.unraisablehook = partial(_tell_others, sys.unraisablehook)
 
 

@@ -229,10 +229,10 @@ def train(
     limit = devices.memory_bytes(jax.local_devices()[0])
     of_limit = f" of {limit / 2**20:,.0f}" if limit else ""
     memory = f"a step needs {needed / 2**20:,.0f}{of_limit} MiB on each device"
-    print(memory)
     if limit and needed > limit:
         checkpoints.close()
         raise Fault(f"{memory}: {devices.memory_levers(config, compute)}")
+    print(memory)
     processes.wait("compiled")
 
     step, saved_at = begun_at or 0, begun_at

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 
 from nanogpt_jax import run_folder
-from nanogpt_jax.errors import Fault, InputError, first_line
+from nanogpt_jax.errors import PEER_DIED, Fault, InputError, first_line
 from nanogpt_jax.startup import ALONE, Processes
 from nanogpt_jax.steps import TrainState
 
@@ -226,7 +226,8 @@ class Checkpoints:
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many kinds, Exception itself among them
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+            if is_full or self._lost_a_peer(error):
                 raise
             while error.__cause__ is not None:  # the innermost one names the array
                 error = error.__cause__
@@ -266,11 +267,16 @@ class Checkpoints:
                     with contextlib.suppress(OSError):
                         path.rmdir()  # an empty one, which Orbax would count as the newest
 
+    def _lost_a_peer(self, error: Exception) -> bool:
+        return self._processes.count > 1 and bool(PEER_DIED.search(str(error)))
+
     @contextlib.contextmanager
     def _failures_told(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of many kinds: OSError, ValueError, JAX's own
+            if self._lost_a_peer(error):
+                raise
             failure = first_line(error)
         else:
             return

@@ -80,7 +80,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 # What JAX's backends say when another process of the run is gone.
-_PEER_DIED = re.compile(
+PEER_DIED = re.compile(
     r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer|DEADLINE_EXCEEDED"
 )
 
@@ -117,7 +117,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
             where = f": {error.filename}" if error.filename else ""
             _leave(1, f"error: a file cannot be read or written ({error.strerror}{where})")
-        elif _is_one_of_several() and _PEER_DIED.search(str(error)):
+        elif _is_one_of_several() and PEER_DIED.search(str(error)):
             _leave(
                 1,
                 "error: another process of this run is gone. Start all of them again: they go on "

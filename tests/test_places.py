@@ -209,7 +209,7 @@ def test_a_second_training_of_a_folder_is_refused_and_the_first_goes_on(run, tra
     told, complaints = trainer.communicate(timeout=60)
     assert trainer.returncode == 128 + signal.SIGTERM
     assert "and saved: the same command goes on" in told
-    assert complaints == "\nSIGTERM: saving, then stopping\n"
+    assert complaints.startswith("\nSIGTERM: saving, then stopping; ")
 
 
 @pytest.mark.slow

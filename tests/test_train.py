@@ -231,7 +231,7 @@ def test_a_stopped_or_killed_process_goes_on_where_it_was(
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_code
     assert "Traceback" not in stderr
-    latest = saved_steps(folder)[-1]
+    latest = run_folder.saved_steps(folder / "checkpoints")[0]
     if number != signal.SIGKILL:
         assert f"stopped at step {latest}, and saved" in stdout
     end = (latest // 40 + 2) * 40

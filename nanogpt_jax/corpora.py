@@ -17,8 +17,8 @@ from nanogpt_jax.choice import Choice
 from nanogpt_jax.documents import HUB, Hub, JsonLines, Parquet
 from nanogpt_jax.errors import InputError, did_you_mean
 from nanogpt_jax.opening import Corpus, open_corpus, tokenizer_of_nanogpt
+from nanogpt_jax.places import check_place
 from nanogpt_jax.preparation import is_prepared, prepare_folder
-from nanogpt_jax.run_folder import check_place
 from nanogpt_jax.shards import PROGRESS, SHARD_TOKENS
 from nanogpt_jax.sources import Texts
 

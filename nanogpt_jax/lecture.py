@@ -26,9 +26,9 @@ from nanogpt_jax.config import TrainConfig, check_fields
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.loader import EvalFeed, TrainFeed
+from nanogpt_jax.places import check_writable
 from nanogpt_jax.presets import LECTURE
 from nanogpt_jax.programs import make_programs
-from nanogpt_jax.run_folder import check_writable
 
 # Validation losses that the lecture shows, by preset and step. Of the blocks without residuals it
 # only says that they do not do well. Source: the lecture, and its Colab.

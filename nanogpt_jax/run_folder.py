@@ -10,15 +10,13 @@ out/small/config.json      all that was asked, with versions and device
 
 import contextlib
 import dataclasses
-import errno
-import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt_jax import files, tokenizer
+from nanogpt_jax import files, places, tokenizer
 from nanogpt_jax.config import (
     ComputeConfig,
     ModelConfig,
@@ -32,7 +30,6 @@ from nanogpt_jax.errors import InputError, reading
 OUT = Path("out")
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
-LONGEST_NAME = 255  # bytes, in all usual file systems
 # What may change from one start of a run to the next: it does not touch the updates themselves.
 FREE_FIELDS = {
     "config", "out_dir", "dataset", "data_dir", "tokenizer", "max_iters", "eval_interval",
@@ -58,60 +55,14 @@ def check_usable(folder: Path) -> None:
     """Check that a folder can be made or written and is free or holds a run, without making it.
 
     Raises:
-        InputError: see `check_writable`; or it holds other things.
+        InputError: see `places.check_writable`; or it holds other things.
     """
-    check_writable(folder)
+    places.check_writable(folder)
     others = [path for path in folder.glob("*") if path.suffix != ".partial"]  # left by a kill
     if others and not (folder / CONFIG).exists():
         raise InputError(
             f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
         )
-
-
-def check_writable(folder: Path) -> None:
-    """Check that a folder can be made or written, without making it.
-
-    Raises:
-        InputError: see `check_place`; its place is read-only; or Orbax cannot work there.
-    """
-    existing = check_place(folder, "out_dir")
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise InputError(f"out_dir must be writable, but {existing} is not")
-    path = str(folder.absolute())
-    if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that are no text
-        raise InputError(
-            f"out_dir must be UTF-8, but is {path} (with PYTHONUTF8=1 in front Python reads what "
-            "another locale does not)"
-        )
-    if any(character in path for character in "*?["):
-        # Orbax looks for what it saved by the whole path as a pattern, and would not find it.
-        raise InputError(f"out_dir must have no * ? or [ in its whole path, but is {path}")
-
-
-def check_place(folder: Path, name: str) -> Path:
-    """Return the deepest place that is there on the way to a folder.
-
-    Args:
-        name: the field that names the folder, for the message.
-
-    Raises:
-        InputError: it is a file, lies below one, or no folder can have such a path.
-    """
-    place = folder.absolute()
-    try:
-        if max(len(os.fsencode(part)) for part in place.parts) > LONGEST_NAME:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(place / "/".join(5 * [50 * "_"]))  # room for what will lie in it
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name} must be the path of a folder, but {folder}: {reason}") from None
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        what = "a file" if place.exists() else "a link to nowhere"
-        raise InputError(f"{name} must be a folder, but {place} is {what}")
-    return place
 
 
 def check_room(folder: Path, checkpoint_bytes: int) -> None:
@@ -123,7 +74,7 @@ def check_room(folder: Path, checkpoint_bytes: int) -> None:
     checkpoints = folder / CHECKPOINTS
     counted = [checkpoints / str(step) for step in saved_steps(checkpoints)]
     there = sum(path.stat().st_size for step in counted for path in step.rglob("*"))
-    usage = shutil.disk_usage(check_place(checkpoints, "out_dir"))
+    usage = shutil.disk_usage(places.check_place(checkpoints, "out_dir"))
     free = usage.free
     if usage.total and there + free < 3 * checkpoint_bytes:  # 0 where the system does not know
         raise InputError(

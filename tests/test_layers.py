@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "files"},
     {"config", "tokenizer", "data", "download", "hub", "sources", "shards", "costs", "chips"}
-    | {"profiling", "stopping"},
+    | {"profiling", "stopping", "places"},
     {"command_line", "choice", "documents", "preparation", "opening", "run_folder", "counts"}
     | {"references", "optim", "startup", "devices", "mesh", "attention", "huggingface", "weights"},
     {"corpora", "presets", "model", "report", "loggers", "views", "loader"},
@@ -27,7 +27,7 @@ LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 WITHOUT_JAX = {"errors", "files", "config", "tokenizer", "data", "download", "chips", "startup"}
 WITHOUT_JAX |= {"command_line", "presets", "corpora", "run_folder", "counts", "references"}
 WITHOUT_JAX |= {"sources", "shards", "costs", "choice", "documents", "preparation", "opening"}
-WITHOUT_JAX |= {"stopping", "hub", "huggingface", "weights", "pretrained"}
+WITHOUT_JAX |= {"stopping", "places", "hub", "huggingface", "weights", "pretrained"}
 WITHOUT_JAX |= {"accounting", "report", "loggers", "views", "answers", "web"}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "data").glob("*.py"))]

@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 import shlex
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> int:
         loggers.check(config)
     with run_folder.locked(folder) if writes else contextlib.nullcontext(), StopSignals() as stop:
         if writes:
-            run_folder.check_room(folder, checkpoint_bytes(config.model))
+            run_folder.check_room(folder, checkpoint_bytes(config.model, config.optim.optimizer))
         return train(config, corpus, folder, processes, stop, start_s)
 
 
@@ -138,9 +139,10 @@ def train(
     use_all = processes.count > 1
     mesh = meshes.make_mesh(meshes.choose_sizes(config, jax.device_count(), use_all))
     compute, how = devices.choose(config.compute, config.model, jax.devices()[0], mesh)
-    least = counts.least_sampling_bytes if config.eval_only else counts.least_training_bytes
+    least = counts.least_training_bytes(config.model, config.optim.optimizer)
+    least = counts.least_sampling_bytes(config.model) if config.eval_only else least
     counts.check_memory(
-        config.model, least(config.model), devices.memory_bytes(jax.local_devices()[0]),
+        config.model, least, devices.memory_bytes(jax.local_devices()[0]),
         mesh.shape["fsdp"] * mesh.shape["tensor"],
         "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1",
     )  # fmt: skip
@@ -189,9 +191,6 @@ def train(
         begun_at = None if state is None else int(state.step)
     if begun_at is None and config.init_from != SCRATCH:
         params = pretrained.load_params(config.init_from, config.model, abstract.params)
-    if begun_at is None and not config.eval_only:
-        is_new = config.init_from == SCRATCH
-        state = programs.init_state(weights_key) if is_new else programs.first_state(params)
 
     # The same windows in each evaluation.
     batch_size, block_size = config.batch_size, config.model.block_size
@@ -221,10 +220,22 @@ def train(
         MOST_STEPS_PER_DISPATCH,
     )  # fmt: skip
 
-    # Compiled once, for the whole run: how many steps a dispatch makes is one of its arguments.
-    train_steps = programs.train_steps.lower(
-        state, feed.corpus, feed.places(0), np.int32(0), dropout_key
-    ).compile()
+    # Each compiled once, for the whole run: how many steps a dispatch makes is an argument. One is
+    # compiled while Python still traces the next.
+    with ThreadPoolExecutor(1, "compile") as pool:
+        if begun_at is None and config.init_from == SCRATCH:
+            making = pool.submit(programs.init_state, weights_key)
+        elif begun_at is None:
+            making = pool.submit(programs.first_state, params)
+        train_steps = programs.train_steps.lower(
+            abstract, feed.corpus, feed.places(0), np.int32(0), dropout_key
+        )
+        compiling = pool.submit(train_steps.compile)
+        eval_steps = val_feed.lower(programs.eval_steps, abstract.params)
+        if begun_at is None:
+            state = making.result()
+        eval_steps = eval_steps.compile()
+        train_steps = compiling.result()
     needed = needed_bytes(train_steps)
     limit = devices.memory_bytes(jax.local_devices()[0])
     of_limit = f" of {limit / 2**20:,.0f}" if limit else ""
@@ -252,7 +263,7 @@ def train(
             if progress.evaluation_due(step) and not progress.is_evaluated(step):
                 progress.catch_up()
                 # None where a signal stopped it: then it is made when the run goes on.
-                val_loss = val_feed.loss(programs.eval_steps, state.params, told)
+                val_loss = val_feed.loss(eval_steps, state.params, told)
                 if val_loss is None:
                     progress.evaluation_stopped(step)
                 else:

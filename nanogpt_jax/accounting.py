@@ -71,7 +71,7 @@ def run_flops(config: TrainConfig, val_tokens: int, done: int = 0) -> RunFlops:
     if config.eval_iters:
         n_batches = min(n_batches, config.eval_iters)
     n_evaluations = -(-config.max_iters // config.eval_interval) - done // config.eval_interval
-    n_evaluations += done == 0  # before the first step too
+    n_evaluations += done == 0 and config.eval_first
     return RunFlops(
         train=(config.max_iters - done)
         * config.tokens_per_iter
@@ -145,7 +145,7 @@ def cost_lines(config: CostConfig) -> list[str]:
         "memory of a step on one device; of the activations an estimate, in "
         + ("float32:" if is_float32(model, config.compute) else "16 bits (--dtype float32: more):"),
     ]
-    memory = memory_bytes(model, config.compute, config.batch_size)
+    memory = memory_bytes(model, config.compute, config.batch_size, config.optim.optimizer)
     memory["all"] = sum(memory.values())
     lines += [f"  {name:12}{size / 2**20:12,.1f} MiB" for name, size in memory.items()]
     lines += [

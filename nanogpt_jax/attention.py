@@ -8,18 +8,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from nanogpt_jax.config import ROW_AXES, ModelConfig
 
+ROTARY_BASE = 10_000
 WEIGHTS = "attention_weights"  # the Flax collection in which models leave them when it is asked for
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far; goes into the model and comes out of it."""
 
-    length: jax.Array  # int32 scalar: tokens seen, where the next one is written; 0 to S
+    length: jax.Array  # int32 scalar: tokens seen; the next one is written there, modulo S
     k_BSHK: tuple[jax.Array, ...]  # one array a layer; what lies at `length` and past it is unused
     v_BSHK: tuple[jax.Array, ...]
 
@@ -29,6 +31,30 @@ def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCac
     shape = (batch_size, config.block_size, config.n_head, config.n_embd // config.n_head)
     zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
     return KVCache(jnp.int32(0), zeros, zeros)
+
+
+def rotate(x_BTHK, start=0):
+    """Return queries or keys turned by their positions: a score then knows how far apart they are.
+
+    Features k and k + K/2 of a head are a point in a plane, which turns by ROTARY_BASE^(-2k/K) with
+    each position. Angles are counted modulo a turn, in whole 2^-32 of one, so they are as exact at
+    a position of a billion as at 0.
+
+    Args:
+        start: the first one's position.
+
+    Source: Su et al., "RoFormer", 2021.
+    """
+    _, T, _, K = x_BTHK.shape
+    turns_K = ROTARY_BASE ** (-2 / K * np.arange(K // 2)) / (2 * np.pi)
+    steps_K = (turns_K * 2**32).astype(np.uint32)
+    positions_T = (start + jnp.arange(T)).astype(jnp.uint32)
+    phases_TK = positions_T[:, None] * steps_K[None]  # modulo 2^32, as unsigned numbers are
+    angles_TK = phases_TK.astype(jnp.int32).astype(jnp.float32) * (np.pi / 2**31)
+    cos_TK, sin_TK = jnp.cos(angles_TK)[None, :, None], jnp.sin(angles_TK)[None, :, None]
+    x, y = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([x * cos_TK - y * sin_TK, x * sin_TK + y * cos_TK], axis=-1)
+    return turned.astype(x_BTHK.dtype)
 
 
 def drop(array, rate: float, key):
@@ -55,6 +81,8 @@ def attention_weights(q_BTHK, k_BSHK, start=0):
     (_, T, _, K), S = q_BTHK.shape, k_BSHK.shape[1]
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     scores_BHTS = scores_BHTS / K**0.5
+    # Past S all are seen, also where a cache has slid on for 2^31 tokens, and an int32 ran over.
+    start = jnp.minimum(jnp.asarray(start).astype(jnp.uint32), S).astype(jnp.int32)
     visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
     hidden = jnp.finfo(scores_BHTS.dtype).min
     scores_BHTS = jnp.where(visible_TS[None, None], scores_BHTS, hidden)

@@ -9,6 +9,7 @@ what was run side by side.
     --data       only time how a corpus too large for the device is read from its shards
     --memory     only compile the step, in variants, and show the bytes each needs on a device
     --profile    also write a profiler trace of some steps, and show where their time goes
+    --race NAME  only let a preset and its fast twin race to a loss, see race.py
 
 What was tried for `small` on 2 CPU cores (AMD EPYC, jax 0.10.2; ms a step, prototypes of this
 model, one after the other; runs of one and the same variant differ by 1):
@@ -43,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax import chips, corpora, counts, data, devices, generate, profiling, steps
+from nanogpt_jax import chips, corpora, counts, data, devices, generate, profiling, race, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
@@ -64,6 +65,9 @@ SWITCHES = {"--json", "--data", "--memory", "--profile"}
 
 def main(argv: list[str]) -> None:
     """Measure, and print a table or, with --json, one JSON object."""
+    if any(word.partition("=")[0] == "--race" for word in argv):
+        race.main(argv)
+        return
     switches, argv = SWITCHES & {*argv}, [word for word in argv if word not in SWITCHES]
     config = with_vocab_size(parse_train_config(argv, __doc__))
     # First: once this process holds a TPU, no other can.

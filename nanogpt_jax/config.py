@@ -97,9 +97,21 @@ MAX_PAGE_TOKENS = 5000  # that the page of --web writes at once: nobody shall ho
 RUNGS = ("bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm")
 
 
+# What a GPT-2 is beside its size: the defaults of ModelConfig.
+GPT2 = {
+    "activation": "gelu",
+    "positions": "learned",
+    "norm": "layernorm",
+    "qk_norm": False,
+    "tied_head": True,
+    "zero_init": False,
+    "logit_cap": 0.0,
+}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the GPT."""
+    """The shape of the GPT: GPT-2's, and of what is newer a choice of each part."""
 
     architecture: Literal["gpt", *RUNGS] = "gpt"
     """GPT-2's, or a step of "Let's build GPT": see rungs.py."""
@@ -121,8 +133,21 @@ class ModelConfig:
     """Rate of dropout; 0 is good for pretraining, 0.1 and more against overfitting."""
     bias: bool = False
     """Biases in Dense and LayerNorm, as GPT-2 has; False is a little better and faster."""
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    """Exact GELU (nanoGPT) or its tanh approximation (OpenAI's GPT-2 weights)."""
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
+    """Of the MLP: exact GELU (nanoGPT), its tanh approximation (OpenAI's GPT-2 weights), ReLU
+    squared, or SwiGLU, whose hidden layer is 8/3 n_embd wide for as many weights."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A learned embedding of each position, or queries and keys turned by theirs."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """LayerNorm, or RMSNorm without parameters."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, so that no score runs away."""
+    tied_head: bool = True
+    """The head's weights are the token embedding's; False: it has its own."""
+    zero_init: bool = False
+    """What adds to the stream, and a head of its own, begins at 0, not at random."""
+    logit_cap: float = 0.0
+    """Largest logit, approached by a tanh; 0: no cap."""
 
     def __post_init__(self):
         check_fields(self)
@@ -133,6 +158,9 @@ class ModelConfig:
         _require(self.dropout < 1, self, "dropout", "at least 0 and below 1")
         divides = f"a multiple of n_head={self.n_head}"
         _require(self.n_embd % self.n_head == 0, self, "n_embd", divides)
+        if self.positions == "rotary":  # features of a head turn in pairs
+            divides = f"a multiple of 2 n_head={2 * self.n_head}"
+            _require(self.n_embd % (2 * self.n_head) == 0, self, "n_embd", divides)
         if self.architecture != "gpt":
             self._check_rung()
 
@@ -140,7 +168,7 @@ class ModelConfig:
         """Refuse what a step of the lecture does not have, rather than ignore it."""
         rung = self.architecture
         # Its activation is in truth ReLU, always; and its head knows no padding.
-        only = {"bias": True, "activation": "gelu", "known_tokens": None}
+        only = {"bias": True, "known_tokens": None, **GPT2}
         only |= {} if rung == "layernorm" else {"dropout": 0.0}
         only |= {} if rung in ("deep", "residual", "layernorm") else {"n_layer": 1}
         only |= {"n_head": 1} if rung in ("bigram", "head") else {}
@@ -150,12 +178,29 @@ class ModelConfig:
             _require(ok, self, name, f"{value} in the lecture's {rung}, {preset}")
 
 
+def hidden_size(config: ModelConfig) -> int:
+    """Return the features of the MLP's hidden layer; SwiGLU's has a gate for each besides."""
+    D = config.n_embd
+    return max(1, D // 3) * 8 if config.activation == "swiglu" else 4 * D
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and the learning rate's schedule."""
+    """The optimizer and the learning rate's schedule."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of the blocks and AdamW, with Nesterov's momentum, for the
+    rest."""
     learning_rate: float = 6e-4
-    """Highest learning rate, reached after warm-up."""
+    """Highest learning rate, reached after warm-up. Muon's updates are scaled to AdamW's size, so
+    one rate serves for both."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the gradient's mean; lower for a short run."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """The way from learning_rate to min_lr: a cosine, or warm-up, stable, decay: a constant, then a
+    straight line."""
+    cooldown: float = 0.4
+    """Share of the steps after warm-up that this line takes."""
     min_lr: float = 6e-5
     """Learning rate after the decay; a tenth of learning_rate is a good choice."""
     warmup_iters: int = 2000
@@ -175,8 +220,9 @@ class OptimConfig:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             _require(getattr(self, name) < 1, self, name, "at least 0 and below 1")
+        _require(0 < self.cooldown <= 1, self, "cooldown", "above 0 and at most 1")
 
 
 def _refuse_resume(init_from: str | None) -> None:
@@ -269,6 +315,8 @@ class TrainConfig:
     """Updates in the whole run."""
     eval_interval: int = 250
     """Updates from one evaluation and checkpoint to the next."""
+    eval_first: bool = True
+    """Evaluate before the first update too."""
     eval_iters: int = 0
     """Batches of an evaluation, at fixed places; 0: the whole validation split, exactly."""
     log_interval: int = 10
@@ -329,6 +377,8 @@ class TrainConfig:
                 "--coordinator_address 10.0.0.1:8476 --num_processes 2 --process_id 0, or none of "
                 "them, where JAX finds them by itself (Slurm, TPU pods)"
             )
+        ok = self.optim.optimizer == "adamw" or self.model.architecture == "gpt"
+        _require(ok, self.optim, "optimizer", "adamw for a step of the lecture")
         ok = self.process_id < max(1, self.num_processes)
         _require(ok, self, "process_id", f"below num_processes={self.num_processes}")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig
+from nanogpt_jax.config import ComputeConfig, ModelConfig, hidden_size
 from nanogpt_jax.errors import InputError
 
 
@@ -18,7 +18,8 @@ class Part:
 def parts(config: ModelConfig) -> tuple[Part, ...]:
     """Return the parts of a model in the order of its forward pass; vocab_size must be known.
 
-    FLOPs are those of matrix products, one by one; elementwise work is not counted. Scores are
+    FLOPs are those of the model's matrix products, one by one; neither elementwise work is counted
+    nor Muon's own products, a twentieth more in `shakespeare-fast`. Scores are
     counted over the whole window, as they are computed, though half of them are masked. Source:
     Chowdhery et al., "PaLM", 2022, appendix B.
     """
@@ -31,25 +32,27 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
         params = n_in * n_out + has_bias * n_out
         return Part(name, times * params, times * 2 * n_in * n_out)
 
-    found = [Part("token embedding", V * D), Part("position embedding", T * D)]
+    is_gpt, F = rung == "gpt", hidden_size(config)
+    found = [Part("token embedding", V * D)]
+    found += [Part("position embedding", T * D)] if config.positions == "learned" else []
     found += [
-        dense("attention: q, k, v", D, 3 * D, has_bias=bias and rung == "gpt"),  # not the lecture's
+        dense("attention: q, k, v", D, 3 * D, has_bias=bias and is_gpt),  # not the lecture's
         Part("attention: scores", 0, L * 2 * T * D),
         Part("attention: weighted sums", 0, L * 2 * T * D),
     ]
     if rung in ("gpt", "residual", "layernorm"):
         found += [
             dense("attention: projection", D, D),
-            dense("mlp: up", D, 4 * D),
-            dense("mlp: down", 4 * D, D),
+            dense("mlp: up", D, F * (1 + (config.activation == "swiglu"))),
+            dense("mlp: down", F, D),
         ]
     elif rung in ("feedforward", "deep"):
         found += [dense("mlp", D, D)]
-    if rung in ("gpt", "layernorm"):
+    if rung in ("gpt", "layernorm") and config.norm == "layernorm":
         found += [Part("layer norm", (2 * L + 1) * D * (1 + bias))]
-    if rung == "gpt":  # its weights are the token embedding's
+    if is_gpt and config.tied_head:  # its weights are the token embedding's
         return (*found, Part("head", 0, 2 * D * V))
-    return (*found, dense("head", D, V, times=1))
+    return (*found, dense("head", D, V, has_bias=bias and not is_gpt, times=1))
 
 
 def n_params(config: ModelConfig) -> int:
@@ -59,8 +62,8 @@ def n_params(config: ModelConfig) -> int:
 
 def n_params_as_told(config: ModelConfig) -> int:
     """Return the number that a model is known by: nanoGPT's is without the position embedding."""
-    positions = config.block_size * config.n_embd if config.architecture == "gpt" else 0
-    return n_params(config) - positions
+    is_learned = config.architecture == "gpt" and config.positions == "learned"
+    return n_params(config) - is_learned * config.block_size * config.n_embd
 
 
 def size_in_words(config: ModelConfig) -> str:
@@ -69,9 +72,18 @@ def size_in_words(config: ModelConfig) -> str:
     return f"{n / 1e6:.2f}M parameters" if n >= 1e5 else f"{n:,} parameters"
 
 
-def checkpoint_bytes(config: ModelConfig) -> int:
-    """Return what a checkpoint takes on the disk: parameters and AdamW's two means, in float32."""
-    return 3 * 4 * n_params(config)
+def optimizer_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
+    """Return what the optimizer keeps: AdamW two means of each parameter, Muon one of its own."""
+    n_means = 2 * n_params(config)
+    if optimizer == "muon":
+        D, F = config.n_embd, hidden_size(config)
+        n_means -= config.n_layer * D * (4 * D + F * (3 if config.activation == "swiglu" else 2))
+    return 4 * n_means
+
+
+def checkpoint_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
+    """Return what a checkpoint takes on the disk: parameters and optimizer, in float32."""
+    return 4 * n_params(config) + optimizer_bytes(config, optimizer)
 
 
 def forward_flops_per_token(config: ModelConfig) -> int:
@@ -89,9 +101,9 @@ def is_float32(config: ModelConfig, compute: ComputeConfig) -> bool:
     return compute.dtype == "float32" or config.architecture != "gpt"
 
 
-def least_training_bytes(config: ModelConfig) -> int:
-    """Return what training needs whatever the batch: weights, gradients and AdamW's averages."""
-    return 16 * n_params(config)
+def least_training_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
+    """Return what training needs whatever the batch: weights, gradients and the optimizer's."""
+    return 8 * n_params(config) + optimizer_bytes(config, optimizer)
 
 
 def least_sampling_bytes(config: ModelConfig, n_rows: int = 0) -> int:
@@ -120,7 +132,9 @@ def check_memory(
         )
 
 
-def memory_bytes(config: ModelConfig, compute: ComputeConfig, batch_size: int) -> dict[str, int]:
+def memory_bytes(
+    config: ModelConfig, compute: ComputeConfig, batch_size: int, optimizer: str = "adamw"
+) -> dict[str, int]:
     """Return about what a training step needs on one device, by kind.
 
     Activations are what the backward pass reads again: outputs of products, normalised streams,
@@ -137,7 +151,8 @@ def memory_bytes(config: ModelConfig, compute: ComputeConfig, batch_size: int) -
     drops = config.dropout > 0
     is_fused = compute.attention != "xla" and not drops and width == 2
     inputs = D * width  # x before a block
-    dense = (2 * D + 3 * D + D + D + 8 * D) * width  # norms, q k v, attention, stream, MLP
+    F = hidden_size(config) * (3 if config.activation == "swiglu" else 2)
+    dense = (2 * D + 3 * D + D + D + F) * width  # norms, q k v, attention, stream, MLP
     scores = 0 if is_fused else config.n_head * T * (4 + width + drops)
     of_block = dense + scores + 2 * D * drops  # a mask takes a byte an element
     of_layers = L * inputs + (of_block if compute.remat else L * of_block)
@@ -146,6 +161,6 @@ def memory_bytes(config: ModelConfig, compute: ComputeConfig, batch_size: int) -
     return {
         "weights": 4 * n,
         "gradients": 4 * n,
-        "optimizer": 8 * n,
+        "optimizer": optimizer_bytes(config, optimizer),
         "activations": batch_size * T * (of_layers + logits + D * width),
     }

@@ -2,8 +2,10 @@
 
 The model sees at most block_size tokens. When the cache is full, the last half of the window is
 kept, read again in one prefill, and decoding goes on from there: one prefill in block_size / 2
-tokens. nanoGPT instead reads the last block_size tokens anew for each token (`exact_window`). Both
-give the same text until the window is first full.
+tokens. With rotary positions nothing is read again: only distances count, wherever the window
+begins, so the newest token takes the oldest one's place in the cache. nanoGPT instead reads the
+last block_size tokens anew for each token (`exact_window`). All give the same text until the window
+is first full.
 """
 
 from typing import NamedTuple
@@ -30,8 +32,8 @@ class Sampling(NamedTuple):
 class Generation(NamedTuple):
     """The state of a text being written, arrays only."""
 
-    window_BS: jax.Array  # int32 tokens that the model sees: the first `length` of S = block_size
-    length: jax.Array  # int32 scalar, 1 to S
+    window_BS: jax.Array  # int32 tokens that the model sees: the first `length` of S = block_size;
+    length: jax.Array  # int32 scalar, 1 to S; both stay the start's where the cache slides
     made: jax.Array  # int32 scalar: new tokens so far, the step of the random stream
     logits_BV: jax.Array  # of the next token
     cache: KVCache | None  # None: every step reads the whole window (exact_window)
@@ -118,6 +120,9 @@ def read(model: GPT, params, generation: Generation, tokens_B) -> Generation:
     window_BS, length, made, _, cache = generation
     S = model.config.block_size
     tokens_B1 = tokens_B[:, None]
+    if cache is not None and model.config.positions == "rotary":  # the cache slides by itself
+        logits_B1V, cache = model.apply({"params": params}, tokens_B1, cache)
+        return generation._replace(made=made + 1, logits_BV=logits_B1V[:, 0], cache=cache)
 
     def append(window_BS):
         return lax.dynamic_update_slice_in_dim(window_BS, tokens_B1, length, axis=1)

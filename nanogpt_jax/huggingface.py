@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanogpt_jax import hub
 from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.config import RANGES, ModelConfig
+from nanogpt_jax.config import GPT2, RANGES, ModelConfig
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import read_json
 from nanogpt_jax.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
@@ -177,7 +177,7 @@ def check_fits(config: ModelConfig, source: str) -> ModelConfig:
                 f"got {getattr(config, name)!r}"
             )
 
-    for name in ("architecture", "n_layer", "n_head", "n_embd", "bias", "activation"):
+    for name in ("architecture", "n_layer", "n_head", "n_embd", "bias", *GPT2):
         value = getattr(theirs, name)
         require(getattr(config, name) == value, name, f"{value}")
     positions, tokens = theirs.block_size, theirs.vocab_size
@@ -199,6 +199,26 @@ def end_of_text_id(tokenizer: Tokenizer | None) -> int | None:
     """Return the id of the token between two documents; None where there is none."""
     has_one = isinstance(tokenizer, BPETokenizer) and tokenizer.separator == END_OF_TEXT
     return int(tokenizer.encode_prompt(END_OF_TEXT)[0]) if has_one else None
+
+
+def check_is_gpt2(config: ModelConfig, run: Path) -> None:
+    """Check that `transformers` has a model like a run's.
+
+    Raises:
+        InputError: it is of the lecture, or has a part that GPT-2 has not.
+    """
+    if config.architecture != "gpt":
+        raise InputError(
+            f"{run}: `transformers` has no model like the lecture's {config.architecture}, only a "
+            "run of architecture gpt can be exported"
+        )
+    for name, value in GPT2.items():
+        allowed = [*ACTIVATIONS.values()] if name == "activation" else [value]
+        if getattr(config, name) not in allowed and name != "zero_init":  # how it began is past
+            raise InputError(
+                f"{run}: {name} must be {' or '.join(map(str, allowed))} in a GPT-2, which alone "
+                f"can be exported, but is {getattr(config, name)}"
+            )
 
 
 def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:

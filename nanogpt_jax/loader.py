@@ -136,13 +136,22 @@ class EvalFeed:
         # Of a dispatch: about a second's, but of several processes the same number in each.
         self._at_once = 1 if jax.process_count() == 1 else self._n_batches
 
+    def lower(self, eval_steps: Callable, params) -> jax.stages.Lowered:
+        """Return `eval_steps` lowered for these windows, to be compiled.
+
+        Args:
+            params: or their shapes, with shardings.
+        """
+        windows = self.corpus, self._places_NB, self._counts_NB
+        return eval_steps.lower(params, *windows, np.int32(0), np.int32(0))
+
     def loss(
         self, eval_steps: Callable, params, told: Callable[[float], bool] = lambda share: False
     ) -> float | None:
         """Return the mean loss of all targets, in nats a token; None where it was stopped.
 
         Args:
-            eval_steps: of `programs.make_programs`.
+            eval_steps: of `programs.make_programs`, compiled already or not.
             told: told which share is done, about each second; it returns whether to stop.
         """
         total, n_targets, done = 0.0, 0, 0

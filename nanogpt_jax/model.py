@@ -4,7 +4,7 @@ Arrays of rank 2 and more carry their shape in their name, a letter for each axi
 
     A  micro-batch of an update        H  attention head
     B  sequence of a batch             K  feature of a head
-    T  position, of a query            F  feature of the hidden layer (4 D)
+    T  position, of a query            F  feature of the hidden layer
     S  position, of a key or cache     V  token of the vocabulary
     D  feature of the residual stream
 
@@ -12,6 +12,8 @@ Submodules carry GPT-2's names, so that importing its weights is a table of name
 Source: nanoGPT's model.py and Radford et al., "Language models are unsupervised multitask
 learners", 2019.
 """
+
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -25,13 +27,15 @@ from nanogpt_jax.attention import (
     attention_weights,
     drop,
     fused_attention,
+    rotate,
 )
-from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config import ModelConfig, hidden_size
 from nanogpt_jax.devices import Compute
 from nanogpt_jax.mesh import keep_rows_apart
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's default; Flax's is 1e-6
+RMS_NORM_EPSILON = 1e-6
 
 
 def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
@@ -57,7 +61,21 @@ def _dense(config: ModelConfig, dtype, features: int, name: str, std: float = IN
     )
 
 
-def _layer_norm(config: ModelConfig, dtype, name: str) -> nn.LayerNorm:
+def _projection(config: ModelConfig, dtype, name: str):
+    """Return the Dense layer whose output is added to the stream."""
+    # The stream sums 2 n_layer of these: its variance shall not grow with depth.
+    std = 0.0 if config.zero_init else INIT_STD / (2 * config.n_layer) ** 0.5
+    return _dense(config, dtype, config.n_embd, name, std)
+
+
+def _rms_norm(dtype, name: str | None = None) -> nn.RMSNorm:
+    """Source: Zhang and Sennrich, "Root mean square layer normalization", 2019."""
+    return nn.RMSNorm(RMS_NORM_EPSILON, dtype, use_scale=False, name=name)
+
+
+def _norm(config: ModelConfig, dtype, name: str | None = None) -> nn.LayerNorm | nn.RMSNorm:
+    if config.norm == "rmsnorm":
+        return _rms_norm(dtype, name)
     # Mean and variance are in float32 whatever the dtype. The fast variance is E[x^2] - E[x]^2,
     # which loses digits where the mean is large.
     return nn.LayerNorm(
@@ -91,28 +109,35 @@ class CausalSelfAttention(nn.Module):
         heads = (B, T, config.n_head, D // config.n_head)
         qkv = jnp.split(_dense(config, compute.dtype, 3 * D, "c_attn")(x_BTD), 3, axis=-1)
         q_BTHK, k_BSHK, v_BSHK = (part_BTD.reshape(heads) for part_BTD in qkv)
+        start = 0 if cache is None else cache[0]
+        if config.qk_norm:
+            q_BTHK, k_BSHK = (_rms_norm(compute.dtype)(x_BTHK) for x_BTHK in (q_BTHK, k_BSHK))
+        if config.positions == "rotary":
+            q_BTHK, k_BSHK = (rotate(x_BTHK, start) for x_BTHK in (q_BTHK, k_BSHK))
         if cache is None and compute.attention != "xla":
             assert deterministic or config.dropout == 0, "fused kernels cannot drop weights"
             y_BTHK = fused_attention(q_BTHK, k_BSHK, v_BSHK, compute.attention, compute.mesh)
         else:
-            start = 0
             if cache is not None:
-                start, cached_k_BSHK, cached_v_BSHK = cache
-                k_BSHK = lax.dynamic_update_slice_in_dim(cached_k_BSHK, k_BSHK, start, axis=1)
-                v_BSHK = lax.dynamic_update_slice_in_dim(cached_v_BSHK, v_BSHK, start, axis=1)
+                _, cached_k_BSHK, cached_v_BSHK = cache
+                slot = start % config.block_size  # a full cache forgets its oldest token
+                k_BSHK = lax.dynamic_update_slice_in_dim(cached_k_BSHK, k_BSHK, slot, axis=1)
+                v_BSHK = lax.dynamic_update_slice_in_dim(cached_v_BSHK, v_BSHK, slot, axis=1)
             drops = config.dropout > 0 and not deterministic
             key = self.make_rng("dropout") if drops else None
             y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, config.dropout, key)
             if self.is_mutable_collection(WEIGHTS):  # someone looks, see inspection.py
                 self.sow(WEIGHTS, "weights_BHTS", attention_weights(q_BTHK, k_BSHK, start))
-        # The residual stream sums 2 n_layer such outputs: its variance shall not grow with depth.
-        std = INIT_STD / (2 * config.n_layer) ** 0.5
-        y_BTD = _dense(config, compute.dtype, D, "c_proj", std)(y_BTHK.reshape(B, T, D))
+        y_BTD = _projection(config, compute.dtype, "c_proj")(y_BTHK.reshape(B, T, D))
         return Dropout(config.dropout)(y_BTD, deterministic), (k_BSHK, v_BSHK)
 
 
 class MLP(nn.Module):
-    """Two Dense layers with a GELU between, at each position by itself."""
+    """Two Dense layers with an activation between, at each position by itself.
+
+    Source of ReLU squared: So et al., "Primer", 2021; of SwiGLU, where one half of the hidden layer
+    is a gate for the other: Shazeer, "GLU variants improve transformer", 2020.
+    """
 
     config: ModelConfig
     compute: Compute
@@ -121,11 +146,16 @@ class MLP(nn.Module):
     def __call__(self, x_BTD, deterministic: bool):
         """Return y_BTD."""
         config, dtype = self.config, self.compute.dtype
-        D = x_BTD.shape[-1]
-        x_BTF = _dense(config, dtype, 4 * D, "c_fc")(x_BTD)
-        x_BTF = jax.nn.gelu(x_BTF, approximate=config.activation == "gelu_tanh")
-        std = INIT_STD / (2 * config.n_layer) ** 0.5
-        y_BTD = _dense(config, dtype, D, "c_proj", std)(x_BTF)
+        is_gated = config.activation == "swiglu"
+        x_BTF = _dense(config, dtype, hidden_size(config) * (1 + is_gated), "c_fc")(x_BTD)
+        if is_gated:
+            gate_BTF, x_BTF = jnp.split(x_BTF, 2, axis=-1)
+            x_BTF = jax.nn.silu(gate_BTF) * x_BTF
+        elif config.activation == "relu2":
+            x_BTF = jnp.square(jax.nn.relu(x_BTF))
+        else:
+            x_BTF = jax.nn.gelu(x_BTF, approximate=config.activation == "gelu_tanh")
+        y_BTD = _projection(config, dtype, "c_proj")(x_BTF)
         return Dropout(config.dropout)(y_BTD, deterministic)
 
 
@@ -139,10 +169,10 @@ class Block(nn.Module):
     def __call__(self, x_BTD, cache, deterministic: bool):
         """Return (x_BTD, (k_BSHK, v_BSHK))."""
         parts = self.config, self.compute
-        h_BTD = _layer_norm(self.config, self.compute.dtype, "ln_1")(x_BTD)
+        h_BTD = _norm(self.config, self.compute.dtype, "ln_1")(x_BTD)
         y_BTD, kv = CausalSelfAttention(*parts, name="attn")(h_BTD, cache, deterministic)
         x_BTD = x_BTD + y_BTD
-        h_BTD = _layer_norm(self.config, self.compute.dtype, "ln_2")(x_BTD)
+        h_BTD = _norm(self.config, self.compute.dtype, "ln_2")(x_BTD)
         return x_BTD + MLP(*parts, name="mlp")(h_BTD, deterministic), kv
 
 
@@ -157,12 +187,21 @@ class GPT(nn.Module):
         init = nn.initializers.normal(INIT_STD)
         # Rows are looked up in float32: a frequent token's gradient is a sum of very many.
         self.wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init)
-        self.wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init)
+        if config.positions == "learned":
+            self.wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init)
         self.dropout = Dropout(config.dropout)
         # With remat a block keeps its input only; argument 3 of its __call__ is deterministic.
         block = nn.remat(Block, static_argnums=(3,)) if self.compute.remat else Block
         self.h = [block(config, self.compute) for _ in range(config.n_layer)]
-        self.ln_f = _layer_norm(config, dtype, None)
+        self.ln_f = _norm(config, dtype)
+        if not config.tied_head:
+            self.lm_head = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=nn.initializers.zeros if config.zero_init else init,
+                dot_general=partial(flat_dot_general, preferred_element_type=jnp.float32),
+            )
 
     def __call__(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
         """Return (logits_BTV, cache), the logits in float32.
@@ -172,6 +211,8 @@ class GPT(nn.Module):
                 checked where it is opened.
             cache: None, or the tokens seen before these ones; it comes back with these added. Its
                 length and T together are block_size at the most, or live entries are overwritten.
+                With rotary positions one token at a time may follow a full cache without end: it
+                takes the place of the oldest.
             deterministic: without dropout; otherwise `rngs={"dropout": key}` is needed.
         """
         x_BTD, cache = self.stream(tokens_BT, cache, deterministic=deterministic)
@@ -183,7 +224,9 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
         start = 0 if cache is None else cache.length
-        x_BTD = self.wte(tokens_BT) + self.wpe(start + jnp.arange(T))[None]
+        x_BTD = self.wte(tokens_BT)
+        if self.config.positions == "learned":
+            x_BTD += self.wpe(start + jnp.arange(T))[None]
         x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
         new_kv = []
         for i, block in enumerate(self.h):
@@ -197,15 +240,20 @@ class GPT(nn.Module):
         return self.ln_f(keep_rows_apart(x_BTD, self.compute.mesh)), cache
 
     def head(self, x_BTD):
-        """Return logits_BTV; the head's weights are the token embedding's, transposed.
+        """Return logits_BTV; a tied head's weights are the token embedding's, transposed.
 
         Those of a padded vocabulary's padding are -inf: it has no probability, so it changes no
-        loss, gets no gradient and is never drawn.
+        loss, gets no gradient and is never drawn. Source of the cap: Gemma team, "Gemma 2", 2024.
         """
-        embedding_VD = self.wte.embedding.astype(x_BTD.dtype)
-        logits_BTV = flat_dot_general(
-            x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32
-        )
+        if self.config.tied_head:
+            embedding_VD = self.wte.embedding.astype(x_BTD.dtype)
+            logits_BTV = flat_dot_general(
+                x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32
+            )
+        else:
+            logits_BTV = self.lm_head(x_BTD)
+        if cap := self.config.logit_cap:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         known, V = self.config.known_tokens, self.config.vocab_size
         if known is None or known == V:
             return logits_BTV

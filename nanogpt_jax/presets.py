@@ -9,6 +9,7 @@ from pathlib import Path
 from nanogpt_jax import hub
 from nanogpt_jax.command_line import parse_args, read_settings, split_settings
 from nanogpt_jax.config import (
+    GPT2,
     SCRATCH,
     ComputeConfig,
     ModelConfig,
@@ -44,6 +45,42 @@ def small() -> TrainConfig:
     )
 
 
+# What is newer than GPT-2 and pays: the README's "The same loss, sooner" has each part's share.
+MODERN = {
+    "activation": "swiglu",
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "tied_head": False,
+    "zero_init": True,
+}
+
+
+def small_fast() -> TrainConfig:
+    """To small's loss in a tenth of its time: 0.11M parameters, 320 steps. Loss 1.87; seconds."""
+    return TrainConfig(
+        config="small-fast",
+        batch_size=12,
+        max_iters=320,
+        eval_interval=320,
+        eval_first=False,  # an evaluation takes as long as 40 steps
+        # An eighth of small's parameters: more of them learn more from a step, but not in a second.
+        model=ModelConfig(block_size=64, n_layer=2, n_head=2, n_embd=64, **MODERN),
+        optim=OptimConfig(
+            optimizer="muon",
+            learning_rate=0.02,
+            muon_momentum=0.85,  # below the usual 0.95, since there are few steps
+            # A straight line down from the first step to the last.
+            schedule="wsd",
+            cooldown=1.0,
+            min_lr=0.0,
+            warmup_iters=0,
+            weight_decay=0.0,
+            grad_clip=0.0,
+        ),
+    )
+
+
 def shakespeare() -> TrainConfig:
     """nanoGPT's baby GPT: 10.65M parameters, 5000 steps. Loss 1.47; wants a GPU or TPU."""
     return TrainConfig(
@@ -53,6 +90,24 @@ def shakespeare() -> TrainConfig:
         eval_interval=250,
         model=ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
         optim=OptimConfig(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99),
+    )
+
+
+def shakespeare_fast() -> TrainConfig:
+    """To shakespeare's loss sooner: 7.38M parameters, 1500 steps. Not timed yet; wants a GPU."""
+    fast = small_fast()
+    return dataclasses.replace(
+        fast,
+        config="shakespeare-fast",
+        batch_size=64,
+        max_iters=1500,
+        eval_interval=250,
+        eval_first=True,
+        # Chosen by proxy, on a CPU: a sixteenth of the size, of the text and of the tokens read,
+        # so that the text is seen as often. There 0.2 was the best dropout, a narrower model no
+        # worse than one of shakespeare's width, and a half of the rate with more momentum better.
+        model=ModelConfig(block_size=256, n_layer=6, n_head=5, n_embd=320, dropout=0.2, **MODERN),
+        optim=dataclasses.replace(fast.optim, learning_rate=0.01, muon_momentum=0.95),
     )
 
 
@@ -226,9 +281,9 @@ LECTURE = (
 )  # fmt: skip
 _GPT2 = (gpt2, gpt2_medium, gpt2_large, gpt2_xl)
 _PRETRAINED = (finetune_shakespeare, eval_gpt2, eval_gpt2_medium, eval_gpt2_large, eval_gpt2_xl)
-_ALL = (tiny, small, shakespeare, *_GPT2, *_PRETRAINED, *LECTURE)
+_ALL = (tiny, small, small_fast, shakespeare, shakespeare_fast, *_GPT2, *_PRETRAINED, *LECTURE)
 # What pretrained weights say themselves.
-OF_WEIGHTS = {"architecture", "n_layer", "n_head", "n_embd", "bias", "activation", "known_tokens"}
+OF_WEIGHTS = {"architecture", "n_layer", "n_head", "n_embd", "bias", "known_tokens", *GPT2}
 PRESETS = {preset.__name__.replace("_", "-"): preset for preset in _ALL}
 
 

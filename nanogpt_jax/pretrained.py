@@ -102,14 +102,10 @@ def export(run: Path, folder: Path, checkpoint: str = "best") -> None:
     """Write a run's model and tokenizer to a new folder as `transformers` reads them.
 
     Raises:
-        InputError: there is no such run, it is of the lecture, or the folder is not free.
+        InputError: there is no such run, it is no GPT-2, or the folder is not free.
     """
     config = run_folder.read_model_config(run)
-    if config.architecture != "gpt":
-        raise InputError(
-            f"{run}: `transformers` has no model like the lecture's {config.architecture}, only a "
-            "run of architecture gpt can be exported"
-        )
+    huggingface.check_is_gpt2(config, run)
     if not run_folder.has_checkpoint(run):
         raise InputError(f"{run} has no checkpoint yet: train it first")
     tokenizer = tokenizers.load(run)

@@ -167,7 +167,12 @@ class Progress:
         return float(self._rates_of(update // RATES_BLOCK)[update % RATES_BLOCK])
 
     def evaluation_due(self, step: int) -> bool:
-        """Return whether a step is followed by an evaluation: each eval_interval, and the last."""
+        """Return whether a step is followed by an evaluation: each eval_interval, and the last.
+
+        Step 0 too, where it is asked for.
+        """
+        if step == 0:
+            return self.config.eval_first
         return step % self.config.eval_interval == 0 or step == self.config.max_iters
 
     def evaluating(self, share: float) -> None:

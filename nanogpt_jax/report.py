@@ -174,7 +174,7 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
             if alone:
                 axes.plot(places, losses, color=color, alpha=0.25, linewidth=0.8)
             faint = {} if alone else {"alpha": 0.4, "linewidth": 1}
-            axes.plot(places, _running_mean(losses), color=color, label=label, **faint)
+            axes.plot(places, running_mean(losses), color=color, label=label, **faint)
         if len(val):
             places, losses = val.T
             best = losses.argmin()
@@ -207,7 +207,7 @@ def _as_written(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
-def _running_mean(losses: np.ndarray) -> np.ndarray:
+def running_mean(losses: np.ndarray) -> np.ndarray:
     """Return the mean around each row, of fewer rows at both ends."""
     i = np.arange(len(losses))
     half = np.minimum(i, i[::-1]).clip(max=min(SMOOTHED_ROWS // 2, len(losses) // 20))

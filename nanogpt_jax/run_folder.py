@@ -33,7 +33,7 @@ TENSORBOARD, WANDB = "tensorboard", "wandb"
 # What may change from one start of a run to the next: it does not touch the updates themselves.
 FREE_FIELDS = {
     "config", "out_dir", "dataset", "data_dir", "tokenizer", "max_iters", "eval_interval",
-    "log_interval", "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache",
+    "eval_first", "log_interval", "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache",
     "compile_for", "coordinator_address", "num_processes", "process_id", "heartbeat_timeout_s",
     *field_types(ComputeConfig),
     "known_tokens",  # a corpus may have got its tokenizer only now; the weights are the same

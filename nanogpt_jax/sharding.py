@@ -3,8 +3,8 @@
 Two rules, both from outside the model. Tensor parallelism goes by name: a short table says which
 axis of a parameter is shared out over the mesh's axis `tensor`. Full sharding goes by shape: the
 largest axis that is left and can be divided is shared out over `fsdp`; of an embedding only its
-rows. What belongs to a parameter, its gradient and AdamW's two averages, lies where it lies. The
-print needs no such devices.
+rows. What belongs to a parameter, its gradient and the optimizer's averages, lies where it lies.
+The print needs no such devices.
 """
 
 import collections
@@ -25,15 +25,17 @@ from nanogpt_jax.rungs import make_model
 
 # Each pair of products is split so that only its result is summed over the devices: columns of the
 # first, rows of the second. The columns of c_attn are q, k and v side by side, so their parts are
-# exchanged once before attention. Source: Shoeybi et al., "Megatron-LM", 2019, section 3.
+# exchanged once before attention; those of SwiGLU's c_fc and its gates likewise. Source: Shoeybi et
+# al., "Megatron-LM", 2019, section 3.
 TENSOR_AXIS = {
     "wte.embedding": 0,
-    "attn.c_attn.kernel": 1,
+    "attn.c_attn.kernel": -1,  # of (D, 3 D), and of Muon's mean (D, 3, D)
     "attn.c_attn.bias": 0,
     "attn.c_proj.kernel": 0,
     "mlp.c_fc.kernel": 1,
     "mlp.c_fc.bias": 0,
     "mlp.c_proj.kernel": 0,
+    "lm_head.kernel": 1,
 }
 
 

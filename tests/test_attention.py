@@ -9,7 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from nanogpt_jax import mesh as meshes
-from nanogpt_jax.attention import attention, fused_attention, init_cache
+from nanogpt_jax.attention import attention, fused_attention, init_cache, rotate
 
 
 def random_qkv(B=2, T=5, S=5, H=3, K=4):
@@ -111,6 +111,80 @@ def test_an_empty_cache_has_room_for_the_block_in_every_layer(model_config):
     assert cache.length == 0
     assert [k_BSHK.shape for k_BSHK in cache.k_BSHK] == 2 * [(3, 8, 2, 6)]
     assert [v_BSHK.shape for v_BSHK in cache.v_BSHK] == 2 * [(3, 8, 2, 6)]
+
+
+# Rotary positions
+
+
+def scores(q_BTHK, k_BSHK):
+    return np.einsum("BTHK,BSHK->BHTS", *(np.asarray(x, np.float64) for x in (q_BTHK, k_BSHK)))
+
+
+@pytest.mark.parametrize("start", [0, 5, 1000])
+@pytest.mark.parametrize("K", [2, 6, 64])
+def test_pairs_of_features_turn_as_complex_numbers_do(K, start):
+    x_BTHK, _, _ = random_qkv(K=K)
+    speeds = 10_000.0 ** (-np.arange(K // 2) / (K // 2))
+    turns_TK = np.exp(1j * np.outer(start + np.arange(5), speeds))[None, :, None]
+    z_BTHK = (x_BTHK[..., : K // 2] + 1j * x_BTHK[..., K // 2 :]) * turns_TK
+    expected_BTHK = np.concatenate([z_BTHK.real, z_BTHK.imag], axis=-1)
+    np.testing.assert_allclose(rotate(x_BTHK, start), expected_BTHK, atol=1e-5)
+
+
+def test_heads_of_every_even_size_can_turn():
+    """Numbers of features are counted, not summed up from fractions that are rounded."""
+    for K in range(2, 260, 2):
+        shape = jax.ShapeDtypeStruct((1, 2, 1, K), jnp.float32)
+        assert jax.eval_shape(rotate, shape).shape == shape.shape, K
+
+
+@pytest.mark.parametrize(
+    "start", [1, 7, 10**6 + 1, 10**9, jnp.int32(2**31 - 3)], ids=lambda start: str(int(start))
+)
+def test_scores_depend_on_the_distance_alone_however_far_from_the_start(start):
+    """The last start is one where positions run over: a count of turns modulo one does not mind."""
+    q_BTHK, k_BTHK, _ = random_qkv(K=8)
+    expected_BHTS = scores(rotate(q_BTHK), rotate(k_BTHK))
+    shifted_BHTS = scores(rotate(q_BTHK, start), rotate(k_BTHK, start))
+    np.testing.assert_allclose(shifted_BHTS, expected_BHTS, atol=1e-5)
+    # Only the distance: with the keys one further on, other scores.
+    assert (
+        np.abs(scores(rotate(q_BTHK, start), rotate(k_BTHK, start + 1)) - expected_BHTS).max() > 0.1
+    )
+
+
+def test_equal_distances_give_equal_scores():
+    """Of one query and one key everywhere: each diagonal of the scores is one number."""
+    q_BTHK, k_BTHK, _ = (np.repeat(x[:, :1], 5, axis=1) for x in random_qkv(K=8))
+    scores_BHTS = scores(rotate(q_BTHK, 10**9), rotate(k_BTHK, 10**9))
+    np.testing.assert_allclose(scores_BHTS[..., 1:, 1:], scores_BHTS[..., :-1, :-1], atol=1e-5)
+    assert np.abs(scores_BHTS[..., 1:, 0] - scores_BHTS[..., :1, 0]).min() > 1e-4
+
+
+def test_the_first_position_does_not_turn():
+    x_BTHK, _, _ = random_qkv()
+    np.testing.assert_array_equal(rotate(x_BTHK)[:, 0], x_BTHK[:, 0])
+    assert (rotate(x_BTHK)[:, 1:] != x_BTHK[:, 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_turning_keeps_lengths_and_the_dtype(dtype):
+    x_BTHK = jnp.asarray(random_qkv(K=16)[0], dtype)
+    turned_BTHK = rotate(x_BTHK, 12345)
+    assert turned_BTHK.dtype == x_BTHK.dtype
+    lengths, expected = (
+        jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (turned_BTHK, x_BTHK)
+    )
+    np.testing.assert_allclose(lengths, expected, rtol=1e-6 if dtype == "float32" else 1e-2)
+
+
+def test_one_compilation_turns_at_every_start():
+    x_BTHK, _, _ = random_qkv()
+    turn = jax.jit(rotate)
+    for start in (0, 3, 10**9):
+        by_number = rotate(x_BTHK, start)
+        np.testing.assert_allclose(turn(x_BTHK, jnp.int32(start)), by_number, atol=1e-6)
+    assert turn._cache_size() == 1
 
 
 # Arrays of 16 bits

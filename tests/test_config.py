@@ -201,6 +201,15 @@ def test_the_answer_is_whole_in_a_narrow_terminal_and_for_a_long_value(monkeypat
         (["--warmup_iters=-1"], "warmup_iters must be at least 0, got -1"),
         (["--grad_clip=-1"], "grad_clip must be finite and at least 0, got -1.0"),
         (["--lr_decay_iters=0"], "lr_decay_iters must be at least 1, got 0"),
+        (["--logit_cap=-1"], "logit_cap must be finite and at least 0, got -1.0"),
+        (["--positions=rotary", "--n_embd=12"], "n_embd must be a multiple of 2 n_head=8, got 12"),
+        (["--cooldown=0"], "cooldown must be above 0 and at most 1, got 0.0"),
+        (["--cooldown=1.1"], "cooldown must be above 0 and at most 1, got 1.1"),
+        (["--muon_momentum=1"], "muon_momentum must be at least 0 and below 1, got 1.0"),
+        (
+            ["--config=lecture-layernorm", "--optimizer=muon"],
+            "optimizer must be adamw for a step of the lecture, got 'muon'",
+        ),
         (["--beta2=1"], "beta2 must be at least 0 and below 1, got 1.0"),
         (["--seed=-1"], "seed must be at least 0, got -1"),
         (["--seed=4294967296"], "seed must be at most 4294967295, got 4294967296"),
@@ -245,6 +254,8 @@ def test_a_sampling_value_that_cannot_be_names_field_requirement_and_value(argv,
 def test_values_at_the_edge_of_what_is_allowed_are_allowed():
     ModelConfig(block_size=1, n_layer=1, n_head=1, n_embd=1, vocab_size=1, dropout=0.999)
     OptimConfig(learning_rate=0, min_lr=0, warmup_iters=0, weight_decay=0, grad_clip=0, beta1=0)
+    OptimConfig(muon_momentum=0, cooldown=1)
+    ModelConfig(n_head=1, n_embd=2, positions="rotary", logit_cap=0)
     TrainConfig(max_iters=1, eval_interval=1, log_interval=1, seed=2**32 - 1)
     SampleConfig(temperature=0, top_k=0, top_p=1, max_new_tokens=1, num_samples=1, seed=0)
 
@@ -260,7 +271,9 @@ def test_flat_names_do_not_collide():
 def test_the_config_json_of_a_run_gives_the_same_configuration_again(tmp_path):
     argv = (
         "--config=small --out_dir=somewhere --dataset=book.txt --n_layer=2 --bias --vocab_size=77 "
-        "--learning_rate=0.00031 --lr_decay_iters=99 --decay_lr=False --activation=gelu_tanh"
+        "--learning_rate=0.00031 --lr_decay_iters=99 --decay_lr=False --activation=gelu_tanh "
+        "--positions=rotary --norm=rmsnorm --qk_norm --tied_head=False --zero_init --logit_cap=15 "
+        "--optimizer=muon --muon_momentum=0.9 --schedule=wsd --cooldown=0.3"
     )
     config = parse_train_config(argv.split())
     run_folder.begin(tmp_path, config, "cafe", {"jax": "0.1"})

@@ -16,15 +16,19 @@ from nanogpt_jax.counts import (
     memory_bytes,
     n_params,
     n_params_as_told,
+    optimizer_bytes,
     parts,
     train_flops_per_token,
 )
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
-from nanogpt_jax.presets import PRESETS, with_vocab_size
+from nanogpt_jax.optim import make_optimizer
+from nanogpt_jax.presets import MODERN, PRESETS, with_vocab_size
 from nanogpt_jax.rungs import make_model
 
 PARTS = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "mlp"}
+PARTS |= {"lm_head": "head"}
+NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
 OPENAI_GPT2 = [  # preset, (n_layer, n_head, n_embd), parameters
     ("gpt2", (12, 12, 768), 124_439_808),
     ("gpt2-medium", (24, 16, 1024), 354_823_168),
@@ -39,17 +43,18 @@ def abstract_params(config: ModelConfig) -> dict:
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("newer", [{}, *NEWER], ids=str)
 @pytest.mark.parametrize(
     "shape",
     [
         {"block_size": 8, "vocab_size": 11, "n_layer": 1, "n_head": 1, "n_embd": 6},
-        {"block_size": 5, "vocab_size": 3, "n_layer": 3, "n_head": 2, "n_embd": 14},
+        {"block_size": 5, "vocab_size": 3, "n_layer": 3, "n_head": 2, "n_embd": 16},
         {"block_size": 64, "vocab_size": 65, "n_layer": 4, "n_head": 4, "n_embd": 128},
     ],
     ids=str,
 )
-def test_parameter_counts_are_those_of_an_initialised_gpt(shape, bias):
-    config = ModelConfig(**shape, bias=bias)
+def test_parameter_counts_are_those_of_an_initialised_gpt(shape, newer, bias):
+    config = ModelConfig(**shape, **newer, bias=bias)
     counted = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         names = {key.key for key in path}
@@ -58,7 +63,8 @@ def test_parameter_counts_are_those_of_an_initialised_gpt(shape, bias):
     grouped = Counter()
     for part in parts(config):
         grouped[part.name.partition(":")[0]] += part.n_params
-    assert +grouped == counted  # without the head, which has none of its own
+    assert +grouped == counted  # + leaves out parts without parameters, as a tied head is
+    assert n_params(config) == counted.total()
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -80,6 +86,7 @@ def test_openai_gpt2_has_its_published_shape_and_number_of_parameters(preset, sh
     ("preset", "expected", "is_told_as"),
     [
         ("small", 804_096, "0.80M"),
+        ("small-fast", 105_600, "0.11M"),
         ("shakespeare", 10_745_088, "10.65M"),
         ("lecture-colab", 209_729, "0.21M"),
         ("lecture-scaled", 10_788_929, "10.79M"),
@@ -110,6 +117,36 @@ def test_forward_flops_are_those_that_xla_counts(shape):
     compiled = logits_of.lower(abstract_params(config), tokens_BT).compile()
     per_token = compiled.cost_analysis()["flops"] / (batch_size * config.block_size)
     assert forward_flops_per_token(config) == pytest.approx(per_token, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "newer", [{"activation": "swiglu"}, {"tied_head": False}, MODERN], ids=["swiglu", "head", "all"]
+)
+@pytest.mark.parametrize("vocab_size", [64, 16384])
+def test_forward_flops_of_newer_parts_are_those_that_xla_counts(newer, vocab_size):
+    config = ModelConfig(
+        block_size=64, vocab_size=vocab_size, n_layer=2, n_head=1, n_embd=768, **newer
+    )
+    tokens_BT = jax.ShapeDtypeStruct((1, config.block_size), jnp.int32)
+    logits_of = jax.jit(lambda params, tokens_BT: GPT(config).apply({"params": params}, tokens_BT))
+    compiled = logits_of.lower(abstract_params(config), tokens_BT).compile()
+    per_token = compiled.cost_analysis()["flops"] / config.block_size
+    assert forward_flops_per_token(config) == pytest.approx(per_token, rel=0.02)
+
+
+@pytest.mark.parametrize("n_embd", [3, 48, 64, 768])
+def test_swiglu_has_no_more_weights_than_gelu_and_hardly_less(n_embd):
+    gelu, swiglu = (
+        n_params(ModelConfig(vocab_size=1, n_head=1, n_embd=n_embd, activation=activation))
+        for activation in ("gelu", "swiglu")
+    )
+    assert 0.97 * gelu < swiglu <= gelu
+
+
+@pytest.mark.parametrize(("positions", "n_told"), [("learned", 1), ("rotary", 0)])
+def test_only_a_position_embedding_that_is_there_is_left_out_of_the_number_told(positions, n_told):
+    config = ModelConfig(block_size=64, vocab_size=65, n_embd=24, positions=positions)
+    assert n_params(config) - n_params_as_told(config) == n_told * 64 * 24
 
 
 def test_a_training_step_takes_the_flops_xla_counts_for_loss_and_gradient():
@@ -184,3 +221,13 @@ def test_what_devices_can_hold_together_is_not_refused(n_devices, memory):
     if memory is not None:
         with pytest.raises(InputError, match="take less"):
             check_memory(bigram, needed, memory - 1, n_devices, "less")
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small-fast", "shakespeare-fast"])
+def test_the_bytes_of_the_optimizer_are_those_of_its_arrays(preset):
+    config = with_vocab_size(PRESETS[preset]())
+    tx = make_optimizer(config.optim, 10)
+    state = jax.eval_shape(lambda params: tx.init(params), abstract_params(config.model))
+    # All but counters, and the coefficients of Newton and Schulz.
+    n_means = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 3)
+    assert optimizer_bytes(config.model, config.optim.optimizer) == 4 * n_means

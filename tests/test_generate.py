@@ -1,5 +1,6 @@
 """Writing text: the cache against none, streams against batches, draws against definitions."""
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -12,26 +13,29 @@ from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.generate import Sampling
 from nanogpt_jax.model import GPT
+from nanogpt_jax.presets import MODERN
 from nanogpt_jax.tokenizer import CharTokenizer
 
 V = 11
 CHARS = CharTokenizer("\n abcdefghi")
 GREEDY = Sampling(temperature=0)
+KINDS = {"learned": {}, "rotary": {"positions": "rotary", "n_layer": 2}, "modern": MODERN}
+SLIDING = ["rotary", "modern"]  # whose cache forgets its oldest token, and reads nothing again
 
 
 @cache
-def model_and_params(block_size=8):
+def model_and_params(block_size=8, kind="learned"):
     """A model whose logits differ enough for greedy text to be lively, and not to hang on ties."""
-    config = ModelConfig(block_size=block_size, vocab_size=V, n_layer=1, n_head=2, n_embd=12)
-    model = GPT(config)
+    shape = {"block_size": block_size, "vocab_size": V, "n_layer": 1, "n_head": 2, "n_embd": 12}
+    model = GPT(ModelConfig(**shape | KINDS[kind]))
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
     return model, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
 
 
 @cache
-def jitted_generate(block_size, n_tokens, sampling, exact_window):
-    model, _ = model_and_params(block_size)
+def jitted_generate(block_size, n_tokens, sampling, exact_window, kind="learned"):
+    model, _ = model_and_params(block_size, kind)
     return jax.jit(
         partial(
             generate.generate,
@@ -43,12 +47,21 @@ def jitted_generate(block_size, n_tokens, sampling, exact_window):
     )
 
 
-def write(start, n_tokens, sampling=GREEDY, rows=(0, 1), seed=0, block_size=8, exact_window=False):
+def write(
+    start,
+    n_tokens,
+    sampling=GREEDY,
+    rows=(0, 1),
+    seed=0,
+    block_size=8,
+    exact_window=False,
+    kind="learned",
+):
     """New tokens after a start text, of the given rows of a seed."""
     keys_B = generate.row_keys(seed, range(*rows))
     window_BS, length = generate.start_window(CHARS, start, len(keys_B), block_size)
-    run = jitted_generate(block_size, n_tokens, sampling, exact_window)
-    return np.asarray(run(model_and_params(block_size)[1], window_BS, length, keys_B))
+    run = jitted_generate(block_size, n_tokens, sampling, exact_window, kind)
+    return np.asarray(run(model_and_params(block_size, kind)[1], window_BS, length, keys_B))
 
 
 @cache
@@ -84,10 +97,11 @@ STARTS = ["a", "abc", "abcdefg", "abcdefgh", "abc abc abc abc"]
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8, top_k=5)])
-def test_cache_equals_the_reference_until_the_window_is_full(start, sampling):
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_equals_the_reference_until_the_window_is_full(start, sampling, kind):
     until_full = 8 - min(8, len(start)) + 1  # the last of them is drawn from the full window
-    cached = write(start, 30, sampling)[0, :until_full]
-    exact = write(start, 30, sampling, exact_window=True)[0, :until_full]
+    cached = write(start, 30, sampling, kind=kind)[0, :until_full]
+    exact = write(start, 30, sampling, exact_window=True, kind=kind)[0, :until_full]
     np.testing.assert_array_equal(cached, exact)
 
 
@@ -137,6 +151,114 @@ def test_streaming_gives_the_same_text_and_the_logits_of_a_fresh_pass(exact_wind
     together_BN = write("abc", 20, sampling, rows=(0, 2), exact_window=exact_window)
     np.testing.assert_array_equal(np.transpose(streamed_NB), together_BN)
     assert decode._cache_size() == 1
+
+
+# Rotary positions: the cache slides
+
+
+MOST = 64  # tokens of a text that the twin below can read
+
+
+def banded_attention(S):
+    """Attention without a cache in which each query sees the last S keys up to its own."""
+
+    def attention(q_BTHK, k_BTHK, v_BTHK, *_):
+        scores_BHTT = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BTHK) / q_BTHK.shape[-1] ** 0.5
+        behind_TT = np.subtract.outer(np.arange(MOST), np.arange(MOST))
+        is_seen_TT = (0 <= behind_TT) & (behind_TT < S)
+        weights_BHTT = jax.nn.softmax(jnp.where(is_seen_TT[None, None], scores_BHTT, -jnp.inf))
+        return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTT, v_BTHK)
+
+    return attention
+
+
+@cache
+def banded_apply(block_size, kind):
+    """The same model with a longer block: rotary positions have no parameters."""
+    model, params = model_and_params(block_size, kind)
+    longer = GPT(dataclasses.replace(model.config, block_size=MOST))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanogpt_jax.model.attention", banded_attention(block_size))
+        program = jax.jit(lambda tokens_BT: longer.apply({"params": params}, tokens_BT)[0])
+        return program.lower(np.zeros((1, MOST), np.int32)).compile()
+
+
+def banded_logits(tokens, block_size, kind):
+    """Logits of the token after each, from one pass over the whole text."""
+    tokens_BT = np.zeros((1, MOST), np.int32)
+    tokens_BT[0, : len(tokens)] = tokens
+    return banded_apply(block_size, kind)(tokens_BT)[0][: len(tokens)]
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("start", ["a", "abc abc abc"])
+def test_a_sliding_cache_sees_in_each_layer_the_last_block_of_keys(start, block_size, kind):
+    n_tokens = 3 * block_size + 5
+    seen = CHARS.encode(start)[-block_size:].tolist()
+    made = write(start, n_tokens, block_size=block_size, kind=kind)[0].tolist()
+    logits_TV = banded_logits(seen + made, block_size, kind)
+    assert made == logits_TV.argmax(-1)[len(seen) - 1 : -1].tolist()
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+def test_a_stream_with_a_sliding_cache_is_the_text_and_has_the_banded_logits(kind):
+    model, params = model_and_params(8, kind)
+    sampling = Sampling(temperature=0.8, top_p=0.9)
+    keys_B = generate.row_keys(0, range(2))
+    window_BS, length = generate.start_window(CHARS, "abc", 2, 8)
+    generation = jax.jit(partial(generate.prefill, model))(params, window_BS, length)
+    decode = jax.jit(partial(generate.decode, model, sampling=sampling))
+    streamed_NB, logits_NV = [], []
+    for _ in range(30):
+        logits_NV.append(generation.logits_BV[0])
+        generation, tokens_B = decode(params, generation, keys_B)
+        streamed_NB.append(tokens_B)
+    assert generation.cache.length == 33
+    assert decode._cache_size() == 1
+    streamed_BN = np.transpose(streamed_NB)
+    together_BN = write("abc", 30, sampling, rows=(0, 2), kind=kind)
+    np.testing.assert_array_equal(streamed_BN, together_BN)
+    expected_TV = banded_logits([*CHARS.encode("abc"), *streamed_BN[0]], 8, kind)
+    np.testing.assert_allclose(logits_NV, expected_TV[2:-1], atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "slides"), [("learned", False), *((k, True) for k in SLIDING)])
+def test_a_sliding_cache_is_prefilled_once(kind, slides, monkeypatch):
+    model, params = model_and_params(8, kind)
+    lengths = []
+    prefill = generate.prefill
+
+    def spy(*args, **kwargs):
+        lengths.append(args[3])
+        return prefill(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "prefill", spy)
+    window_BS, length = generate.start_window(CHARS, "abc", 1, 8)
+    keys_B = generate.row_keys(0, range(1))
+    program = partial(generate.generate, model, n_tokens=30, sampling=GREEDY)
+    text = str(jax.make_jaxpr(program)(params, window_BS, length, keys_B))
+    assert (len(lengths) == 1) == slides
+    assert ("cond[" not in text) == slides
+
+
+@pytest.mark.parametrize("position", [10**9, 2**31 - 8], ids=["far", "runs over"])
+def test_a_sliding_cache_writes_on_however_far_it_is(position):
+    """A stream without end comes to where an int32 runs over: 2^31 tokens are a few days."""
+    model, params = model_and_params(8, "rotary")
+    window_BS, length = generate.start_window(CHARS, "abcdefgh", 1, 8)
+    generation = jax.jit(partial(generate.prefill, model))(params, window_BS, length)
+    read = jax.jit(partial(generate.read, model))
+
+    def logits_from(position):
+        at = generation._replace(cache=generation.cache._replace(length=jnp.int32(position)))
+        found_NV = []
+        for token in CHARS.encode("abc def ghi abc def a ide gf dc hi"):
+            at = read(params, at, np.array([token], np.int32))
+            found_NV.append(at.logits_BV[0])
+        return np.array(found_NV)[16:]  # from there on two layers know no more of the start
+
+    np.testing.assert_allclose(logits_from(position), logits_from(8), atol=1e-3)
 
 
 def test_padding_of_the_start_has_no_influence():

@@ -18,7 +18,7 @@ LAYERS = (
     {"command_line", "choice", "documents", "preparation", "opening", "run_folder", "counts"}
     | {"references", "optim", "startup", "devices", "mesh", "attention", "huggingface", "weights"},
     {"corpora", "presets", "model", "report", "loggers", "views", "loader"},
-    {"steps", "generate", "rungs", "accounting", "answers"},
+    {"steps", "generate", "rungs", "accounting", "answers", "race"},
     {"checkpoint", "progress", "sharding", "inspection"},
     {"programs", "player", "pretrained"},
     {"bench", "tpu", "lecture", "web"},

@@ -12,10 +12,28 @@ import optax
 import pytest
 
 from nanogpt_jax.attention import init_cache
+from nanogpt_jax.devices import Compute
 from nanogpt_jax.model import GPT, flat_dot_general
-from nanogpt_jax.steps import init_params
+from nanogpt_jax.presets import MODERN
+from nanogpt_jax.steps import init_params, token_losses
 
 B, T, V = 3, 8, 11
+# Each part that is newer than GPT-2 by itself, and all of them together.
+NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
+
+
+def in_words(fields):
+    if fields == MODERN:
+        return "modern"
+    if fields == {"bias": True, **MODERN}:
+        return "modern, bias=True"
+    return ", ".join(f"{name}={value}" for name, value in fields.items()) or "gpt2"
+
+
+newer_parts = pytest.mark.parametrize("fields", NEWER, ids=in_words)
+# For what only the cache, or only the head, can break; a test of all costs a compilation each.
+some_kinds = pytest.mark.parametrize("fields", [{}, {"positions": "rotary"}, MODERN], ids=in_words)
+heads = pytest.mark.parametrize("fields", [{}, {"tied_head": False}, MODERN], ids=in_words)
 
 
 @pytest.fixture
@@ -45,11 +63,16 @@ def flat_names(params):
     }
 
 
-def naive_gpt(params, tokens_T, n_head, gelu):
-    """GPT-2's forward pass of one sequence, in float64, position by position where it can be."""
+def naive_gpt(params, tokens_T, config):
+    """The forward pass of one sequence, in float64, position by position where it can be."""
     params = jax.tree.map(partial(np.asarray, dtype=np.float64), params)
 
+    def rms_norm(x_TD):
+        return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + 1e-6)
+
     def norm(x_TD, p):
+        if config.norm == "rmsnorm":
+            return rms_norm(x_TD)
         centred_TD = x_TD - x_TD.mean(-1, keepdims=True)
         variance_T1 = (centred_TD**2).mean(-1, keepdims=True)
         return centred_TD / np.sqrt(variance_T1 + 1e-5) * p["scale"] + p.get("bias", 0)
@@ -57,24 +80,41 @@ def naive_gpt(params, tokens_T, n_head, gelu):
     def dense(x_TD, p):
         return x_TD @ p["kernel"] + p.get("bias", 0)
 
+    def rotate(x_TK):
+        """Pairs of features are complex numbers."""
+        half = x_TK.shape[-1] // 2
+        angles_TK = np.outer(np.arange(len(x_TK)), 10_000 ** (-np.arange(half) / half))
+        z_TK = (x_TK[:, :half] + 1j * x_TK[:, half:]) * np.exp(1j * angles_TK)
+        return np.concatenate([z_TK.real, z_TK.imag], axis=-1)
+
     def attend(x_TD, p):
         q_TD, k_TD, v_TD = np.split(dense(x_TD, p["c_attn"]), 3, axis=-1)
         y_TD = np.zeros_like(x_TD)
-        for head in np.split(np.arange(x_TD.shape[-1]), n_head):
+        for head in np.split(np.arange(x_TD.shape[-1]), config.n_head):
+            q_TK, k_TK = q_TD[:, head], k_TD[:, head]
+            if config.qk_norm:
+                q_TK, k_TK = rms_norm(q_TK), rms_norm(k_TK)
+            if config.positions == "rotary":
+                q_TK, k_TK = rotate(q_TK), rotate(k_TK)
             for t in range(len(x_TD)):
-                scores = k_TD[: t + 1, head] @ q_TD[t, head] / np.sqrt(len(head))
+                scores = k_TK[: t + 1] @ q_TK[t] / np.sqrt(len(head))
                 weights = np.exp(scores) / np.exp(scores).sum()
                 y_TD[t, head] = weights @ v_TD[: t + 1, head]
         return dense(y_TD, p["c_proj"])
 
-    wte_VD, wpe_TD = params["wte"]["embedding"], params["wpe"]["embedding"]
-    x_TD = wte_VD[tokens_T] + wpe_TD[: len(tokens_T)]
+    x_TD = params["wte"]["embedding"][tokens_T]
+    if config.positions == "learned":
+        x_TD = x_TD + params["wpe"]["embedding"][: len(tokens_T)]
     for i in range(sum(name.startswith("h_") for name in params)):
         block = params[f"h_{i}"]
-        x_TD = x_TD + attend(norm(x_TD, block["ln_1"]), block["attn"])
-        hidden_TF = gelu(dense(norm(x_TD, block["ln_2"]), block["mlp"]["c_fc"]))
-        x_TD = x_TD + dense(hidden_TF, block["mlp"]["c_proj"])
-    return norm(x_TD, params["ln_f"]) @ wte_VD.T
+        x_TD = x_TD + attend(norm(x_TD, block.get("ln_1")), block["attn"])
+        up_TF = dense(norm(x_TD, block.get("ln_2")), block["mlp"]["c_fc"])
+        x_TD = x_TD + dense(ACTIVATIONS[config.activation](up_TF), block["mlp"]["c_proj"])
+    x_TD = norm(x_TD, params.get("ln_f"))
+    tied = config.tied_head
+    logits_TV = x_TD @ (params["wte"]["embedding"].T if tied else params["lm_head"]["kernel"])
+    cap = config.logit_cap
+    return cap * np.tanh(logits_TV / cap) if cap else logits_TV
 
 
 def gelu_exact(x):
@@ -85,16 +125,39 @@ def gelu_tanh(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("activation", "gelu"), [("gelu", gelu_exact), ("gelu_tanh", gelu_tanh)])
-def test_logits_equal_a_plain_numpy_gpt(model_config, bias, activation, gelu):
-    model = GPT(dataclasses.replace(model_config, bias=bias, activation=activation))
+def swiglu(x):
+    gate, value = np.split(x, 2, axis=-1)
+    return gate / (1 + np.exp(-gate)) * value
+
+
+ACTIVATIONS = {
+    "gelu": gelu_exact,
+    "gelu_tanh": gelu_tanh,
+    "relu2": lambda x: np.where(x > 0, x * x, 0),
+    "swiglu": swiglu,
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bias": True},
+        {"activation": "gelu_tanh"},
+        {"bias": True, "activation": "gelu_tanh"},
+        *NEWER,
+        {"bias": True, **MODERN},
+    ],
+    ids=in_words,
+)
+def test_logits_equal_a_plain_numpy_gpt(model_config, fields):
+    model = GPT(dataclasses.replace(model_config, **fields))
     params, tokens_BT = rough_params(model), random_tokens(B, T)
     logits_BTV, cache = jax.jit(model.apply)({"params": params}, tokens_BT)
     assert cache is None
     assert logits_BTV.dtype == jnp.float32
     for b in range(B):
-        expected_TV = naive_gpt(params, tokens_BT[b], model_config.n_head, gelu)
+        expected_TV = naive_gpt(params, tokens_BT[b], model.config)
         np.testing.assert_allclose(logits_BTV[b], expected_TV, atol=2e-5)
 
 
@@ -114,6 +177,52 @@ def test_parameters_carry_gpt2s_names_and_shapes(model):
         **{f"h_{i}/{name}": shape for i in range(2) for name, shape in block.items()},
         "ln_f/scale": (12,),
     }
+
+
+GPT2_SHAPES = {
+    "wte/embedding": (11, 12),
+    "wpe/embedding": (8, 12),
+    "h/ln_1/scale": (12,),
+    "h/attn/c_attn/kernel": (12, 36),
+    "h/attn/c_proj/kernel": (12, 12),
+    "h/ln_2/scale": (12,),
+    "h/mlp/c_fc/kernel": (12, 48),
+    "h/mlp/c_proj/kernel": (48, 12),
+    "ln_f/scale": (12,),
+}
+NONE_OF_NORMS = dict.fromkeys(("h/ln_1/scale", "h/ln_2/scale", "ln_f/scale"))
+OTHER_SHAPES = {  # a field's value, and what is then of another shape; None: is not there
+    ("positions", "rotary"): {"wpe/embedding": None},
+    ("norm", "rmsnorm"): NONE_OF_NORMS,
+    ("tied_head", False): {"lm_head/kernel": (12, 11)},
+    # 8/3 of 12 features, and as many gates: as many weights as 4 x 12 features without.
+    ("activation", "swiglu"): {"h/mlp/c_fc/kernel": (12, 64), "h/mlp/c_proj/kernel": (32, 12)},
+}
+
+
+@newer_parts
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_newer_part_changes_just_its_own_parameters(model_config, fields, bias):
+    model = GPT(dataclasses.replace(model_config, bias=bias, **fields))
+    shapes = {name: leaf.shape for name, leaf in flat_names(rough_params(model)).items()}
+    expected = dict(GPT2_SHAPES)
+    for field in fields.items():
+        expected |= OTHER_SHAPES.get(field, {})
+    expected = {name: shape for name, shape in expected.items() if shape}
+    if bias:
+        has_bias = {
+            name: shape for name, shape in expected.items() if name.startswith(("h/", "ln"))
+        }
+        for name, shape in has_bias.items():
+            expected[name.rpartition("/")[0] + "/bias"] = shape[-1:]
+    in_blocks = {
+        f"h_{i}{name[1:]}": shape
+        for name, shape in expected.items()
+        for i in range(2)
+        if name.startswith("h/")
+    }
+    others = {name: shape for name, shape in expected.items() if not name.startswith("h/")}
+    assert shapes == in_blocks | others
 
 
 def test_biases_are_added_to_every_dense_and_layer_norm_on_request(model_config):
@@ -163,13 +272,120 @@ def test_loss_at_the_start_is_that_of_a_blind_guess(model_config):
     assert losses_BT.mean() == pytest.approx(math.log(65), abs=0.1)
 
 
+@pytest.mark.parametrize("fields", [{"zero_init": True}, MODERN], ids=in_words)
+def test_zero_init_begins_with_the_stream_as_the_embedding_made_it(model_config, fields):
+    model = GPT(dataclasses.replace(model_config, bias=True, **fields))
+    params = jax.jit(partial(init_params, model))(jax.random.key(0))
+    zeros = {name for name, leaf in flat_names(params).items() if not leaf.any()}
+    kernels = {name for name in zeros if name.endswith("kernel")}
+    own_head = set() if model.config.tied_head else {"lm_head/kernel"}
+    projections = {f"h_{i}/{part}/c_proj/kernel" for i in range(2) for part in ("attn", "mlp")}
+    assert kernels == projections | own_head
+    assert all(name.endswith(("kernel", "bias")) for name in zeros)  # no embedding, no scale
+    other = jax.tree.map(lambda x: x, params)
+    for i in range(2):  # what a block reads of the stream is of no account yet
+        other[f"h_{i}"]["mlp"]["c_fc"]["kernel"] = 3 * params[f"h_{i}"]["mlp"]["c_fc"]["kernel"]
+        other[f"h_{i}"]["attn"]["c_attn"]["kernel"] = jnp.ones((12, 36))
+    stream = jax.jit(lambda p: model.apply({"params": p}, random_tokens(B, T), method="stream")[0])
+    before_BTD, after_BTD = stream(params), stream(other)
+    np.testing.assert_array_equal(before_BTD, after_BTD)
+    assert np.abs(before_BTD).max() > 0.1
+
+
+def test_a_zero_head_of_its_own_begins_with_a_blind_guess_exactly(model_config):
+    model = GPT(dataclasses.replace(model_config, **MODERN))
+    params = jax.jit(partial(init_params, model))(jax.random.key(0))
+    losses_BT = jax.jit(partial(token_losses, model))(params, random_tokens(B, T + 1))
+    np.testing.assert_allclose(losses_BT, math.log(V), rtol=1e-6)
+
+
+def test_a_head_of_its_own_that_is_not_zero_begins_like_the_embedding(model_config):
+    config = dataclasses.replace(model_config, n_embd=128, vocab_size=500, tied_head=False)
+    kernel_DV = jax.jit(partial(init_params, GPT(config)))(jax.random.key(0))["lm_head"]["kernel"]
+    assert np.std(kernel_DV) == pytest.approx(0.02, rel=0.03)
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_no_logit_is_larger_than_the_cap_and_small_ones_hardly_change(model_config, tied_head):
+    config = dataclasses.replace(model_config, tied_head=tied_head)
+    params, tokens_BT = rough_params(GPT(config)), random_tokens(B, T)
+    free_BTV = logits(GPT(config), params, tokens_BT)
+    assert np.abs(free_BTV).max() > 0.9
+    capped_BTV = logits(GPT(dataclasses.replace(config, logit_cap=0.5)), params, tokens_BT)
+    assert 0.4 < np.abs(capped_BTV).max() <= 0.5
+    barely_BTV = logits(GPT(dataclasses.replace(config, logit_cap=1e4)), params, tokens_BT)
+    np.testing.assert_allclose(barely_BTV, free_BTV, rtol=1e-4, atol=1e-4)
+
+
+@heads
+def test_padding_of_the_vocabulary_has_no_probability_in_any_head(model_config, fields):
+    config = dataclasses.replace(model_config, **fields)
+    padded = dataclasses.replace(config, known_tokens=V - 2)
+    params, tokens_BT = rough_params(GPT(config)), random_tokens(B, T) % (V - 2)
+    whole_BTV, known_BTV = (logits(GPT(c), params, tokens_BT) for c in (config, padded))
+    assert (known_BTV[..., V - 2 :] == -np.inf).all()
+    np.testing.assert_array_equal(known_BTV[..., : V - 2], whole_BTV[..., : V - 2])
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("part", [0, 1], ids=["q", "k"])
+def test_with_qk_norm_the_size_of_queries_and_keys_is_of_no_account(model_config, positions, part):
+    config = dataclasses.replace(model_config, positions=positions)
+    model, without = GPT(dataclasses.replace(config, qk_norm=True)), GPT(config)
+    params, tokens_BT = rough_params(model), random_tokens(B, T)
+    larger = jax.tree.map(lambda x: x, params)
+    columns = np.where(np.arange(36) // 12 == part, 10, 1).astype(np.float32)
+    for i in range(2):
+        larger[f"h_{i}"]["attn"]["c_attn"]["kernel"] = (
+            params[f"h_{i}"]["attn"]["c_attn"]["kernel"] * columns[None]
+        )
+    before_BTV, after_BTV = (logits(model, p, tokens_BT) for p in (params, larger))
+    np.testing.assert_allclose(after_BTV, before_BTV, atol=1e-4)
+    assert (
+        np.abs(logits(without, larger, tokens_BT) - logits(without, params, tokens_BT)).max() > 0.1
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@heads
+def test_logits_are_float32_and_near_those_of_float32(model_config, fields, dtype):
+    """Rounded once to 16 bits, they would lie on a grid."""
+    config = dataclasses.replace(model_config, **fields)
+    params, tokens_BT = rough_params(GPT(config)), random_tokens(B, T)
+    exact_BTV = logits(GPT(config), params, tokens_BT)
+    logits_BTV = logits(GPT(config, Compute(dtype=jnp.dtype(dtype))), params, tokens_BT)
+    assert logits_BTV.dtype == jnp.float32
+    assert (logits_BTV != logits_BTV.astype(dtype).astype(jnp.float32)).any()
+    np.testing.assert_allclose(logits_BTV, exact_BTV, atol=0.15)
+    assert (logits_BTV != exact_BTV).any()
+
+
+@pytest.mark.parametrize("compute", [{"remat": True}, {"loss_chunks": 4}], ids=str)
+def test_a_modern_gpt_is_the_same_however_it_is_computed(model_config, compute):
+    config = dataclasses.replace(model_config, known_tokens=V - 1, n_layer=1, **MODERN)
+    params = rough_params(GPT(config))
+    batch_BT1 = random_tokens(B, T + 1) % (V - 1)
+
+    def loss_and_grads(model):
+        def loss(params):
+            return token_losses(model, params, batch_BT1).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    plain, other = loss_and_grads(GPT(config)), loss_and_grads(GPT(config, Compute(**compute)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), other, plain)
+    assert all(grad.any() for grad in jax.tree.leaves(plain[1]))
+
+
 def chunkings(length):
     """All ways to cut `length` in two, and a few in more."""
     yield from ([at, length - at] for at in range(1, length))
     yield from ([length], [1] * length, [3, 1, 2, 2], [2, 5, 1])
 
 
-def test_cache_equals_no_cache_however_the_text_is_cut(model):
+@some_kinds
+def test_cache_equals_no_cache_however_the_text_is_cut(model_config, fields):
+    model = GPT(dataclasses.replace(model_config, **fields))
     params, tokens_BT = {"params": rough_params(model)}, random_tokens(B, T)
     apply = jax.jit(model.apply)
     whole_BTV, _ = apply(params, tokens_BT)
@@ -184,7 +400,9 @@ def test_cache_equals_no_cache_however_the_text_is_cut(model):
         np.testing.assert_allclose(parts_BTV, whole_BTV, atol=1e-5, err_msg=str(chunks))
 
 
-def test_a_later_token_leaves_earlier_logits_alone(model):
+@some_kinds
+def test_a_later_token_leaves_earlier_logits_alone(model_config, fields):
+    model = GPT(dataclasses.replace(model_config, **fields))
     apply = jax.jit(model.apply)
     params, tokens_BT = {"params": rough_params(model)}, random_tokens(B, T)
     before_BTV, _ = apply(params, tokens_BT)

@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict
 from nanogpt_jax import steps
 from nanogpt_jax.config import OptimConfig
 from nanogpt_jax.model import GPT
-from nanogpt_jax.optim import decay_mask, learning_rate_schedule, make_optimizer
+from nanogpt_jax.optim import decay_mask, is_for_muon, learning_rate_schedule, make_optimizer
+from nanogpt_jax.presets import MODERN
 
 OPTIM = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=10)
 
@@ -62,6 +63,39 @@ def test_one_step_has_the_rate_it_has_among_all(decay_lr):
     assert together.shape == (15,)
     one_by_one = [learning_rates(np.int32(step), decay_lr=decay_lr) for step in range(15)]
     np.testing.assert_allclose(one_by_one, together, rtol=1e-6)
+
+
+WSD = {"schedule": "wsd", "cooldown": 0.5}
+
+
+def test_wsd_warms_up_stays_and_goes_down_in_a_straight_line():
+    rates = learning_rates(np.arange(13), **WSD)
+    warming, stable = [0.2, 0.4, 0.6, 0.8], [1, 1, 1, 1]
+    decaying = [0.1 + 0.9 * 2 / 3, 0.1 + 0.9 * 1 / 3]  # of the 6 steps after warm-up the last 3
+    np.testing.assert_allclose(rates, [*warming, *stable, *decaying, 0.1, 0.1, 0.1], rtol=1e-6)
+
+
+def test_wsd_with_a_cooldown_of_one_is_a_straight_line_from_the_first_step():
+    rates = learning_rates(np.arange(12), schedule="wsd", cooldown=1.0, warmup_iters=0)
+    np.testing.assert_allclose(rates, [*np.linspace(1, 0.1, 11), 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("cooldown", [0.01, 0.1])
+def test_a_cooldown_of_less_than_a_step_leaves_only_the_end_at_min_lr(cooldown):
+    rates = learning_rates(np.arange(12), schedule="wsd", cooldown=cooldown, warmup_iters=0)
+    np.testing.assert_allclose(rates, [1] * 10 + [0.1] * 2, rtol=1e-6)
+
+
+def test_wsd_ends_with_the_run_where_lr_decay_iters_is_none_and_is_constant_without_decay_lr():
+    rates = learning_rates(np.array([11, 12, 16, 20]), max_iters=20, lr_decay_iters=None, **WSD)
+    np.testing.assert_allclose(rates, [1, 1, 0.55, 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(learning_rates(np.arange(15), decay_lr=False, **WSD), 1)
+
+
+@pytest.mark.parametrize("lr_decay_iters", [3, 6])
+def test_wsd_with_a_warm_up_as_long_as_the_decay_goes_straight_to_min_lr(lr_decay_iters):
+    rates = learning_rates(np.arange(9), warmup_iters=6, lr_decay_iters=lr_decay_iters, **WSD)
+    np.testing.assert_allclose(rates, [*np.arange(1, 7) / 7, 0.1, 0.1, 0.1], rtol=1e-6)
 
 
 KERNELS = ["attn.c_attn.kernel", "attn.c_proj.kernel", "mlp.c_fc.kernel", "mlp.c_proj.kernel"]
@@ -126,3 +160,154 @@ def test_grad_clip_bounds_the_norm_over_all_parameters(grad_clip, expected):
         updates, opt_state = tx.update(grads, opt_state, params)
     np.testing.assert_allclose(updates["a"], [-0.01 * expected], rtol=1e-5)
     np.testing.assert_allclose(updates["b"], [-0.01 * expected], rtol=1e-5)
+
+
+# Muon
+
+MUON = OptimConfig(
+    optimizer="muon",
+    learning_rate=0.5,
+    decay_lr=False,
+    weight_decay=0.25,
+    grad_clip=0.0,
+    muon_momentum=0.0,
+)
+MATRICES = {f"h_0.{kernel}" for kernel in KERNELS}
+kinds = pytest.mark.parametrize("fields", [{"bias": True}, MODERN], ids=["gpt2", "modern"])
+
+
+def updates_of(config, params, *grads):
+    """The updates by each of some gradients, one after the other, by name."""
+    tx = make_optimizer(config, max_iters=10)
+    opt_state, found, update = tx.init(params), [], jax.jit(tx.update)
+    for grad in grads:
+        updates, opt_state = update(grad, opt_state, params)
+        found.append({name: np.asarray(x) for name, x in flatten_dict(updates, sep=".").items()})
+    return found
+
+
+def random_grads(params, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+
+
+def squares(name, matrix):
+    """The matrices that are orthogonal by themselves: q, k and v lie side by side."""
+    return np.split(matrix, 3, axis=1) if "c_attn" in name else [matrix]
+
+
+@kinds
+def test_muon_is_for_just_the_matrices_of_the_blocks(model_config, fields):
+    params = random_params(dataclasses.replace(model_config, **fields))
+    matrices = {f"h_{i}.{kernel}" for i in range(2) for kernel in KERNELS}
+    chosen = flatten_dict(is_for_muon(params), sep=".")
+    assert chosen.keys() == flatten_dict(params, sep=".").keys()
+    assert {name for name, is_muons in chosen.items() if is_muons is True} == matrices
+    others = {name for name, is_muons in chosen.items() if is_muons is False}
+    assert others == chosen.keys() - matrices
+
+
+@kinds
+def test_the_rest_is_updated_as_adamw_with_nesterov_momentum_would(model_config, fields):
+    params = random_params(dataclasses.replace(model_config, n_layer=1, **fields))
+    grads = [random_grads(params, seed) for seed in (1, 2)]
+    adamw = optax.adamw(0.5, 0.9, 0.95, weight_decay=0.25, mask=decay_mask, nesterov=True)
+    opt_state = adamw.init(params)
+    for grad, found in zip(grads, updates_of(MUON, params, *grads), strict=True):
+        updates, opt_state = jax.jit(adamw.update)(grad, opt_state, params)
+        for name, update in flatten_dict(updates, sep=".").items():
+            is_near = np.allclose(found[name], update, rtol=1e-4, atol=1e-6)
+            assert is_near == (name not in MATRICES), name
+
+
+@kinds
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_an_update_by_muon_is_nearly_orthogonal_and_as_large_as_adamws(model_config, fields, size):
+    """Whatever the gradient's size: all directions count alike."""
+    config = dataclasses.replace(model_config, n_layer=1, n_embd=48, **fields)
+    params = random_params(config)
+    grads = jax.tree.map(lambda x: size * x, random_grads(params))
+    no_decay = dataclasses.replace(MUON, weight_decay=0.0)
+    (updates,) = updates_of(no_decay, params, grads)
+    grads = flatten_dict(grads, sep=".")
+    for name in MATRICES:
+        pairs = zip(squares(name, updates[name]), squares(name, grads[name]), strict=True)
+        for update, grad in pairs:
+            scale = 0.5 * 0.2 * max(update.shape) ** 0.5
+            left, values, right = np.linalg.svd(-update / scale, full_matrices=False)
+            assert 0.5 < np.median(values) < 1.3, name
+            # Of a square Gaussian matrix the smallest are near 0, and grow over several steps.
+            assert (values > 0.5).mean() > 0.9, name
+            assert values.max() < 1.3, name
+            towards, _, back = np.linalg.svd(grad, full_matrices=False)
+            assert np.sum((left @ right) * (towards @ back)) > 0.95 * len(values), name
+            rms = np.sqrt(np.mean(update**2)) / 0.5
+            assert 0.15 < rms < 0.25, name
+
+
+def test_q_k_and_v_are_updated_each_for_itself(model_config):
+    """A gradient of v alone moves neither q nor k, and its size is of no account for theirs."""
+    params = random_params(dataclasses.replace(model_config, n_layer=1, **MODERN))
+    no_decay = dataclasses.replace(MUON, weight_decay=0.0)
+    grads, other = random_grads(params), random_grads(params)
+    other["h_0"]["attn"]["c_attn"]["kernel"][:, 24:] *= 100
+    plain, scaled = (updates_of(no_decay, params, g)[0] for g in (grads, other))
+    for name in MATRICES:
+        np.testing.assert_allclose(scaled[name], plain[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_muons_momentum_is_that_of_the_configuration(model_config, momentum):
+    """With none, an update is of its own gradient alone."""
+    params = random_params(dataclasses.replace(model_config, n_layer=1))
+    config = dataclasses.replace(MUON, muon_momentum=momentum, weight_decay=0.0)
+    first, second = random_grads(params, 1), random_grads(params, 2)
+    alone = updates_of(config, params, second)[0]
+    after = updates_of(config, params, first, second)[1]
+    for name in MATRICES:
+        assert np.allclose(after[name], alone[name], atol=1e-5) == (momentum == 0), name
+
+
+@kinds
+def test_with_muon_too_an_update_without_gradient_shrinks_just_what_decays(model_config, fields):
+    """And is finite: a model that begins with zeros has gradients that are zero."""
+    params = random_params(dataclasses.replace(model_config, n_layer=1, **fields))
+    (updates,) = updates_of(MUON, params, jax.tree.map(np.zeros_like, params))
+    for name, param in flatten_dict(params, sep=".").items():
+        expected = -0.5 * 0.25 * param if param.ndim >= 2 else 0 * param
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-6, err_msg=name)
+
+
+def test_grad_clip_is_of_no_account_for_the_size_of_muons_updates(model_config):
+    params = random_params(dataclasses.replace(model_config, n_layer=1))
+    grads = random_grads(params)
+    config = dataclasses.replace(MUON, grad_clip=1e-2)
+    (free,), (clipped,) = (updates_of(c, params, grads) for c in (MUON, config))
+    for name in MATRICES:
+        np.testing.assert_allclose(clipped[name], free[name], atol=1e-4, err_msg=name)
+
+
+def test_the_state_of_adamw_is_as_runs_of_old_have_it(model_config):
+    """Names of a checkpoint's arrays: a run that began before there was Muon goes on."""
+    params = random_params(dataclasses.replace(model_config, n_layer=1))
+    names = {name for name, _ in named_leaves(make_optimizer(OPTIM, 10).init(params))}
+    of_params = flatten_dict(params, sep=".").keys()
+    averages = {f"1.0.{mean}.{name}" for mean in ("mu", "nu") for name in of_params}
+    assert names == averages | {"1.0.count", "1.2.count"}
+
+
+def test_muon_keeps_one_average_of_a_matrix_and_adamw_two_of_the_rest(model_config):
+    params = random_params(dataclasses.replace(model_config, n_layer=1, **MODERN))
+    sizes = {name: param.size for name, param in flatten_dict(params, sep=".").items()}
+    state = make_optimizer(MUON, 10).init(params)
+    kept = sum(leaf.size for _, leaf in named_leaves(state) if leaf.ndim >= 2)
+    assert kept == sum(size * (1 if name in MATRICES else 2) for name, size in sizes.items())
+    names = [name for name, _ in named_leaves(state)]
+    assert len(set(names)) == len(names)
+
+
+def named_leaves(tree):
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]

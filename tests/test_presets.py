@@ -4,9 +4,9 @@ import re
 import pytest
 
 from nanogpt_jax.config import to_flat_dict
-from nanogpt_jax.counts import n_params_as_told
+from nanogpt_jax.counts import n_params, n_params_as_told
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.presets import PRESETS, parse_train_config, with_vocab_size
+from nanogpt_jax.presets import MODERN, PRESETS, parse_train_config, with_vocab_size
 
 # What nanoGPT's own command line or configuration file sets; see its README and config folder.
 ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "grad_clip": 1.0, "decay_lr": True, "bias": False}
@@ -88,8 +88,30 @@ def test_a_preset_has_the_values_of_its_original(name):
     assert {key: flat[key] for key in EXPECTED[name]} == EXPECTED[name]
 
 
-def test_every_preset_but_the_smoke_test_is_compared_with_its_original():
-    assert PRESETS.keys() - EXPECTED.keys() == {"tiny"}
+FAST = [name for name in PRESETS if name.endswith("-fast")]
+
+
+def test_every_preset_but_the_smoke_test_and_the_fast_ones_is_compared_with_its_original():
+    assert PRESETS.keys() - EXPECTED.keys() == {"tiny", *FAST}
+    assert FAST
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_preset_has_the_task_of_its_slow_one_and_is_in_all_less(name):
+    """The same text, context and tokens a step; fewer of these, and no larger model."""
+    fast, slow = (with_vocab_size(PRESETS[n]()) for n in (name, name.removesuffix("-fast")))
+    for field in "dataset", "tokenizer", "batch_size", "gradient_accumulation_steps", "seed":
+        assert getattr(fast, field) == getattr(slow, field)
+    assert fast.model.block_size == slow.model.block_size
+    assert fast.tokens_per_iter == slow.tokens_per_iter
+    assert n_params(fast.model) <= n_params(slow.model)
+    assert fast.max_iters < slow.max_iters
+    assert fast.eval_iters == slow.eval_iters  # the whole split of small: losses can be compared
+    assert fast.compute == slow.compute
+
+
+def test_a_step_of_small_fast_sees_768_tokens():
+    assert PRESETS["small-fast"]().tokens_per_iter == 768
 
 
 def test_the_learning_rate_decays_over_the_whole_run_unless_said_otherwise():
@@ -155,7 +177,11 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("n_layer", 2), ("n_head", 1), ("n_embd", 64), ("bias", True), ("activation", "gelu")],
+    [
+        *(("n_layer", 2), ("n_head", 1), ("n_embd", 64), ("bias", True), ("activation", "gelu")),
+        *MODERN.items(),
+        ("positions", "learned"),
+    ],
 )
 def test_a_flag_that_the_weights_decide_is_refused(flag, value):
     """It would be ignored, silently."""

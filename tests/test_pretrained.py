@@ -1,6 +1,7 @@
 """GPT-2s of Hugging Face in, and runs out; what PyTorch makes of them is in tests/golden/."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
+from nanogpt_jax.presets import MODERN
 from nanogpt_jax.tokenizer import BPETokenizer, CharTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "pretrained.npz"
@@ -283,6 +285,7 @@ def test_padding_is_never_drawn(padded, sampling):
         ({"n_head": 2}, "n_head must be 3 "),
         ({"bias": False}, "bias must be True "),
         ({"activation": "gelu"}, "activation must be gelu_tanh "),
+        *(({name: value}, f"^{name} must be ") for name, value in MODERN.items()),
         ({"architecture": "feedforward", "activation": "gelu"}, "architecture must be gpt "),
     ],
 )
@@ -710,6 +713,38 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
     with pytest.raises(InputError, match="at most the model's 100 tokens"):
         pretrained.export(tmp_path / "few", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+OTHER_THAN_GPT2 = {name: value for name, value in MODERN.items() if name != "zero_init"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"activation": "relu2"}, *({name: value} for name, value in OTHER_THAN_GPT2.items()), MODERN],
+    ids=str,
+)
+def test_a_run_with_a_part_that_gpt2_has_not_is_not_exported(tmp_path, fields):
+    run = tmp_path / "run"
+    config = replace(RUNS["chars"][0], **fields)
+    save_run(run, config, CHARS, random_params(config))
+    with pytest.raises(InputError) as error:
+        pretrained.export(run, tmp_path / "hf")
+    message = str(error.value)
+    assert message.startswith(f"{run}: ")
+    assert "\n" not in message
+    named = re.search(r": (\w+) must be .* but is ", message)[1]
+    assert named in fields
+    assert message.endswith(f"but is {fields[named]}")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_how_a_run_began_is_of_no_account_for_its_export(tmp_path):
+    config = replace(RUNS["chars"][0], zero_init=True)
+    params = random_params(config)
+    save_run(tmp_path / "run", config, CHARS, params)
+    pretrained.export(tmp_path / "run", tmp_path / "hf")
+    loaded = load(str(tmp_path / "hf"))[1]
+    assert_equal(loaded, params)
 
 
 # The command

@@ -24,6 +24,14 @@ CONFIG = dataclasses.replace(
 TOKENS = np.random.default_rng(0).integers(0, 12, 500).cumsum().astype(np.uint16) % 12
 
 
+MODERN = dataclasses.replace(
+    CONFIG,
+    max_iters=10,
+    model=dataclasses.replace(CONFIG.model, bias=False, n_layer=1, **presets.MODERN),
+    optim=dataclasses.replace(presets.small_fast().optim, learning_rate=1e-2),
+)
+
+
 def run(sizes, config=CONFIG, **compute):
     """Train as train.py does, and return (state, metrics, mean validation loss)."""
     mesh = meshes.make_mesh(sizes)
@@ -33,7 +41,7 @@ def run(sizes, config=CONFIG, **compute):
     weights_key, dropout_key = steps.stream_keys(config.seed)
     state = programs.init_state(weights_key)
     block_size, shape = config.model.block_size, (config.gradient_accumulation_steps, 8)
-    batches = data.TrainBatches(TOKENS, config.seed, block_size, shape, N_STEPS)
+    batches = data.TrainBatches(TOKENS, config.seed, block_size, shape, config.max_iters)
     corpus = meshes.put_corpus(TOKENS, mesh)
     offsets_NAB = batches.offsets(0, batches.most_steps)
     places_NAB = meshes.put_places(
@@ -62,3 +70,15 @@ def test_any_mesh_gives_the_losses_of_one_device(on_one, sizes):
     np.testing.assert_allclose(metrics.loss, on_one[1].loss, atol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, on_one[1].grad_norm, rtol=1e-4)
     assert float(val_loss) == pytest.approx(float(on_one[2]), abs=1e-5)
+
+
+def test_a_mesh_gives_a_modern_gpt_with_muon_the_losses_of_one_device():
+    """Muon looks at a matrix as a whole, of which each device holds a part."""
+    _, on_one, val_loss_on_one = run((1, 1, 1), MODERN)
+    state, metrics, val_loss = run((1, 2, 2), MODERN)
+    kernel = state.params["h_0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size / 4
+    assert state.step == 10
+    np.testing.assert_allclose(metrics.loss[:10], on_one.loss[:10], atol=1e-5)
+    assert metrics.loss[9] < metrics.loss[0] - 0.01
+    assert float(val_loss) == pytest.approx(float(val_loss_on_one), abs=1e-5)

@@ -221,12 +221,12 @@ def test_the_same_configuration_goes_on(begun, tiny_config):
 def test_what_does_not_touch_the_updates_may_change(begun, tiny_config):
     changed = replace(
         tiny_config, config="other", out_dir="b", dataset="c", data_dir="d", max_iters=999,
-        eval_interval=7, log_interval=3, eval_only=True, overwrite=True,
+        eval_interval=7, eval_first=False, log_interval=3, eval_only=True, overwrite=True,
     )  # fmt: skip
     assert run_folder.check_resumable(begun, changed, FINGERPRINT)
 
 
-OTHERS = (77, 0.25, True, False, "gelu_tanh", "bigram", "gpt2")
+OTHERS = (77, 0.25, True, False, "gelu_tanh", "bigram", "gpt2", "rotary", "rmsnorm", "muon", "wsd")
 
 
 def is_another(name: str, value, other) -> bool:

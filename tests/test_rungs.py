@@ -10,7 +10,7 @@ from nanogpt_jax import generate, rungs, steps
 from nanogpt_jax.config import RUNGS, ModelConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
-from nanogpt_jax.presets import LECTURE, parse_train_config
+from nanogpt_jax.presets import LECTURE, MODERN, parse_train_config
 
 B, T, V, D, H = 2, 6, 11, 12, 3
 CAUSAL = ["head", "multihead", "feedforward", "deep", "residual", "layernorm"]
@@ -155,6 +155,7 @@ def test_dropout_drops_weights_of_attention_projection_and_feed_forward():
         ("residual", {"dropout": 0.5}, "dropout"),
         ("layernorm", {"bias": False}, "bias"),
         ("layernorm", {"activation": "gelu_tanh"}, "activation"),
+        *(("layernorm", {name: value}, name) for name, value in MODERN.items()),
     ],
 )
 def test_what_a_rung_does_not_have_is_refused_rather_than_ignored(rung, changes, named):

@@ -47,6 +47,7 @@ def device_bytes(state, mesh):
         ("wte.embedding", (64, 12), ("tensor", None), ("tensor", None)),
         ("wpe.embedding", (8, 12), (None, None), ("fsdp", None)),
         ("h_0.attn.c_attn.kernel", (12, 36), (None, "tensor"), ("fsdp", "tensor")),
+        ("h_0.attn.c_attn.kernel", (12, 3, 12), (None, None, "tensor"), ("fsdp", None, "tensor")),
         ("h_0.attn.c_attn.bias", (36,), ("tensor",), ("tensor",)),
         ("h_10.attn.c_proj.kernel", (12, 12), ("tensor", None), ("tensor", "fsdp")),
         ("h_0.attn.c_proj.bias", (12,), (None,), (None,)),
@@ -56,6 +57,7 @@ def device_bytes(state, mesh):
         ("h_0.mlp.c_proj.bias", (12,), (None,), (None,)),
         ("h_0.ln_1.scale", (12,), (None,), (None,)),
         ("ln_f.bias", (12,), (None,), (None,)),
+        ("lm_head.kernel", (12, 64), (None, "tensor"), ("fsdp", "tensor")),
     ],
 )
 def test_the_tensor_axis_goes_by_name_and_fsdp_takes_one_that_is_left(

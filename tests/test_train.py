@@ -23,7 +23,7 @@ from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import Fault, InputError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
-from nanogpt_jax.presets import parse_train_config
+from nanogpt_jax.presets import MODERN, parse_train_config
 from nanogpt_jax.progress import Diverged, Progress
 from nanogpt_jax.report import read_metrics
 
@@ -156,6 +156,25 @@ def test_going_on_after_fewer_steps_equals_straight_through(straight, start, tmp
     start(tmp_path, "--max_iters=80")
     start(tmp_path, "--max_iters=200")
     assert_same_run(tmp_path, straight)
+
+
+def test_a_modern_run_with_muon_goes_on_as_one_straight_through(start, tmp_path):
+    newer = [f"--{name}={value}" for name, value in MODERN.items()]
+    newer += [
+        "--eval_interval=20",
+        "--optimizer=muon",
+        "--schedule=wsd",
+        "--warmup_iters=5",
+        "--lr_decay_iters=50",
+    ]
+    start(tmp_path / "straight", "--max_iters=60", *newer)
+    for n in 40, 60:
+        start(tmp_path / "resumed", f"--max_iters={n}", *newer)
+    assert_same_run(tmp_path / "resumed", tmp_path / "straight")
+    rows = numbers(tmp_path / "straight")
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 20, 40, 60]
+    assert rows[0]["val_loss"] == pytest.approx(np.log(9), abs=1e-5)  # its head is zero
+    assert rows[-1]["val_loss"] < 1.5
 
 
 def test_each_step_after_resuming_has_the_rate_and_the_batch_of_one_straight_through(

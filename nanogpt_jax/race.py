@@ -76,6 +76,8 @@ def main(argv: list[str]) -> None:
         able = [preset for preset in PRESETS if preset + TWIN in PRESETS]
         raise InputError(f"race must be one of {', '.join(able)}, got {name!r}")
     config = parse_train_config([*argv, f"--config={twin}"], __doc__, RaceConfig)
+    if not TRAIN.exists():  # installed without the repository
+        raise InputError(f"a race needs the repository's train.py, but there is no {TRAIN}")
     target = config.target or TARGETS[name]
     own = {"race", "seeds", "target", "seed"}
     for taken in settings.keys() & {"config", "out_dir", "compile_cache", "eval_only"}:
@@ -181,8 +183,8 @@ def picture(laps: Sequence[Lap], target: float) -> bytes:
             axes.plot(*np.array(lap.val).T, "o", color=f"C{i}", markersize=4)
     axes.axhline(target, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
-        f"target {target}", (1, target), xycoords=("axes fraction", "data"), xytext=(-4, 4),
-        textcoords="offset points", ha="right", color="gray", fontsize=8,
+        f"target {target}", (0.5, target), xycoords=("axes fraction", "data"), xytext=(0, 4),
+        textcoords="offset points", ha="center", color="gray", fontsize=8,
     )  # fmt: skip
     lowest = min(loss for lap in laps for _, loss in lap.val)
     axes.set(

@@ -74,7 +74,7 @@ def test_one_run_shows_both_curves_and_its_best():
 
 def test_the_running_mean_is_that_of_the_rows_around():
     losses = np.random.default_rng(0).normal(3, 1, 300)
-    smooth = report._running_mean(losses)
+    smooth = report.running_mean(losses)
     assert smooth[0] == losses[0]
     assert smooth[1] == pytest.approx(losses[:3].mean())
     assert smooth[150] == pytest.approx(losses[140:161].mean())

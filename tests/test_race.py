@@ -58,7 +58,7 @@ def test_both_train_and_are_drawn(tmp_path, monkeypatch, capsys):
         "--race", "small", "--seeds=1", "--target=3.5", f"--dataset={text}", "--max_iters=30",
         "--mesh=data=1",
     ])  # fmt: skip
-    *runs, _, whole, cold, warm, drawn = capsys.readouterr().out.splitlines()
+    _, *runs, _, whole, cold, warm, drawn = capsys.readouterr().out.splitlines()
     assert [row.split("  ")[0].strip() for row in runs] == [
         "small", "small-fast, cold", "small-fast, warm"
     ]  # fmt: skip

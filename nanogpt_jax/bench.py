@@ -305,8 +305,7 @@ def process_peak_bytes() -> int | None:
 
 def start_figures(argv: list[str]) -> dict:
     """Time `python train.py` from the process's start to its first step, without and with cache."""
-    train_py = Path(__file__).parent.parent / "train.py"
-    if not train_py.exists():  # installed without the repository
+    if not race.TRAIN.exists():  # installed without the repository
         return {"first_step_cold_s": None, "first_step_warm_cache_s": None}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         environment = os.environ | {
@@ -318,7 +317,7 @@ def start_figures(argv: list[str]) -> dict:
         corpora.prepare("pydocs", Path(folder))
         figures = {}
         for name in ("first_step_cold_s", "first_step_warm_cache_s"):
-            command = [sys.executable, str(train_py), *flags, "--out_dir", str(Path(folder, name))]
+            command = [sys.executable, str(race.TRAIN), *flags, f"--out_dir={Path(folder, name)}"]
             begun_s = time.perf_counter()
             with subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True

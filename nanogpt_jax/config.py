@@ -97,18 +97,6 @@ MAX_PAGE_TOKENS = 5000  # that the page of --web writes at once: nobody shall ho
 RUNGS = ("bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm")
 
 
-# What a GPT-2 is beside its size: the defaults of ModelConfig.
-GPT2 = {
-    "activation": "gelu",
-    "positions": "learned",
-    "norm": "layernorm",
-    "qk_norm": False,
-    "tied_head": True,
-    "zero_init": False,
-    "logit_cap": 0.0,
-}
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the GPT: GPT-2's, and of what is newer a choice of each part."""
@@ -176,6 +164,16 @@ class ModelConfig:
             ok = getattr(self, name) == value
             preset = f"as --config lecture-{rung} has it"
             _require(ok, self, name, f"{value} in the lecture's {rung}, {preset}")
+
+
+# What a GPT-2 is beside its size: the defaults above.
+_PARTS = "activation", "positions", "norm", "qk_norm", "tied_head", "zero_init", "logit_cap"
+GPT2 = {name: getattr(ModelConfig, name) for name in _PARTS}
+
+
+def up_size(config: ModelConfig) -> int:
+    """Return the features that the MLP's first layer makes: the hidden ones and SwiGLU's gates."""
+    return hidden_size(config) * (2 if config.activation == "swiglu" else 1)
 
 
 def hidden_size(config: ModelConfig) -> int:

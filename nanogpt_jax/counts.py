@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig, hidden_size
+from nanogpt_jax.config import ComputeConfig, ModelConfig, hidden_size, up_size
 from nanogpt_jax.errors import InputError
 
 
@@ -43,7 +43,7 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
     if rung in ("gpt", "residual", "layernorm"):
         found += [
             dense("attention: projection", D, D),
-            dense("mlp: up", D, F * (1 + (config.activation == "swiglu"))),
+            dense("mlp: up", D, up_size(config)),
             dense("mlp: down", F, D),
         ]
     elif rung in ("feedforward", "deep"):
@@ -76,8 +76,8 @@ def optimizer_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
     """Return what the optimizer keeps: AdamW two means of each parameter, Muon one of its own."""
     n_means = 2 * n_params(config)
     if optimizer == "muon":
-        D, F = config.n_embd, hidden_size(config)
-        n_means -= config.n_layer * D * (4 * D + F * (3 if config.activation == "swiglu" else 2))
+        D = config.n_embd
+        n_means -= config.n_layer * D * (4 * D + up_size(config) + hidden_size(config))
     return 4 * n_means
 
 
@@ -151,8 +151,8 @@ def memory_bytes(
     drops = config.dropout > 0
     is_fused = compute.attention != "xla" and not drops and width == 2
     inputs = D * width  # x before a block
-    F = hidden_size(config) * (3 if config.activation == "swiglu" else 2)
-    dense = (2 * D + 3 * D + D + D + F) * width  # norms, q k v, attention, stream, MLP
+    mlp = up_size(config) + hidden_size(config)
+    dense = (2 * D + 3 * D + D + D + mlp) * width  # norms, q k v, attention, stream, MLP
     scores = 0 if is_fused else config.n_head * T * (4 + width + drops)
     of_block = dense + scores + 2 * D * drops  # a mask takes a byte an element
     of_layers = L * inputs + (of_block if compute.remat else L * of_block)

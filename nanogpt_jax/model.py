@@ -29,7 +29,7 @@ from nanogpt_jax.attention import (
     fused_attention,
     rotate,
 )
-from nanogpt_jax.config import ModelConfig, hidden_size
+from nanogpt_jax.config import ModelConfig, up_size
 from nanogpt_jax.devices import Compute
 from nanogpt_jax.mesh import keep_rows_apart
 
@@ -146,9 +146,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTD, deterministic: bool):
         """Return y_BTD."""
         config, dtype = self.config, self.compute.dtype
-        is_gated = config.activation == "swiglu"
-        x_BTF = _dense(config, dtype, hidden_size(config) * (1 + is_gated), "c_fc")(x_BTD)
-        if is_gated:
+        x_BTF = _dense(config, dtype, up_size(config), "c_fc")(x_BTD)
+        if config.activation == "swiglu":
             gate_BTF, x_BTF = jnp.split(x_BTF, 2, axis=-1)
             x_BTF = jax.nn.silu(gate_BTF) * x_BTF
         elif config.activation == "relu2":

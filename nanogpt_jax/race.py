@@ -34,6 +34,7 @@ TWIN = "-fast"
 # What nanoGPT reaches in its own recipe, on the whole validation split of tiny Shakespeare.
 TARGETS = {"small": 1.898, "shakespeare": 1.4697}
 COLD, WARM = "cold", "warm"
+OWN_FLAGS = {"race", "seeds", "target", "seed"}  # all others are train.py's
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,9 @@ def main(argv: list[str]) -> None:
     if not TRAIN.exists():  # installed without the repository
         raise InputError(f"a race needs the repository's train.py, but there is no {TRAIN}")
     target = config.target or TARGETS[name]
-    own = {"race", "seeds", "target", "seed"}
     for taken in settings.keys() & {"config", "out_dir", "compile_cache", "eval_only"}:
         raise InputError(f"--{taken} must be left out: the race sets it itself")
-    flags = [f"--{key}={value}" for key, value in settings.items() if key not in own]
+    flags = [f"--{key}={value}" for key, value in settings.items() if key not in OWN_FLAGS]
     # Prepared before the first run, whose time it would be.
     corpora.resolve(
         config.dataset, Path(config.data_dir), config.model.block_size + 1, config.tokenizer,
@@ -136,6 +136,12 @@ def run(called: str, seed: int, flags: list[str], folder: Path) -> Lap:
     return Lap(called, seed, train, val)
 
 
+def by_name(laps: Sequence[Lap]) -> dict[str, list[Lap]]:
+    """Return the runs of each name, in the order in which the names came."""
+    names = dict.fromkeys(lap.name for lap in laps)
+    return {name: [lap for lap in laps if lap.name == name] for name in names}
+
+
 def line(lap: Lap, target: float) -> str:
     """Return a run in a line."""
     seconds, loss = lap.reached_s(target), lap.val[-1][1]
@@ -145,10 +151,9 @@ def line(lap: Lap, target: float) -> str:
 
 def summary(laps: Sequence[Lap], name: str, target: float) -> str:
     """Return a table: of the preset its whole time, of its twin the time to the target."""
-    whole_s = statistics.median(lap.whole_s for lap in laps if lap.name == name)
-    rows = []
-    for called in dict.fromkeys(lap.name for lap in laps):
-        own = [lap for lap in laps if lap.name == called]
+    runs, rows = by_name(laps), []
+    whole_s = statistics.median(lap.whole_s for lap in runs[name])
+    for called, own in runs.items():
         losses = [lap.val[-1][1] for lap in own]
         # One that never came there is no time at all, and shall not better the median.
         reached = [lap.reached_s(target) or math.inf for lap in own]
@@ -172,14 +177,14 @@ def picture(laps: Sequence[Lap], target: float) -> bytes:
 
     figure = Figure(figsize=(9, 5), dpi=150, layout="tight")
     axes = figure.subplots()
-    for i, called in enumerate(dict.fromkeys(lap.name for lap in laps)):
-        for lap in (own := [lap for lap in laps if lap.name == called]):
+    for i, (called, own) in enumerate(by_name(laps).items()):
+        for lap in own:
             label = called if lap is own[0] else None
             seconds, losses = np.array(lap.train).T
             losses = report.running_mean(losses)
             last = np.append(np.diff(seconds) > 0, True)  # steps of one dispatch have one time
-            line = {"color": f"C{i}", "alpha": 0.5, "linewidth": 0.9, "label": label}
-            axes.plot(seconds[last], losses[last], **line)
+            thin = {"color": f"C{i}", "alpha": 0.5, "linewidth": 0.9, "label": label}
+            axes.plot(seconds[last], losses[last], **thin)
             axes.plot(*np.array(lap.val).T, "o", color=f"C{i}", markersize=4)
     axes.axhline(target, color="gray", linestyle="--", linewidth=1)
     axes.annotate(

@@ -12,13 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import counts, hub, huggingface, pretrained, run_folder
-from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.answers import MAX_START
-from nanogpt_jax.command_line import parse_args, split_settings
-from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig
+from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig, parse_args, split_settings
+from nanogpt_jax.corpora import tokenizer as tokenizers
+from nanogpt_jax.corpora.tokenizer import Tokenizer
 from nanogpt_jax.errors import InputError, reading, run_command, visible
-from nanogpt_jax.tokenizer import Tokenizer
+from nanogpt_jax.gpt2 import config as huggingface
+from nanogpt_jax.gpt2 import convert as pretrained
+from nanogpt_jax.gpt2 import hub
+from nanogpt_jax.hardware import flops as counts
+from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.web.handlers import MAX_START
 
 SEPARATOR = "-" * 15
 
@@ -70,9 +73,11 @@ def restore(config: SampleConfig, folder: Path | None, model_config: ModelConfig
     """Return (model, params): of a run those of the checkpoint asked for, else of init_from."""
     import jax
 
-    from nanogpt_jax import devices, sharding, startup, steps
-    from nanogpt_jax.checkpoint import Checkpoints
-    from nanogpt_jax.rungs import make_model
+    from nanogpt_jax import sharding, steps
+    from nanogpt_jax.hardware import devices
+    from nanogpt_jax.hardware import processes as startup
+    from nanogpt_jax.lecture.models import make_model
+    from nanogpt_jax.run.checkpoint import Checkpoints
 
     startup.use_compile_cache(config.compile_cache)
     devices.warn_of_unused_chip()
@@ -103,10 +108,10 @@ def play(
     config: SampleConfig, folder: Path | None, model_config: ModelConfig, tokenizer: Tokenizer
 ) -> int:
     """Restore the parameters and serve the page until Ctrl-C; return the exit code."""
-    from nanogpt_jax import web
+    from nanogpt_jax.web import app as web
 
     listener = web.listen(config.host, config.port)  # what cannot be, said before JAX is loaded
-    from nanogpt_jax.player import Player
+    from nanogpt_jax.web.session import Player
 
     player = Player(*restore(config, folder, model_config), tokenizer)
     web.serve(player, config, folder, listener)

@@ -16,28 +16,25 @@ from pathlib import Path
 import numpy as np
 
 import nanogpt_jax
-from nanogpt_jax import (
-    accounting,
-    chips,
-    corpora,
-    counts,
-    huggingface,
-    loggers,
-    pretrained,
-    report,
-    run_folder,
-    startup,
-    weights,
-)
-from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
-from nanogpt_jax.corpora import Corpus
-from nanogpt_jax.counts import checkpoint_bytes
+from nanogpt_jax.bench import cost as accounting
+from nanogpt_jax.config import PRESETS, SCRATCH, ModelConfig, TrainConfig, parse_train_config
+from nanogpt_jax.corpora import catalog as corpora
+from nanogpt_jax.corpora import tokenizer as tokenizers
+from nanogpt_jax.corpora.catalog import Corpus
 from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
-from nanogpt_jax.errors import Fault, InputError, run_command
-from nanogpt_jax.presets import PRESETS, parse_train_config
-from nanogpt_jax.startup import Processes
-from nanogpt_jax.stopping import StopSignals
+from nanogpt_jax.errors import InputError, RunError, run_command
+from nanogpt_jax.gpt2 import config as huggingface
+from nanogpt_jax.gpt2 import convert as pretrained
+from nanogpt_jax.gpt2 import weights
+from nanogpt_jax.hardware import chips
+from nanogpt_jax.hardware import flops as counts
+from nanogpt_jax.hardware import processes as startup
+from nanogpt_jax.hardware.flops import checkpoint_bytes
+from nanogpt_jax.hardware.processes import Processes
+from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.run import loggers
+from nanogpt_jax.run import plots as report
+from nanogpt_jax.run.signals import StopSignals
 
 SECONDS_PER_DISPATCH = 1.0  # progress shows about this often
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -49,7 +46,7 @@ def main(argv: list[str]) -> int:
     start_s = time.perf_counter()
     config = parse_train_config(argv, __doc__)
     if config.compile_for:
-        from nanogpt_jax import tpu
+        from nanogpt_jax.bench import absent as tpu
 
         return tpu.compile_for(config, config.compile_for)
     processes = startup.join_processes(config)
@@ -120,14 +117,15 @@ def train(
     """Train, or go on with, the run in `folder`; return the exit code."""
     # From here on JAX is needed; --help and wrong input have been answered without it.
     import jax
-
-    from nanogpt_jax import devices, generate, sharding, steps
-    from nanogpt_jax import mesh as meshes
-    from nanogpt_jax.checkpoint import Checkpoints
     from nanogpt_jax.loader import EvalFeed, TrainFeed
     from nanogpt_jax.programs import make_programs, needed_bytes
-    from nanogpt_jax.progress import Progress, loss_in_words
-    from nanogpt_jax.rungs import make_model
+
+    from nanogpt_jax import generate, sharding, steps
+    from nanogpt_jax import mesh as meshes
+    from nanogpt_jax.hardware import devices
+    from nanogpt_jax.lecture.models import make_model
+    from nanogpt_jax.run.checkpoint import Checkpoints
+    from nanogpt_jax.run.progress import Progress, loss_in_words
 
     startup.use_compile_cache(config.compile_cache, processes.count)
     devices.warn_of_unused_chip()
@@ -180,7 +178,7 @@ def train(
     # The state: as a checkpoint has it, or new.
     programs = make_programs(config, compute, mesh)
     print(sharding.whole_note(mesh, programs.abstract_state.params), end="")
-    weights_key, dropout_key = steps.stream_keys(config.seed)
+    init_key, dropout_key = steps.stream_keys(config.seed)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, config.eval_only, processes)
     abstract = programs.abstract_state
     if config.eval_only:  # without an optimizer's state, which takes twice the memory of these
@@ -224,7 +222,7 @@ def train(
     # compiled while Python still traces the next.
     with ThreadPoolExecutor(1, "compile") as pool:
         if begun_at is None and config.init_from == SCRATCH:
-            making = pool.submit(programs.init_state, weights_key)
+            making = pool.submit(programs.init_state, init_key)
         elif begun_at is None:
             making = pool.submit(programs.first_state, params)
         train_steps = programs.train_steps.lower(
@@ -242,7 +240,7 @@ def train(
     memory = f"a step needs {needed / 2**20:,.0f}{of_limit} MiB on each device"
     if limit and needed > limit:
         checkpoints.close()
-        raise Fault(f"{memory}: {devices.memory_levers(config, compute)}")
+        raise RunError(f"{memory}: {devices.memory_levers(config, compute)}")
     print(memory)
     processes.wait("compiled")
 

@@ -25,7 +25,7 @@ def visible(text: str, keep: str = "") -> str:
     return CONTROLS.sub(escape, text)
 
 
-class Told(Exception):
+class UserError(Exception):
     """What is told in one line, whatever it quotes of a flag, a file or another library."""
 
     def __str__(self) -> str:
@@ -33,11 +33,11 @@ class Told(Exception):
         return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
-class InputError(Told, ValueError):
+class InputError(UserError, ValueError):
     """Wrong input: what was required, what came, what to do."""
 
 
-class Fault(Told, RuntimeError):
+class RunError(UserError, RuntimeError):
     """What befell a run whose input was right, and what to do."""
 
 
@@ -97,7 +97,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(main(sys.argv[1:]) or 0)
     except InputError as error:
         _leave(2, f"error: {error}")
-    except Fault as error:
+    except RunError as error:
         _leave(1, f"error: {error}", at_once=True)  # in an orderly exit Orbax tells of it again
     except KeyboardInterrupt:
         # SIGINT; an orderly exit crashes where JAX still compiles in a thread.

@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 
 from nanogpt_jax.attention import KVCache, init_cache
+from nanogpt_jax.corpora.tokenizer import Tokenizer
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
-from nanogpt_jax.tokenizer import Tokenizer
 
 
 class Sampling(NamedTuple):
@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0  # 1: all tokens
 
 
-class Generation(NamedTuple):
+class DecodeState(NamedTuple):
     """The state of a text being written, arrays only."""
 
     window_BS: jax.Array  # int32 tokens that the model sees: the first `length` of S = block_size;
@@ -90,7 +90,7 @@ def start_window(tokenizer: Tokenizer, start: str | None, n_rows: int, block_siz
     return window_BS, np.int32(len(tokens))
 
 
-def prefill(model: GPT, params, window_BS, length, exact_window: bool = False) -> Generation:
+def prefill(model: GPT, params, window_BS, length, exact_window: bool = False) -> DecodeState:
     """Read a start text and return the state from which `decode` writes on.
 
     Args:
@@ -101,21 +101,21 @@ def prefill(model: GPT, params, window_BS, length, exact_window: bool = False) -
     exact_window |= model.config.architecture != "gpt"  # the lecture's models have no cache
     cache = None if exact_window else init_cache(model.config, B, model.compute.dtype)
     variables = {"params": params}
-    x_BSD, cache = model.apply(variables, window_BS, cache, method="stream")
+    x_BSD, cache = model.apply(variables, window_BS, cache, method="hidden_states")
     if cache is not None:  # what the padding left behind is overwritten before it is seen
         cache = cache._replace(length=jnp.int32(length))
     x_B1D = lax.dynamic_slice_in_dim(x_BSD, length - 1, 1, axis=1)  # only that one's logits
     logits_BV = model.apply(variables, x_B1D, method="head")[:, 0]
-    return Generation(window_BS, jnp.int32(length), jnp.int32(0), logits_BV, cache)
+    return DecodeState(window_BS, jnp.int32(length), jnp.int32(0), logits_BV, cache)
 
 
-def draw(generation: Generation, keys_B, sampling: Sampling):
+def draw(generation: DecodeState, keys_B, sampling: Sampling):
     """Draw the next token of each row: tokens_B."""
     token_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, generation.made)
     return sample_token(generation.logits_BV, token_keys_B, sampling).astype(jnp.int32)
 
 
-def read(model: GPT, params, generation: Generation, tokens_B) -> Generation:
+def read(model: GPT, params, generation: DecodeState, tokens_B) -> DecodeState:
     """Append a token to each row, so that `draw` can draw the next one."""
     window_BS, length, made, _, cache = generation
     S = model.config.block_size
@@ -139,7 +139,7 @@ def read(model: GPT, params, generation: Generation, tokens_B) -> Generation:
 
     def read_one():
         logits_B1V, new_cache = model.apply({"params": params}, tokens_B1, cache)
-        return Generation(append(window_BS), length + 1, made + 1, logits_B1V[:, 0], new_cache)
+        return DecodeState(append(window_BS), length + 1, made + 1, logits_B1V[:, 0], new_cache)
 
     def read_half():
         half = max(1, S // 2)
@@ -149,8 +149,8 @@ def read(model: GPT, params, generation: Generation, tokens_B) -> Generation:
 
 
 def decode(
-    model: GPT, params, generation: Generation, keys_B, sampling: Sampling
-) -> tuple[Generation, jax.Array]:
+    model: GPT, params, generation: DecodeState, keys_B, sampling: Sampling
+) -> tuple[DecodeState, jax.Array]:
     """Draw the next token of each row and read it: (generation, tokens_B)."""
     tokens_B = draw(generation, keys_B, sampling)
     return read(model, params, generation, tokens_B), tokens_B

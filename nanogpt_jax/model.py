@@ -14,11 +14,13 @@ learners", 2019.
 """
 
 from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanogpt_jax.attention import (
     WEIGHTS,
@@ -29,13 +31,44 @@ from nanogpt_jax.attention import (
     fused_attention,
     rotate,
 )
-from nanogpt_jax.config import ModelConfig, up_size
-from nanogpt_jax.devices import Compute
-from nanogpt_jax.mesh import keep_rows_apart
+from nanogpt_jax.config import ROW_AXES, ModelConfig, mlp_in_features
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's default; Flax's is 1e-6
 RMS_NORM_EPSILON = 1e-6
+
+
+class Compute(NamedTuple):
+    """How a program computes. Hashable, so it is a constant of the compiled program."""
+
+    dtype: Any = jnp.float32  # of activations and matrix products
+    attention: str = "xla"  # or cudnn, splash
+    remat: bool = False
+    loss_chunks: int = 1
+    mesh: Mesh | None = None  # None: one device
+
+
+class Model(Protocol):
+    """What training and sampling need of a model: GPT, and each of the lecture's models."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def compute(self) -> Compute: ...
+    def init(self, rngs, *args, **kwargs) -> Any: ...
+    def apply(self, variables, *args, **kwargs) -> Any: ...
+    def clone(self, **updates) -> Any: ...
+
+
+def shard_activations(x_BTD, mesh: Mesh | None):
+    """Pin the residual stream to the devices that hold its rows.
+
+    Otherwise the compiler may follow a sharded embedding and give each device a part of D.
+    """
+    if mesh is None:
+        return x_BTD
+    sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    return lax.with_sharding_constraint(x_BTD, sharding)
 
 
 def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
@@ -146,7 +179,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD, deterministic: bool):
         """Return y_BTD."""
         config, dtype = self.config, self.compute.dtype
-        x_BTF = _dense(config, dtype, up_size(config), "c_fc")(x_BTD)
+        x_BTF = _dense(config, dtype, mlp_in_features(config), "c_fc")(x_BTD)
         if config.activation == "swiglu":
             gate_BTF, x_BTF = jnp.split(x_BTF, 2, axis=-1)
             x_BTF = jax.nn.silu(gate_BTF) * x_BTF
@@ -214,10 +247,10 @@ class GPT(nn.Module):
                 takes the place of the oldest.
             deterministic: without dropout; otherwise `rngs={"dropout": key}` is needed.
         """
-        x_BTD, cache = self.stream(tokens_BT, cache, deterministic=deterministic)
+        x_BTD, cache = self.hidden_states(tokens_BT, cache, deterministic=deterministic)
         return self.head(x_BTD), cache
 
-    def stream(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
+    def hidden_states(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
         """Return (x_BTD, cache): the normalised residual stream, from which `head` reads."""
         _, T = tokens_BT.shape
         block_size = self.config.block_size
@@ -230,13 +263,13 @@ class GPT(nn.Module):
         new_kv = []
         for i, block in enumerate(self.h):
             layer_cache = None if cache is None else (start, cache.k_BSHK[i], cache.v_BSHK[i])
-            x_BTD = keep_rows_apart(x_BTD, self.compute.mesh)
+            x_BTD = shard_activations(x_BTD, self.compute.mesh)
             x_BTD, kv = block(x_BTD, layer_cache, deterministic)
             new_kv.append(kv)
         if cache is not None:
             ks, vs = zip(*new_kv, strict=True)
             cache = KVCache(start + T, ks, vs)
-        return self.ln_f(keep_rows_apart(x_BTD, self.compute.mesh)), cache
+        return self.ln_f(shard_activations(x_BTD, self.compute.mesh)), cache
 
     def head(self, x_BTD):
         """Return logits_BTV; a tied head's weights are the token embedding's, transposed.

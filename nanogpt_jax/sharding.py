@@ -1,27 +1,24 @@
-"""Where each array of a run lives: python -m nanogpt_jax.sharding --config NAME [--mesh ...]
+"""The mesh of devices, and where each array of a run is stored.
 
-Two rules, both from outside the model. Tensor parallelism goes by name: a short table says which
-axis of a parameter is shared out over the mesh's axis `tensor`. Full sharding goes by shape: the
-largest axis that is left and can be divided is shared out over `fsdp`; of an embedding only its
-rows. What belongs to a parameter, its gradient and the optimizer's averages, lies where it lies.
-The print needs no such devices.
+The mesh has three axes: `data` and `fsdp` split a batch's rows, `fsdp` splits the parameters too,
+and `tensor` splits the heads, the hidden layer and the vocabulary. On one device all are 1.
+
+Two rules place the arrays, both from outside the model. Tensor parallelism goes by name: a short
+table says which axis of a parameter is split over `tensor`. Full sharding goes by shape: the
+largest remaining axis that divides evenly is split over `fsdp`; of an embedding, only its rows.
+Gradients and optimizer state share their parameter's sharding.
 """
 
-import collections
+import contextlib
 import math
-import re
-from functools import partial
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nanogpt_jax import mesh as meshes
-from nanogpt_jax import steps
-from nanogpt_jax.config import MESH_AXES, TrainConfig, mesh_sizes
-from nanogpt_jax.errors import run_command
-from nanogpt_jax.optim import make_optimizer
-from nanogpt_jax.presets import parse_train_config, with_vocab_size
-from nanogpt_jax.rungs import make_model
+from nanogpt_jax.config import MESH_AXES, ROW_AXES, TrainConfig, mesh_sizes
+from nanogpt_jax.errors import InputError
 
 # Each pair of products is split so that only its result is summed over the devices: columns of the
 # first, rows of the second. The columns of c_attn are q, k and v side by side, so their parts are
@@ -94,7 +91,7 @@ def whole_note(mesh: Mesh | AbstractMesh, params) -> str:
 
 def on_one_device(abstract):
     """Return a tree of shapes, each placed on the first device."""
-    return with_shardings(abstract, tree_shardings(meshes.make_mesh((1, 1, 1)), abstract))
+    return with_shardings(abstract, tree_shardings(make_mesh((1, 1, 1)), abstract))
 
 
 def with_shardings(abstract, shardings):
@@ -106,47 +103,100 @@ def with_shardings(abstract, shardings):
     )
 
 
-def abstract_state(config: TrainConfig) -> steps.TrainState:
-    """Return the shapes of a run's state."""
-    init = partial(steps.init_state, make_model(config.model), make_optimizer(config.optim, 1))
-    return jax.eval_shape(init, jax.random.key(0))
+def resolve_sizes(asked: str, n_devices: int) -> tuple[int, int, int]:
+    """Return the sizes of the axes data, fsdp and tensor: -1 is what the others leave.
+
+    Raises:
+        InputError: there are not so many devices.
+    """
+    sizes = mesh_sizes(asked)
+    given = math.prod(size for size in sizes if size > 0)
+    count = given * max(1, n_devices // given) if -1 in sizes else given
+    if count > n_devices or (-1 in sizes and count < n_devices):
+        number = f"a multiple of {given}" if -1 in sizes else given
+        raise InputError(f"mesh {asked} needs {number} devices, but has {n_devices}")
+    data, fsdp, tensor = (size if size > 0 else count // given for size in sizes)
+    return data, fsdp, tensor
 
 
-def main(argv: list[str]) -> None:
-    """Print shape, placement and bytes a device of each array of the state."""
-    config = with_vocab_size(parse_train_config(argv, __doc__))
-    asked = [size for size in mesh_sizes(config.compute.mesh) if size > 0]
-    sizes = meshes.resolve_sizes(config.compute.mesh, max(jax.device_count(), math.prod(asked)))
-    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    state = abstract_state(config)
-    rows = collections.Counter()  # layers are alike: one line for all
-    total_bytes = device_bytes = 0
-    for (path, leaf), sharding in zip(
-        jax.tree_util.tree_leaves_with_path(state),
-        jax.tree.leaves(tree_shardings(mesh, state)),
-        strict=True,
-    ):
-        bytes_here = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        total_bytes += leaf.size * leaf.dtype.itemsize
-        device_bytes += bytes_here
-        name = re.sub(r"h_\d+", "h_*", jax.tree_util.keystr(path, simple=True, separator="."))
-        placement = ", ".join(str(axis or "-") for axis in sharding.spec)
-        rows[name, str(leaf.shape), f"({placement})", f"{bytes_here:,}"] += 1
-    table = [("array", "shape", "placement", "bytes a device", ""), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    for row, count in [(table[0], 1), *rows.items()]:
-        name, shape, placement, size = row[:4]
-        times = f"  x {count}" if count > 1 else ""
-        print(
-            f"{name:{widths[0]}}  {shape:{widths[1]}}  {placement:{widths[2]}}  "
-            f"{size:>{widths[3]}}{times}"
+def choose_sizes(
+    config: TrainConfig, n_devices: int, use_all: bool = False
+) -> tuple[int, int, int]:
+    """Return the sizes of the axes data, fsdp and tensor for a run.
+
+    Where no mesh is asked for and batch_size cannot be divided by the number of devices, as many
+    are used as it can be divided by.
+
+    Args:
+        use_all: all devices must take part, since they are those of several processes.
+
+    Raises:
+        InputError: not so many devices, or the batch or the heads cannot be shared out.
+    """
+    asked = config.compute.mesh
+    sizes = resolve_sizes(asked, n_devices)
+    if use_all and math.prod(sizes) < n_devices:
+        raise InputError(
+            f"mesh {asked} takes {math.prod(sizes)} devices, but all {n_devices} of several hosts "
+            "must take part"
         )
-    print(
-        f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: of the state's {total_bytes:,} "
-        f"bytes each device holds {device_bytes:,}; gradients and activations come on top"
-    )
-    print(whole_note(mesh, state.params), end="")
+    rows, tensor = sizes[0] * sizes[1], sizes[2]
+    if config.batch_size % rows and not asked and not use_all:
+        rows = next(n for n in range(rows, 0, -1) if config.batch_size % n == 0)
+        sizes = (rows, 1, 1)
+    if config.batch_size % rows:
+        raise InputError(
+            f"batch_size must be a multiple of data x fsdp = {rows} devices, but is "
+            f"{config.batch_size}: {_suggestion(config, rows)}"
+        )
+    if config.model.n_head % tensor:
+        raise InputError(
+            f"n_head must be a multiple of the mesh's tensor={tensor}, but is {config.model.n_head}"
+        )
+    return sizes
 
 
-if __name__ == "__main__":
-    run_command(main)
+def _suggestion(config: TrainConfig, rows: int) -> str:
+    """Return the flags of the same update, or of one about as large, whose rows can be shared."""
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    most = max(1, round(sequences / (rows * math.ceil(config.batch_size / rows))))
+    exact = [n for n in range(most, 0, -1) if sequences % (rows * n) == 0]
+    n_micro = exact[0] if exact else most
+    batch_size = rows * max(1, round(sequences / (rows * n_micro)))
+    flags = f"--batch_size {batch_size} --gradient_accumulation_steps {n_micro}"
+    same = "makes the same update" if batch_size * n_micro == sequences else "comes near"
+    return f"{flags} {same}"
+
+
+def make_mesh(sizes: tuple[int, int, int], devices=None) -> Mesh:
+    """Return the mesh of the first devices that these sizes need.
+
+    Args:
+        devices: of `jax.devices()` (the default) or of a topology.
+    """
+    devices = (jax.devices() if devices is None else devices)[: math.prod(sizes)]
+    grid = np.array(devices).reshape(sizes)  # those of a host lie side by side
+    if devices[0].platform == "tpu":
+        # Neighbours in the mesh shall be neighbours in the pod. Where that cannot be, as with some
+        # devices left out or several pods, any order computes the same.
+        with contextlib.suppress(ValueError, NotImplementedError, AssertionError):
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Auto axes: the compiler shares the work out, told only where inputs and outputs lie.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what every device has in whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh, axis: int) -> NamedSharding:
+    """Return the sharding of a batch whose rows lie along this axis."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROW_AXES))
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Put an array that every process has onto the devices, each process onto its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

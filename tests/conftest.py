@@ -22,8 +22,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest
 
-from nanogpt_jax import presets
-from nanogpt_jax.config import ModelConfig, TrainConfig
+from nanogpt_jax.config import ModelConfig, TrainConfig, presets
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,7 +65,7 @@ def book(tmp_path) -> Path:
 def run(tmp_path):
     """Run a script of the repository, or a module, in an empty folder.
 
-    Like run("train.py", "--config", "tiny") or run("-m", "nanogpt_jax.report").
+    Like run("train.py", "--config", "tiny") or run("-m", "nanogpt_jax.run.plots").
     """
 
     def run_script(script: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:

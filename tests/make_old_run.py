@@ -17,8 +17,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from nanogpt_jax import report, run_folder, tokenizer
 from nanogpt_jax.config import SampleConfig
+from nanogpt_jax.corpora import tokenizer
+from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.run import plots as report
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "fixtures" / "run_v1"

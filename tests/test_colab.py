@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_jax.report import read_metrics
+from nanogpt_jax.run.plots import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 
 ENDS = [
     ("InputError('n must be 1, got 2')", 2, "error: n must be 1, got 2"),
-    ("Fault('the run ended')", 1, "error: the run ended"),
+    ("RunError('the run ended')", 1, "error: the run ended"),
     ("MemoryError()", 1, "error: the memory does not suffice. In training take a smaller --batch_"),
     # The classes of JAX's own differ between versions; the text does not.
     ("RuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 1, "error: the memory does not suffice."),
@@ -24,7 +24,7 @@ ENDS = [
 
 def end_of(error):
     script = (
-        "from nanogpt_jax.errors import Fault, InputError, run_command\n"
+        "from nanogpt_jax.errors import RunError, InputError, run_command\n"
         f"def main(argv): raise {error}\n"
         "run_command(main)"
     )

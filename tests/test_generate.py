@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from nanogpt_jax import generate, steps
-from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config import MODERN, ModelConfig
+from nanogpt_jax.corpora.tokenizer import CharTokenizer
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.generate import Sampling
 from nanogpt_jax.model import GPT
-from nanogpt_jax.presets import MODERN
-from nanogpt_jax.tokenizer import CharTokenizer
 
 V = 11
 CHARS = CharTokenizer("\n abcdefghi")

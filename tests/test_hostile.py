@@ -30,13 +30,24 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import nanogpt_jax
-from nanogpt_jax import corpora, huggingface, pretrained, report, run_folder, weights
-from nanogpt_jax import tokenizer as tokenizers
-from nanogpt_jax.command_line import OF_A_START, parse_args
-from nanogpt_jax.config import ModelConfig, SampleConfig, TrainConfig, field_types
+from nanogpt_jax.config import (
+    OF_A_START,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+    field_types,
+    parse_args,
+    parse_train_config,
+)
+from nanogpt_jax.corpora import catalog as corpora
+from nanogpt_jax.corpora import tokenizer as tokenizers
+from nanogpt_jax.corpora.tokenizer import END_OF_TEXT
 from nanogpt_jax.errors import InputError, reading, visible
-from nanogpt_jax.presets import parse_train_config
-from nanogpt_jax.tokenizer import END_OF_TEXT
+from nanogpt_jax.gpt2 import config as huggingface
+from nanogpt_jax.gpt2 import convert as pretrained
+from nanogpt_jax.gpt2 import weights
+from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.run import plots as report
 
 ROOT = Path(__file__).parent.parent
 TRIALS = int(os.environ.get("NANOGPT_JAX_FUZZ", "0"))

@@ -74,7 +74,7 @@ def test_imports_are_found_however_they_are_written(tmp_path):
         "import nanogpt_jax.model\n"
         "from nanogpt_jax import steps as s\n"
         "from . import progress\n"
-        "def f():\n    from nanogpt_jax.corpora import Corpus\n    from .optim import lr\n"
+        "def f():\n    from nanogpt_jax.corpora.catalog import Corpus\n    from .optim import lr\n"
     )
     assert imported_layers(path).keys() == {"model", "steps", "progress", "corpora", "optim"}
 

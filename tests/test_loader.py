@@ -6,10 +6,10 @@ import time
 import jax
 import numpy as np
 import pytest
+from nanogpt_jax.loader import EvalFeed, ReadAhead, TrainFeed
 
 from nanogpt_jax import data, loader, steps
 from nanogpt_jax import mesh as meshes
-from nanogpt_jax.loader import EvalFeed, ReadAhead, TrainFeed
 
 BLOCK_SIZE = 8
 SHAPE = (2, 4)

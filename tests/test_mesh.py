@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from nanogpt_jax import data, presets, steps
+from nanogpt_jax import data, steps
 from nanogpt_jax import mesh as meshes
-from nanogpt_jax.config import ComputeConfig, mesh_sizes
+from nanogpt_jax.config import ComputeConfig, mesh_sizes, presets
 from nanogpt_jax.errors import InputError
 
 TOKENS = np.random.default_rng(0).integers(0, 999, 400).astype(np.uint16)

@@ -12,9 +12,9 @@ import optax
 import pytest
 
 from nanogpt_jax.attention import init_cache
-from nanogpt_jax.devices import Compute
+from nanogpt_jax.config import MODERN
+from nanogpt_jax.hardware.devices import Compute
 from nanogpt_jax.model import GPT, flat_dot_general
-from nanogpt_jax.presets import MODERN
 from nanogpt_jax.steps import init_params, token_losses
 
 B, T, V = 3, 8, 11
@@ -286,7 +286,9 @@ def test_zero_init_begins_with_the_stream_as_the_embedding_made_it(model_config,
     for i in range(2):  # what a block reads of the stream is of no account yet
         other[f"h_{i}"]["mlp"]["c_fc"]["kernel"] = 3 * params[f"h_{i}"]["mlp"]["c_fc"]["kernel"]
         other[f"h_{i}"]["attn"]["c_attn"]["kernel"] = jnp.ones((12, 36))
-    stream = jax.jit(lambda p: model.apply({"params": p}, random_tokens(B, T), method="stream")[0])
+    stream = jax.jit(
+        lambda p: model.apply({"params": p}, random_tokens(B, T), method="hidden_states")[0]
+    )
     before_BTD, after_BTD = stream(params), stream(other)
     np.testing.assert_array_equal(before_BTD, after_BTD)
     assert np.abs(before_BTD).max() > 0.1

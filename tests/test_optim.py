@@ -9,10 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from nanogpt_jax import steps
-from nanogpt_jax.config import OptimConfig
+from nanogpt_jax.config import MODERN, OptimConfig
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import decay_mask, is_for_muon, learning_rate_schedule, make_optimizer
-from nanogpt_jax.presets import MODERN
 
 OPTIM = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=10)
 

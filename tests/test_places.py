@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_jax import devices
-from nanogpt_jax.report import read_metrics
+from nanogpt_jax.hardware import devices
+from nanogpt_jax.run.plots import read_metrics
 
 ROOT = Path(__file__).parent.parent
 UNUSUAL = "a b/ü 日本 🎭"
@@ -156,7 +156,7 @@ def test_names_in_any_language_serve_in_every_locale_that_python_reads_as_utf_8(
         assert done.returncode == 0
         told = out_dir or "out/日本-本-"
         assert told[0].removeprefix("--out_dir=") in done.stderr
-    done = run("-m", "nanogpt_jax.report", UNUSUAL, env=env, timeout=60, encoding="utf-8")
+    done = run("-m", "nanogpt_jax.run.plots", UNUSUAL, env=env, timeout=60, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"drawn to {UNUSUAL}/loss.png" in done.stdout
 
@@ -217,7 +217,7 @@ def test_a_run_is_sampled_evaluated_and_drawn_while_it_is_trained(run, trainer):
     done = run("sample.py", *SHORT, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].startswith("out/run, step ")
-    done = run("-m", "nanogpt_jax.report", "out/run", timeout=60)
+    done = run("-m", "nanogpt_jax.run.plots", "out/run", timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("out/run  best val loss ")
     done = run("train.py", *trainer.argv, "--eval_only", timeout=60)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_jax.report import read_metrics
+from nanogpt_jax.run.plots import read_metrics
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-
-from nanogpt_jax import data, devices, presets, steps
-from nanogpt_jax import mesh as meshes
-from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.programs import make_programs
+
+from nanogpt_jax import data, steps
+from nanogpt_jax import mesh as meshes
+from nanogpt_jax.config import ModelConfig, presets
+from nanogpt_jax.hardware import devices
 
 N_STEPS = 50
 CONFIG = dataclasses.replace(
@@ -38,8 +39,8 @@ def run(sizes, config=CONFIG, **compute):
     asked = dataclasses.replace(config.compute, **compute)
     chosen, _ = devices.choose(asked, config.model, jax.devices()[0], mesh)
     programs = make_programs(config, chosen, mesh)
-    weights_key, dropout_key = steps.stream_keys(config.seed)
-    state = programs.init_state(weights_key)
+    init_key, dropout_key = steps.stream_keys(config.seed)
+    state = programs.init_state(init_key)
     block_size, shape = config.model.block_size, (config.gradient_accumulation_steps, 8)
     batches = data.TrainBatches(TOKENS, config.seed, block_size, shape, config.max_iters)
     corpus = meshes.put_corpus(TOKENS, mesh)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_jax.presets import PRESETS
+from nanogpt_jax.config import PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

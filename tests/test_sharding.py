@@ -8,8 +8,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax import sharding
-from nanogpt_jax.config import MESH_AXES
-from nanogpt_jax.presets import PRESETS, with_vocab_size
+from nanogpt_jax.config import MESH_AXES, PRESETS, with_vocab_size
 from nanogpt_jax.sharding import partition_spec
 
 ONE, TENSOR, FSDP, BOTH = (

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nanogpt_jax import data, steps
 from nanogpt_jax.config import ModelConfig, OptimConfig
-from nanogpt_jax.devices import Compute
+from nanogpt_jax.hardware.devices import Compute
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 
@@ -73,10 +73,10 @@ def test_init_is_a_function_of_the_key(model, tx):
 
 
 def test_streams_of_a_seed_differ():
-    weights_key, dropout_key = map(jax.random.key_data, steps.stream_keys(5))
+    init_key, dropout_key = map(jax.random.key_data, steps.stream_keys(5))
     other_weights_key, _ = map(jax.random.key_data, steps.stream_keys(6))
-    assert (weights_key != dropout_key).any()
-    assert (weights_key != other_weights_key).any()
+    assert (init_key != dropout_key).any()
+    assert (init_key != other_weights_key).any()
 
 
 def test_loss_at_the_start_is_that_of_a_blind_guess(model):

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 from conftest import layers_of
 
-from nanogpt_jax import data, devices, loader, run_folder, sharding, steps
-from nanogpt_jax.checkpoint import Checkpoints
-from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.corpora import Corpus
-from nanogpt_jax.errors import Fault, InputError
+from nanogpt_jax import data, loader, sharding, steps
+from nanogpt_jax.config import MODERN, ModelConfig, parse_train_config
+from nanogpt_jax.corpora.catalog import Corpus
+from nanogpt_jax.errors import InputError, RunError
+from nanogpt_jax.hardware import devices
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
-from nanogpt_jax.presets import MODERN, parse_train_config
-from nanogpt_jax.progress import Diverged, Progress
-from nanogpt_jax.report import read_metrics
+from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.run.checkpoint import Checkpoints
+from nanogpt_jax.run.plots import read_metrics
+from nanogpt_jax.run.progress import Diverged, Progress
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
@@ -428,7 +429,7 @@ def test_float16_goes_on_bit_for_bit_with_its_loss_scale(start, tmp_path):
 
 def test_a_step_that_does_not_fit_is_refused_before_it_is_made(start, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "memory_bytes", lambda device: 100_000)
-    with pytest.raises(Fault, match=r"a step needs .* of 0 MiB on each device: take a sm"):
+    with pytest.raises(RunError, match=r"a step needs .* of 0 MiB on each device: take a sm"):
         start(tmp_path, "--max_iters=40")
     assert not saved_steps(tmp_path)
 

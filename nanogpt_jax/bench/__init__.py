@@ -1,0 +1,1 @@
+"""What a run costs, measured and computed: speed, races, profiles, memory, price."""

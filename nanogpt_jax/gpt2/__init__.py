@@ -1,0 +1,1 @@
+"""OpenAI's GPT-2 weights in, and a run's weights out."""

@@ -1,0 +1,42 @@
+"""Where the files of a GPT-2 are: on the Hugging Face hub under four names, or a folder. No JAX."""
+
+import os
+from pathlib import Path
+
+from nanogpt_jax.config import GPT2_SHAPES
+from nanogpt_jax.errors import InputError, did_you_mean
+from nanogpt_jax.files import download_from_hub
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+FILES = f"{CONFIG}, {WEIGHTS} and {TOKENIZER}"
+BLOCK_SIZE, VOCAB_SIZE = 1024, 50257  # of all four
+
+
+def is_name(source: str) -> bool:
+    """Return whether a source is one of the four names, and no folder here that has a model."""
+    return source in GPT2_SHAPES and not os.path.isfile(os.path.join(source, CONFIG))
+
+
+def find(source: str, file: str) -> Path:
+    """Return where a file of a GPT-2 lies; what is not here yet is downloaded, and kept.
+
+    Args:
+        source: one of the four names, or a folder.
+        file: CONFIG, WEIGHTS or TOKENIZER.
+
+    Raises:
+        InputError: it cannot be downloaded, or the source has no such file.
+    """
+    if is_name(source):
+        return download_from_hub(
+            f"openai-community/{source}", file, f"save {FILES}", "--init_from FOLDER"
+        )
+    path = os.path.join(source, file)  # os.path answers a name that no file can have with False
+    if os.path.isfile(path):
+        return Path(path)
+    what = f"there is no {path}" if os.path.isdir(source) else f"{source!r} is neither"
+    hint = "" if os.path.isdir(source) else did_you_mean(Path(source).name, GPT2_SHAPES)
+    raise InputError(
+        f"init_from must be {', '.join(GPT2_SHAPES)} or a folder with {FILES} of a "
+        f"GPT-2, but {what}.{hint}"
+    )

@@ -1,0 +1,1 @@
+"""The page of `python sample.py --web`."""

@@ -1,0 +1,75 @@
+"""The race: times from the command on, medians that no miss can better, real runs of train.py."""
+
+from pathlib import Path
+
+import pytest
+
+from nanogpt_jax.bench import race
+from nanogpt_jax.bench import speed as bench
+from nanogpt_jax.bench.race import Lap
+from nanogpt_jax.config import PRESETS
+from nanogpt_jax.errors import InputError
+
+
+def lap(name, *val, seed=1):
+    return Lap(name, seed, [(0.5, 4.0), (1.0, 3.0)], list(val))
+
+
+def test_a_target_is_reached_when_the_validation_loss_is_first_told_to_be_there():
+    run = lap("small", (2.0, 2.5), (4.0, 1.89), (6.0, 1.95))
+    assert run.reached_s(1.9) == 4.0
+    assert run.reached_s(1.0) is None
+    assert run.whole_s == 6.0
+
+
+def test_the_twins_time_to_the_target_stands_beside_the_presets_whole_time():
+    laps = [lap("small", (50.0, 2.0), (t, 1.9)) for t in (90.0, 100.0, 140.0)]
+    laps += [lap("small-fast, cold", (t, 1.87)) for t in (9.0, 10.0, 12.0)]
+    whole, fast = race.summary(laps, "small", 1.898).splitlines()
+    assert "100.0 s (90.0 to 140.0) for all its steps" in whole
+    assert "3 of 3 never" in whole
+    assert "10.0 s (9.0 to 12.0) to 1.898, 1/10.0" in fast
+    assert "never" not in fast
+
+
+def test_a_run_that_never_came_to_the_target_does_not_better_the_median():
+    laps = [lap("small", (100.0, 1.9)), lap("small-fast, cold", (9.0, 1.95))]
+    fast = race.summary(laps, "small", 1.898).splitlines()[1]
+    assert "9.0 s" not in fast
+    assert "never to 1.898; ends at 1.9500" in fast
+
+
+@pytest.mark.parametrize("name", ["tiny", "smal", "small-fast"])
+def test_a_preset_without_a_twin_cannot_race(name):
+    with pytest.raises(InputError, match=r"race must be one of small, .*got"):
+        bench.main([f"--race={name}"])
+
+
+def test_every_fast_preset_has_a_twin_and_a_target():
+    fast = [name for name in PRESETS if name.endswith(race.TWIN)]
+    assert {name.removesuffix(race.TWIN) for name in fast} == race.TARGETS.keys()
+
+
+@pytest.mark.slow
+def test_both_train_and_are_drawn(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} squared is {i * i}. " for i in range(2000)))
+    monkeypatch.chdir(tmp_path)
+    bench.main([
+        "--race", "small", "--seeds=1", "--target=3.5", f"--dataset={text}", "--max_iters=30",
+        "--mesh=data=1",
+    ])  # fmt: skip
+    _, *runs, _, whole, cold, warm, drawn = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[0].strip() for row in runs] == [
+        "small", "small-fast, cold", "small-fast, warm"
+    ]  # fmt: skip
+    assert "for all its steps" in whole
+    assert "to 3.5, 1/" in cold
+    assert "to 3.5, 1/" in warm
+    assert Path(drawn.removeprefix("drawn to ")).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flag", ["--config=tiny", "--out_dir=x", "--compile_cache=x"])
+def test_what_the_race_sets_itself_is_refused(flag):
+    with pytest.raises(InputError, match="must be left out: the race sets it itself"):
+        bench.main(["--race=small", flag])

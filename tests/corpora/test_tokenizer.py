@@ -1,0 +1,336 @@
+import json
+import string
+import threading
+
+import numpy as np
+import pytest
+
+from nanogpt_jax.corpora import tokenizer as tokenizers
+from nanogpt_jax.corpora.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer
+from nanogpt_jax.errors import InputError
+
+TEXT = "Grüße, 世界! 🎭🙂 naïve e\u0301\r\n\ttwo\u2028lines \U0010ffff\x00"
+
+
+def test_any_text_comes_back_as_it_was():
+    tokenizer = CharTokenizer.from_text(TEXT)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.decode(tokenizer.encode(TEXT[::-1])) == TEXT[::-1]
+
+
+def test_a_character_beyond_the_basic_plane_is_one_token():
+    tokenizer = CharTokenizer.from_text("a🎭b")
+    assert tokenizer.vocab_size == 3
+    assert tokenizer.encode("🎭a").tolist() == [2, 0]
+
+
+def test_ids_are_those_of_nanogpts_prepare():
+    """There: stoi = {ch: i for i, ch in enumerate(sorted(list(set(data))))}."""
+    tokenizer = CharTokenizer.from_text(TEXT)
+    ids = {char: i for i, char in enumerate(sorted(set(TEXT)))}
+    assert tokenizer.vocab_size == len(ids)
+    assert tokenizer.encode(TEXT).tolist() == [ids[char] for char in TEXT]
+
+
+def test_the_sixty_five_characters_of_shakespeare_have_nanogpts_ids():
+    tokenizer = CharTokenizer.from_text("\n !$&',-.3:;?" + string.ascii_letters)
+    assert tokenizer.vocab_size == 65
+    assert tokenizer.encode("hii there").tolist() == [46, 47, 47, 1, 58, 46, 43, 56, 43]
+
+
+def test_no_text_has_no_tokens():
+    ids = CharTokenizer.from_text("ab").encode("")
+    assert ids.shape == (0,)
+    assert CharTokenizer.from_text("ab").decode(ids) == ""
+
+
+def test_ids_may_come_as_any_integers():
+    tokenizer = CharTokenizer.from_text("abc")
+    for ids in ([2, 0], np.array([2, 0], np.uint16), np.array([2, 0], np.int32)):
+        assert tokenizer.decode(ids) == "ca"
+
+
+@pytest.mark.parametrize("unknown", ["Z", "!", "世", "🎭", "\n"])
+def test_an_unknown_character_is_listed_wherever_it_sorts(unknown):
+    with pytest.raises(InputError) as error:
+        CharTokenizer.from_text("abc").encode(f"ab{unknown}c{unknown}")
+    assert f"it has {unknown!r}:" in str(error.value)
+    assert "only the 3 characters" in str(error.value)
+
+
+def test_of_many_unknown_characters_the_first_ten_are_listed():
+    with pytest.raises(InputError, match=r"it has 'A', 'B', .*'J', \.\.\.: ") as error:
+        CharTokenizer.from_text("abc").encode(string.ascii_uppercase + "A")
+    assert "'K'" not in str(error.value)
+
+
+def test_a_tokenizer_is_saved_as_json_and_comes_back(tmp_path):
+    tokenizer = CharTokenizer.from_text(TEXT)
+    tokenizers.save(tokenizer, tmp_path)
+    loaded = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert loaded == {"type": "char", "chars": "".join(sorted(set(TEXT)))}
+    assert tokenizers.load(tmp_path) == tokenizer
+
+
+def test_a_folder_without_a_tokenizer_has_none(tmp_path):
+    assert tokenizers.load(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}}}',
+        b'{"type": "gpt2"}',
+        b'{"type": "char", "chars": ["a", "b"]}',
+        b'{"type": "char"}',
+        b"[]",
+        b"3",
+        b"null",
+        b"",
+        b'{"type": "char", "chars": "ab',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_tokenizer_json_made_by_something_else_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"tokenizer\.json: must be like"):
+        tokenizers.load(tmp_path)
+
+
+# Byte pairs
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    return BPETokenizer.train(
+        ["the cat sat on the mat, and then the rat ate that cat.\n" * 20], 300
+    )
+
+
+def test_bpe_gives_any_text_ids_and_gives_it_back(bpe):
+    for text in (TEXT, "the cat", "", " ", "\n\n\n", "".join(map(chr, range(0x300)))):
+        ids = bpe.encode(text)
+        assert ids.dtype == np.int64
+        assert bpe.decode(ids) == text
+        assert ids.size == 0 or 0 <= ids.min() <= ids.max() < bpe.vocab_size
+
+
+def test_bpe_learns_what_is_frequent(bpe):
+    assert bpe.vocab_size <= 300
+    assert len(bpe.encode(" the cat")) == 2
+    assert len(bpe.encode("xyzzy")) == 5
+
+
+def test_a_text_without_so_many_pairs_has_a_smaller_vocabulary():
+    assert BPETokenizer.train(["ab"], 5000).vocab_size == 256 + 1 + 1  # bytes, the end, "ab"
+
+
+def test_bpe_of_one_text_is_the_same_each_time(bpe, book):
+    text = book.read_text()
+    first, again = (BPETokenizer.train([text[:3000], text[3000:]], 280) for _ in range(2))
+    assert first == again
+    assert hash(first) == hash(again)
+    assert first != bpe
+
+
+def test_every_token_is_the_bytes_that_it_decodes_to(bpe):
+    assert len(bpe.token_bytes) == bpe.vocab_size
+    single = {token for token in bpe.token_bytes if len(token) == 1}
+    assert single == {bytes([byte]) for byte in range(256)}
+    ids = bpe.encode(TEXT + "the cat sat")
+    assert b"".join(bpe.token_bytes[i] for i in ids).decode() == TEXT + "the cat sat"
+
+
+def test_a_text_that_names_the_end_of_text_is_mere_text_but_a_prompt_is_not(bpe):
+    """Else a web page about GPT-2 would end the document it is in."""
+    text = f"the cat{END_OF_TEXT}the mat"
+    (end,) = bpe.encode_prompt(END_OF_TEXT)
+    assert end not in bpe.encode(text)
+    assert bpe.decode(bpe.encode(text)) == text
+    assert (bpe.encode_prompt(text) == end).sum() == 1
+    assert bpe.decode(bpe.encode_prompt(text)) == text
+    assert end not in bpe.encode(text), "asking for a prompt changed what a text is"
+    assert bpe.separator == END_OF_TEXT
+
+
+def test_many_texts_at_once_are_encoded_as_one_by_one(bpe):
+    texts = ["the cat", "", TEXT, "sat on\n"]
+    for ids, text in zip(bpe.encode_batch(texts), texts, strict=True):
+        np.testing.assert_array_equal(ids, bpe.encode(text))
+
+
+@pytest.mark.parametrize("text", ["naïve 🎭🎭 Grüße", "世界"])
+def test_a_character_of_several_tokens_is_streamed_whole(bpe, text):
+    ids, decode = bpe.encode(text), bpe.stream_decoder()
+    pieces = [decode([i], final=n == len(ids) - 1) for n, i in enumerate(ids)]
+    assert len(ids) > len(text)
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_half_a_character_at_the_end_is_shown_as_decoding_shows_it(bpe):
+    ids = bpe.encode("a🎭")[:-1]
+    decode = bpe.stream_decoder()
+    assert "".join([decode(ids[:2]), decode(ids[2:], final=True)]) == bpe.decode(ids) == "a\ufffd"
+
+
+def test_an_id_of_the_padding_shows_as_unknown(bpe):
+    assert bpe.decode([*bpe.encode("the"), bpe.vocab_size]) == "the\ufffd"
+
+
+def test_a_lone_surrogate_is_an_input_error(bpe):
+    with pytest.raises(InputError, match="lone surrogate"):
+        bpe.encode("a\ud800")
+
+
+def test_bpe_travels_in_its_file(bpe, tmp_path):
+    tokenizers.save(bpe, tmp_path)
+    loaded = tokenizers.load(tmp_path)
+    assert loaded == bpe
+    np.testing.assert_array_equal(loaded.encode(TEXT), bpe.encode(TEXT))
+    assert loaded.vocab_size == bpe.vocab_size
+
+
+def test_tokenizers_are_told_apart_by_what_they_do_not_by_how_they_are_written(bpe):
+    """Versions of the library write merges as one text or as two."""
+    content = json.loads(bpe.to_json())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    content["post_processor"] = None
+    rewritten = tokenizers.from_json(json.dumps(content, indent=3))
+    assert tokenizers.hash_of(rewritten) == tokenizers.hash_of(bpe)
+    others = (CharTokenizer("ab"), CharTokenizer("abc"), BPETokenizer.train(["the cat"], 260))
+    assert len({tokenizers.hash_of(tokenizer) for tokenizer in (bpe, *others)}) == 4
+
+
+def test_tokenizers_that_cut_a_text_otherwise_are_told_apart():
+    """They have the same tokens and merges, and make other ids of a text."""
+    bpe = BPETokenizer.train(["in 1999 the cat, in 2024 the mat " * 20], 300)
+    content = json.loads(bpe.to_json())
+    digits = {"type": "Digits", "individual_digits": True}
+    parts = [digits, content["pre_tokenizer"]]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    assert tokenizers.hash_of(tokenizers.from_json(json.dumps(content))) != tokenizers.hash_of(bpe)
+
+
+def test_threads_do_not_disturb_each_other(bpe):
+    """The page writes for one visitor and looks for another."""
+    text = f"the cat{END_OF_TEXT}sat"
+    n_text, n_prompt = len(bpe.encode(text)), len(bpe.encode_prompt(text))
+    assert n_text > n_prompt
+    wrong = []
+
+    def many(encode, n):
+        try:
+            wrong.extend(1 for _ in range(300) if len(encode(text)) != n)
+        except Exception as error:  # "Already borrowed", of older versions
+            wrong.append(error)
+
+    threads = [
+        threading.Thread(target=many, args=args)
+        for args in [(bpe.encode, n_text), (bpe.encode_prompt, n_prompt)] * 2
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_file_nested_without_end_is_one_line(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="must be like"):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("chars", ["ba", "aab", ""])
+def test_characters_that_are_not_each_once_in_their_order_are_refused(tmp_path, chars):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"type": "char", "chars": chars}))
+    with pytest.raises(InputError, match="not sorted, each once"):
+        tokenizers.load(tmp_path)
+
+
+def test_a_file_with_padding_and_truncation_encodes_whole_texts(bpe, tmp_path):
+    """As some models on the hub have it."""
+    content = json.loads(bpe.to_json())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert tokenizers.load(tmp_path).decode(bpe.encode(TEXT)) == TEXT
+    assert len(tokenizers.load(tmp_path).encode(TEXT)) > 3
+
+
+def in_a_sequence(part: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": [part, {"type": "ByteLevel"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "not byte-level BPE"),
+        ({"pre_tokenizer": None}, "not byte-level BPE"),
+        ({"model": {"type": "BPE"}}, "must be like"),
+        ({"model": 3}, "neither of characters nor"),
+        (
+            {
+                "normalizer": {"type": "NFC"},
+                "model": {"type": "BPE", "vocab": {"日": 0}, "merges": []},
+                "added_tokens": [],
+            },
+            "the character '日' in its tokens stands for no byte",
+        ),
+        (
+            {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []},
+            "not have all 256 bytes",
+        ),
+        ({"model": {"type": "WordLevel", "vocab": {"ab": 0}, "unk_token": "a"}}, "not characters"),
+        ({"normalizer": {"type": "Prepend", "prepend": ""}}, "its normalizer has Prepend, where"),
+        (
+            {"normalizer": {"type": "Replace", "normalizers": [], "pattern": {"Regex": ""}}},
+            "its normalizer has Replace, where only NFC",
+        ),
+        (
+            {"pre_tokenizer": in_a_sequence({"type": "FixedLength", "length": 0})},
+            "its pre_tokenizer has FixedLength, where only ByteLevel",
+        ),
+        ({"model": {"type": "BPE", "dropout": 0.5}}, "its dropout is 0.5"),
+        (
+            {"model": {"type": "BPE", "continuing_subword_prefix": "##"}},
+            "continuing_subword_prefix",
+        ),
+    ],
+)
+def test_a_file_that_is_another_tokenizer_is_named(bpe, tmp_path, change, complaint):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(bpe.to_json()) | change))
+    with pytest.raises(InputError, match=complaint) as error:
+        tokenizers.load(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_vocabulary_with_gaps_is_refused(bpe, tmp_path):
+    content = json.loads(bpe.to_json())
+    vocab = content["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="its ids are not 0, 1, 2"):
+        tokenizers.load(tmp_path)
+
+
+# Bits per byte
+
+
+def test_bytes_per_token_count_text_and_not_what_separates_it(bpe):
+    texts = ["the cat sat on the mat", "Grüße"]
+    chars = CharTokenizer.from_text("".join(texts))
+    n_bytes = len("".join(texts).encode())
+    ids = np.concatenate([chars.encode(text) for text in texts])
+    assert tokenizers.bytes_per_token(chars, ids) == n_bytes / len(ids)
+    end = bpe.encode_prompt(END_OF_TEXT)
+    ids = np.concatenate([bpe.encode(texts[0]), end, bpe.encode(texts[1])])
+    assert tokenizers.bytes_per_token(bpe, ids) == n_bytes / len(ids)
+
+
+def test_an_even_guess_of_a_byte_is_eight_bits():
+    assert tokenizers.bits_per_byte(np.log(256), 1.0) == pytest.approx(8)
+    assert tokenizers.bits_per_byte(2 * np.log(256), 2.0) == pytest.approx(8)

@@ -1,0 +1,192 @@
+"""The files of a GPT-2: from a hub, which here is a server on loopback, or from a folder."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt_jax.config import ModelConfig, presets
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.gpt2 import hub
+from nanogpt_jax.hardware import flops as counts
+
+COMMIT = 40 * "a"
+
+
+@pytest.fixture
+def server():
+    """A hub of one file, "{}" for gpt2/config.json; gpt2-xl asks too often, and what else is 404.
+
+    Yields (address, requests).
+    """
+    requests = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            requests.append((self.command, self.path))
+            found = self.path == "/openai-community/gpt2/resolve/main/config.json"
+            self.send_response(200 if found else 503 if "gpt2-xl" in self.path else 404)
+            self.send_header("Content-Length", "2" if found else "0")
+            if found:
+                self.send_header("ETag", '"some-etag"')
+                self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            return found
+
+        def do_GET(self):
+            if self.do_HEAD():
+                self.wfile.write(b"{}")
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", requests
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Call a function of hub.py in a process of its own, since the library reads its settings once.
+
+    ask(call, **environment) -> (what it printed, what it wrote to stderr, seconds it took).
+    """
+
+    def ask(call: str, **environment: str):
+        script = (
+            "from nanogpt_jax import hub\n"
+            "from nanogpt_jax.errors import run_command\n"
+            f"run_command(lambda argv: print({call}))\n"
+        )
+        env = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"} | environment
+        begun_s = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | env, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        return done.stdout, done.stderr, time.monotonic() - begun_s
+
+    return ask
+
+
+def assert_one_line(stderr: str, *parts: str) -> None:
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1, stderr
+    for part in parts:
+        assert part in stderr
+
+
+ADVICE = (
+    "save config.json, model.safetensors and tokenizer.json from "
+    "https://huggingface.co/openai-community/gpt2 in a folder, and give that: --init_from FOLDER"
+)
+NOBODY = "http://127.0.0.1:9"  # the port of discard, at which nothing listens
+
+
+def test_a_file_is_downloaded_once(server, ask):
+    address, requests = server
+    path, stderr, _ = ask("hub.find('gpt2', 'config.json')", HF_ENDPOINT=address)
+    assert Path(path.strip()).read_text() == "{}", stderr
+    n_requests = len(requests)
+    again, stderr, _ = ask("hub.find('gpt2', 'config.json')", HF_ENDPOINT=address)
+    assert (again, stderr, len(requests)) == (path, "", n_requests)
+    unplugged, stderr, _ = ask("hub.find('gpt2', 'config.json')", HF_ENDPOINT=NOBODY)
+    assert (unplugged, stderr) == (path, "")
+
+
+@pytest.mark.parametrize("environment", [{"HF_ENDPOINT": NOBODY}, {"HF_HUB_OFFLINE": "1"}])
+def test_without_a_network_one_line_says_what_to_put_where(ask, environment):
+    """The library itself tries for 23 seconds, and warns each time."""
+    stdout, stderr, seconds = ask("hub.find('gpt2', 'model.safetensors')", **environment)
+    assert stdout == ""
+    assert_one_line(stderr, "gpt2: model.safetensors could not be downloaded (", ADVICE)
+    assert seconds < 10
+
+
+def test_what_the_hub_does_not_have_or_cannot_send_now_is_one_line(server, ask):
+    address, _ = server
+    _, stderr, _ = ask("hub.find('gpt2', 'model.safetensors')", HF_ENDPOINT=address)
+    assert_one_line(stderr, "404", ADVICE)
+    _, stderr, seconds = ask("hub.find('gpt2-xl', 'config.json')", HF_ENDPOINT=address)
+    assert_one_line(stderr, "503", "openai-community/gpt2-xl in a folder")
+    assert seconds < 10
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(server, ask, tmp_path):
+    address, _ = server
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    _, stderr, _ = ask("hub.find('gpt2', 'config.json')", HF_ENDPOINT=address)
+    assert_one_line(stderr, ADVICE)
+
+
+def test_the_tokenizer_alone_has_an_advice_of_its_own(ask):
+    _, stderr, _ = ask("hub.gpt2_tokenizer()", HF_HUB_OFFLINE="1")
+    assert_one_line(
+        stderr,
+        "save tokenizer.json from https://huggingface.co/openai-community/gpt2 in a folder",
+        "--tokenizer FOLDER/tokenizer.json",
+    )
+
+
+def test_a_folder_needs_no_hub(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert hub.find(str(tmp_path), "config.json") == tmp_path / "config.json"
+    with pytest.raises(InputError, match=r"but there is no .*model\.safetensors\.$"):
+        hub.find(str(tmp_path), "model.safetensors")
+
+
+def test_a_folder_here_comes_before_the_hubs_name(tmp_path, monkeypatch):
+    """Who saved the files as advised may well have called the folder gpt2."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert hub.is_name("gpt2")
+    (tmp_path / "gpt2" / "config.json").write_text("{}")
+    assert not hub.is_name("gpt2")
+    assert hub.find("gpt2", "config.json").resolve() == tmp_path / "gpt2" / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("gpt2-midium", " Did you mean gpt2-medium"),
+        ("openai-community/gpt2-xl", " Did you mean gpt2-xl"),
+        ("llama", ""),
+        ("", ""),
+        ("no\0file", ""),
+        (5000 * "a", ""),
+    ],
+)
+def test_what_is_neither_name_nor_folder_is_refused(source, hint):
+    with pytest.raises(InputError) as error:
+        hub.find(source, "config.json")
+    assert "init_from must be gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder" in str(
+        error.value
+    )
+    assert f"is neither.{hint}" in str(error.value)
+    assert hint or "Did you mean" not in str(error.value)
+
+
+def test_the_four_shapes_are_those_of_the_presets_and_have_their_known_sizes():
+    n_params = {}
+    for name, shape in hub.SHAPES.items():
+        preset = presets.PRESETS[name]().model
+        assert shape == {field: getattr(preset, field) for field in shape}
+        config = ModelConfig(
+            block_size=hub.BLOCK_SIZE, vocab_size=hub.VOCAB_SIZE, bias=True, **shape
+        )
+        n_params[name] = counts.n_params(config)
+    assert n_params == {
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    }

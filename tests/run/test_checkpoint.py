@@ -1,0 +1,497 @@
+"""Checkpoints: what is restored is what was saved, and damage is told."""
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import re
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from nanogpt_jax import sharding, steps
+from nanogpt_jax.errors import InputError, RunError
+from nanogpt_jax.model import GPT
+from nanogpt_jax.optim import make_optimizer
+from nanogpt_jax.run import checkpoint
+from nanogpt_jax.run.checkpoint import Checkpoints
+
+
+@pytest.fixture
+def abstract(tiny_config):
+    init = partial(steps.init_state, GPT(tiny_config.model), make_optimizer(tiny_config.optim, 60))
+    return sharding.on_one_device(jax.eval_shape(init, jax.random.key(0)))
+
+
+@pytest.fixture
+def state_at(abstract):
+    """Make a state of a step; each step's arrays differ, and no two arrays are alike."""
+
+    def make(step):
+        rng = np.random.default_rng(step)
+        filled = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape).astype(x.dtype)), abstract
+        )
+        return filled._replace(step=jnp.int32(step))
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def assert_equal(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def save(folder, *states, val_losses=None):
+    checkpoints = Checkpoints(folder)
+    for state, val_loss in zip(states, val_losses or len(states) * [None], strict=True):
+        checkpoints.save(state, val_loss)
+    checkpoints.close()
+
+
+def restore(folder, abstract, step):
+    checkpoints = Checkpoints(folder)
+    state = checkpoints.restore(abstract, prefer=step)
+    checkpoints.close()
+    return state
+
+
+# Orbax leaves coroutines behind that were waiting when another one failed.
+abandons_coroutines = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@contextlib.contextmanager
+def refused(path):
+    """Expect an InputError that names the path."""
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        yield
+    gc.collect()
+
+
+def largest_file(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_restores_every_array_bit_for_bit(folder, abstract, state_at):
+    saved = state_at(7)
+    save(folder, saved, val_losses=[1.5])
+    restored = restore(folder, abstract, 7)
+    assert_equal(restored, saved)
+    assert [x.dtype for x in jax.tree.leaves(restored)] == [x.dtype for x in jax.tree.leaves(saved)]
+
+
+def test_restores_parameters_alone(folder, abstract, state_at):
+    save(folder, state_at(7))
+    checkpoints = Checkpoints(folder)
+    assert_equal(checkpoints.restore_params(abstract.params)[0], state_at(7).params)
+    checkpoints.close()
+
+
+def test_keeps_the_newest_and_the_best_and_nothing_else(folder, abstract, state_at):
+    checkpoints = Checkpoints(folder)
+    for step, val_loss in (10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5):
+        checkpoints.save(state_at(step), val_loss)
+    checkpoints.wait()
+    assert (checkpoints.best_step(), checkpoints.steps()) == (20, [40, 20])
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"20", "40"}
+    assert_equal(restore(folder, abstract, 20), state_at(20))
+    assert_equal(restore(folder, abstract, 40), state_at(40))
+
+
+@pytest.mark.slow
+def test_fifty_saves_of_a_worsening_loss_leave_the_first_and_the_last(folder, abstract, state_at):
+    """A long run that overfits: two checkpoints take the same room after any number of saves."""
+    sizes = []
+    for steps_of_a_start in range(10, 260, 10), range(260, 510, 10):
+        save(folder, *map(state_at, steps_of_a_start), val_losses=[1 + s for s in steps_of_a_start])
+        assert {path.name for path in folder.iterdir()} == {"10", str(steps_of_a_start[-1])}
+        sizes.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert_equal(restore(folder, abstract, 10), state_at(10))
+    assert_equal(restore(folder, abstract, 500), state_at(500))
+
+
+def test_a_new_process_still_knows_the_best(folder, state_at):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    save(folder, state_at(30), state_at(40), val_losses=[3.0, 1.5])
+    checkpoints = Checkpoints(folder)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (10, [40, 10])
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"10", "40"}
+
+
+def test_a_save_without_val_loss_is_newest_but_never_best(folder, state_at):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, None])
+    checkpoints = Checkpoints(folder)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (10, [20, 10])
+    checkpoints.save(state_at(30), 2.0)
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"10", "30"}
+
+
+def test_without_any_val_loss_there_is_no_best(folder, state_at):
+    save(folder, state_at(10))
+    checkpoints = Checkpoints(folder)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (None, [10])
+    checkpoints.close()
+
+
+def test_an_empty_folder_has_no_checkpoint(folder):
+    checkpoints = Checkpoints(folder)
+    assert (checkpoints.best_step(), checkpoints.steps()) == (None, [])
+    checkpoints.close()
+
+
+@abandons_coroutines
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_a_flipped_byte_is_an_input_error(folder, abstract, state_at, item):
+    save(folder, state_at(7))
+    damaged = largest_file(folder / "7" / item)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    damaged.write_bytes(content)
+    with refused(folder / "7"):
+        restore(folder, abstract, 7)
+
+
+@abandons_coroutines
+def test_a_missing_data_file_is_an_input_error(folder, abstract, state_at):
+    save(folder, state_at(7))
+    largest_file(folder / "7" / "params").unlink()
+    with refused(folder / "7"):
+        restore(folder, abstract, 7)
+
+
+@abandons_coroutines
+def test_parameters_of_another_shape_are_an_input_error(folder, abstract, state_at):
+    save(folder, state_at(7))
+    wte = sharding.on_one_device(jax.ShapeDtypeStruct((11, 13), np.float32))
+    other = abstract._replace(params=abstract.params | {"wte": {"embedding": wte}})
+    with refused(folder / "7"):
+        restore(folder, other, 7)
+
+
+@abandons_coroutines
+def test_parameters_of_another_name_are_an_input_error(folder, abstract, state_at):
+    save(folder, state_at(7))
+    params = dict(abstract.params)
+    params["h_2"] = params.pop("h_1")
+    with refused(folder / "7"):
+        restore(folder, abstract._replace(params=params), 7)
+
+
+def test_what_a_kill_left_behind_is_cleaned_up(folder, abstract, state_at):
+    save(folder, state_at(7))
+    leftover = folder / "9.orbax-checkpoint-tmp"
+    (leftover / "params").mkdir(parents=True)
+    (leftover / "params" / "half").write_bytes(b"half")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.steps() == [7]
+    assert not leftover.exists()
+    checkpoints.save(state_at(9))
+    checkpoints.close()
+    assert_equal(restore(folder, abstract, 9), state_at(9))
+
+
+def test_a_relative_folder_works(folder, abstract, state_at, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    save(os.path.relpath(folder), state_at(7))
+    assert_equal(restore(os.path.relpath(folder), abstract, 7), state_at(7))
+
+
+def test_a_step_is_not_saved_twice(folder, state_at):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(state_at(7))
+    with pytest.raises(AssertionError, match="not newer"):
+        checkpoints.save(state_at(7))
+    checkpoints.close()
+
+
+def test_a_nan_is_not_taken_for_the_best(folder, state_at):
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(AssertionError, match="NaN"):
+        checkpoints.save(state_at(7), float("nan"))
+    checkpoints.close()
+
+
+def test_training_may_go_on_at_once(folder, abstract, state_at):
+    """The arrays are donated while they are written in the background: a copy must be written."""
+    add_one = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    checkpoints = Checkpoints(folder)
+    state, expected = state_at(0), {}
+    for step in range(1, 31):
+        state = add_one(state)
+        if step % 10 == 0:
+            expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
+            checkpoints.save(state)
+    for _ in range(20):
+        state = add_one(state)
+    checkpoints.close()
+    assert_equal(restore(folder, abstract, 30), expected)
+
+
+def test_what_four_devices_saved_one_device_restores(folder, abstract, state_at):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    width_apart = NamedSharding(mesh, PartitionSpec(None, "data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spread = jax.tree.map(
+        lambda x: jax.device_put(x, width_apart if x.ndim == 2 else everywhere), state_at(7)
+    )
+    save(folder, spread)
+    restored = restore(folder, abstract, 7)
+    assert_equal(restored, state_at(7))
+    assert {len(x.devices()) for x in jax.tree.leaves(restored)} == {1}
+
+
+def test_reading_only_changes_nothing(folder, abstract, state_at):
+    """A training may be saving there meanwhile."""
+    save(folder, state_at(7))
+    saving = folder / "9.orbax-checkpoint-tmp"
+    saving.mkdir()
+    checkpoints = Checkpoints(folder, read_only=True)
+    assert_equal(checkpoints.restore_params(abstract.params)[0], state_at(7).params)
+    checkpoints.close()
+    assert saving.exists()
+
+
+# Damage: told by name, and an older checkpoint taken
+
+
+def cut_to(size):
+    return lambda path: os.truncate(path, size(path.stat().st_size))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "missing": os.unlink,
+    "empty": cut_to(lambda size: 0),
+    "cut in half": cut_to(lambda size: size // 2),
+    "a bit flipped": flip,
+    "a folder": replace_by_folder,
+}
+
+
+def damaged_each_way(folder, copy, step, every):
+    """Yield copies of a folder, in each of which one file of a step is damaged in one way."""
+    paths = sorted(path for path in (folder / str(step)).rglob("*") if path.is_file())
+    ways = list(itertools.product(paths, DAMAGES))
+    for path, name in ways[::every]:
+        if path.stat().st_size:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder, copy)
+            DAMAGES[name](copy / path.relative_to(folder))
+            yield path.relative_to(folder), name
+
+
+@abandons_coroutines
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_damage_to_any_file_gives_what_was_saved_or_the_checkpoint_before(
+    folder, tmp_path, abstract, state_at, every, capsys
+):
+    """Some of Orbax's files are not needed to read an array, so their damage is none."""
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    fallen_back = []
+    for path, name in damaged_each_way(folder, tmp_path / "copy", 20, every):
+        checkpoints = Checkpoints(tmp_path / "copy")
+        state = checkpoints.restore(abstract)
+        fallen_back.append(int(state.step) == 10)
+        assert_equal(state, state_at(int(state.step)))
+        told = capsys.readouterr().err
+        assert len(told.splitlines()) == 2 * fallen_back[-1], (path, name, told)
+        if fallen_back[-1]:
+            assert "is taken in its place" in told
+            assert checkpoints.steps() == [10]
+            checkpoints.save(state_at(20), 2.0)
+            checkpoints.wait()
+        assert checkpoints.steps() == [20, 10]
+        checkpoints.close()
+        gc.collect()
+    assert 0 < sum(fallen_back) < len(fallen_back)
+
+
+@abandons_coroutines
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_the_damaged_array_is_named(folder, abstract, state_at, item, name):
+    save(folder, state_at(7))
+    DAMAGES[name](largest_file(folder / "7" / item))
+    with pytest.raises(InputError, match=r"(attn|mlp|wte|wpe|ln_\w)\.\w+") as error:
+        restore(folder, abstract, 7)
+    assert len(str(error.value).splitlines()) == 1
+    gc.collect()
+
+
+@abandons_coroutines
+def test_a_damaged_checkpoint_is_set_aside_and_its_step_saved_again(
+    folder, abstract, state_at, capsys
+):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    flip(largest_file(folder / "20" / "params"))
+    checkpoints = Checkpoints(folder)
+    assert_equal(checkpoints.restore(abstract), state_at(10))
+    assert f"set aside as {folder / '20.damaged'}" in capsys.readouterr().err
+    assert checkpoints.best_step() == 10
+    checkpoints.save(state_at(20), 0.5)  # so the other one is neither newest nor best
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"20", "20.damaged"}
+    assert_equal(restore(folder, abstract, 20), state_at(20))
+
+
+@abandons_coroutines
+def test_reading_only_takes_the_older_one_too_and_leaves_the_damaged_where_it_is(
+    folder, abstract, state_at
+):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    flip(largest_file(folder / "20" / "params"))
+    checkpoints = Checkpoints(folder, read_only=True)
+    params, step = checkpoints.restore_params(abstract.params)
+    checkpoints.close()
+    assert step == 10
+    assert_equal(params, state_at(10).params)
+    assert {path.name for path in folder.iterdir()} == {"10", "20"}
+
+
+@abandons_coroutines
+def test_where_all_are_damaged_each_is_named_in_one_line(folder, abstract, state_at):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    for step in "10", "20":
+        flip(largest_file(folder / step / "params"))
+    with pytest.raises(InputError, match=r"checkpoints/20: .*; .*checkpoints/10: .*--overwrite"):
+        restore(folder, abstract, 20)
+    assert {path.name for path in folder.iterdir()} == {"10", "20"}
+
+
+FORGED = [{}, {"step": 10}, {"val_loss": "low"}, {"checksums": None}, {"step": "10"}]
+
+
+@pytest.mark.parametrize("forged", [None, *FORGED], ids=str)
+def test_the_best_with_facts_that_are_damaged_or_forged_is_told_and_not_deleted(
+    folder, abstract, state_at, forged, capsys
+):
+    """It is not the best any more, nor the newest; its arrays may be whole."""
+    save(folder, state_at(10), state_at(20), val_losses=[0.5, 2.5])
+    path = folder / "10" / "facts" / "metadata"
+    facts = json.loads(path.read_text())
+    del facts["crc32"]
+    if forged is None:
+        path.write_text(path.read_text().replace("0.5", "0.4"))
+    else:
+        facts = facts | forged if forged else forged
+        path.write_text(json.dumps(facts | {"crc32": checkpoint._crc32(facts)}))
+    is_damage = forged != {"step": 10}
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.best_step() == (20 if is_damage else 10)
+    assert_equal(checkpoints.restore(abstract), state_at(20))
+    checkpoints.save(state_at(30), 3.0)
+    checkpoints.close()
+    kept = {"10.damaged", "20", "30"} if is_damage else {"10", "30"}
+    assert {path.name for path in folder.iterdir()} == kept
+    assert ("checkpoints/10: its facts are not what was saved" in capsys.readouterr().err) == (
+        is_damage
+    )
+
+
+@pytest.mark.parametrize(
+    "reason", ["PERMISSION_DENIED: Error opening", "[Errno 5] Input/output error", "UNAVAILABLE"]
+)
+def test_what_cannot_be_read_for_the_moment_is_not_taken_for_damaged(
+    folder, abstract, state_at, monkeypatch, reason
+):
+    save(folder, state_at(10), state_at(20), val_losses=[0.5, 2.5])
+    checkpoints = Checkpoints(folder)
+
+    def fail(*args, **kwargs):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(RunError, match=r"checkpoints/20 cannot be read at this moment .*try again"):
+        checkpoints.restore(abstract)
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir()} == {"10", "20"}
+
+
+def test_a_checkpoint_under_another_step_is_told(folder, abstract, state_at):
+    save(folder, state_at(10), state_at(20), val_losses=[1.0, 2.0])
+    (folder / "20").rename(folder / "30")
+    assert_equal(restore(folder, abstract, None), state_at(10))
+
+
+def test_what_is_no_checkpoint_is_passed_over(folder, abstract, state_at):
+    """Files, empty folders and other names; a run goes on past the number of an empty folder."""
+    save(folder, state_at(10))
+    for name in "50", "0", "007", "٣", "x":
+        (folder / name).mkdir()
+    (folder / "60").write_text("a file")
+    (folder / "007" / "x").mkdir()
+    checkpoints = Checkpoints(folder)
+    assert_equal(checkpoints.restore(abstract), state_at(10))
+    checkpoints.save(state_at(20))
+    checkpoints.close()
+    assert_equal(restore(folder, abstract, None), state_at(20))
+
+
+def test_a_step_that_a_training_deletes_meanwhile_is_not_damaged(
+    folder, abstract, state_at, monkeypatch, capsys
+):
+    """The page and sample.py read while a training saves the next one and deletes this."""
+    save(folder, state_at(20))
+    checkpoints = Checkpoints(folder, read_only=True)
+    read = Checkpoints._read
+
+    def spy(self, step, **items):
+        if step == 20 and (folder / "20").exists():
+            (folder / "20").rename(folder.parent / "elsewhere")
+            save(folder, state_at(40))
+        return read(self, step, **items)
+
+    monkeypatch.setattr(Checkpoints, "_read", spy)
+    assert_equal(checkpoints.restore(abstract), state_at(40))
+    assert capsys.readouterr().err == ""
+    checkpoints.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are POSIX's")
+def test_a_disk_that_takes_no_more_is_told_and_leaves_the_checkpoint_before(
+    folder, abstract, state_at
+):
+    """A limit on the size of files is as good as a full disk, to a write."""
+    import resource
+
+    wide = abstract._replace(params=abstract.params | {"wide": jnp.zeros((256, 1024))})
+    state = state_at(20)._replace(params=jax.tree.map(jnp.ones_like, wide.params))
+    save(folder, state_at(10), val_losses=[1.0])
+    checkpoints = Checkpoints(folder)
+    noise = np.random.default_rng(0).normal(size=(256, 1024)).astype("f")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        checkpoints.save(state._replace(params=state.params | {"wide": noise}), 2.0)
+        with pytest.raises(RunError, match=r"could not be saved in .*checkpoints \(.*too large"):
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in folder.iterdir()] == ["10"]
+    assert_equal(restore(folder, abstract, 10), state_at(10))

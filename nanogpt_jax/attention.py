@@ -15,14 +15,14 @@ from jax.sharding import Mesh, PartitionSpec
 from nanogpt_jax.config import ROW_AXES, ModelConfig
 
 ROTARY_BASE = 10_000
-WEIGHTS = "attention_weights"  # the Flax collection in which models leave them when it is asked for
+WEIGHTS = "attention_weights"  # the Flax collection in which a model leaves them, if asked to
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far; goes into the model and comes out of it."""
 
     length: jax.Array  # int32 scalar: tokens seen; the next one is written there, modulo S
-    k_BSHK: tuple[jax.Array, ...]  # one array a layer; what lies at `length` and past it is unused
+    k_BSHK: tuple[jax.Array, ...]  # one array a layer; entries from `length` on are unused
     v_BSHK: tuple[jax.Array, ...]
 
 
@@ -34,34 +34,30 @@ def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCac
 
 
 def rotate(x_BTHK, start=0):
-    """Return queries or keys turned by their positions: a score then knows how far apart they are.
+    """Rotate queries or keys by their positions, so that a score depends on their distance.
 
     Features k and k + K/2 of a head are a point in a plane, which turns by ROTARY_BASE^(-2k/K) with
-    each position. Angles are counted modulo a turn, in whole 2^-32 of one, so they are as exact at
-    a position of a billion as at 0.
+    each position.
 
     Args:
-        start: the first one's position.
+        start: position of the first one.
 
     Source: Su et al., "RoFormer", 2021.
     """
     _, T, _, K = x_BTHK.shape
-    turns_K = ROTARY_BASE ** (-2 / K * np.arange(K // 2)) / (2 * np.pi)
-    steps_K = (turns_K * 2**32).astype(np.uint32)
-    positions_T = (start + jnp.arange(T)).astype(jnp.uint32)
-    phases_TK = positions_T[:, None] * steps_K[None]  # modulo 2^32, as unsigned numbers are
-    angles_TK = phases_TK.astype(jnp.int32).astype(jnp.float32) * (np.pi / 2**31)
+    frequencies_K = ROTARY_BASE ** (-2 / K * np.arange(K // 2, dtype=np.float32))
+    angles_TK = (start + jnp.arange(T))[:, None] * frequencies_K[None]
     cos_TK, sin_TK = jnp.cos(angles_TK)[None, :, None], jnp.sin(angles_TK)[None, :, None]
     x, y = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([x * cos_TK - y * sin_TK, x * sin_TK + y * cos_TK], axis=-1)
-    return turned.astype(x_BTHK.dtype)
+    rotated = jnp.concatenate([x * cos_TK - y * sin_TK, x * sin_TK + y * cos_TK], axis=-1)
+    return rotated.astype(x_BTHK.dtype)
 
 
 def drop(array, rate: float, key):
-    """Return an array with elements dropped at this rate, the rest scaled up in their place.
+    """Drop elements at this rate and scale the rest up to keep the expected sum.
 
-    The mask is made once: without the barrier a compiler makes its random bits anew in each fusion
-    that reads it (on a TPU by its own estimate a third of `shakespeare`'s step).
+    The mask is computed once: without the barrier a compiler recomputes its random bits in each
+    fusion that reads it (by a TPU compiler's estimate, a third of `shakespeare`'s step).
     """
     keep = lax.optimization_barrier(jax.random.bernoulli(key, 1 - rate, array.shape))
     return jnp.where(keep, array / (1 - rate), 0)
@@ -74,15 +70,13 @@ def attention_weights(q_BTHK, k_BSHK, start=0):
 
     Args:
         start: position of the first query among the keys; the query in row t sees keys 0 to
-            start + t, so what a cache holds past that is never read.
+            start + t, so unused entries of a cache are never read.
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """
     (_, T, _, K), S = q_BTHK.shape, k_BSHK.shape[1]
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     scores_BHTS = scores_BHTS / K**0.5
-    # Past S all are seen, also where a cache has slid on for 2^31 tokens, and an int32 ran over.
-    start = jnp.minimum(jnp.asarray(start).astype(jnp.uint32), S).astype(jnp.int32)
     visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
     hidden = jnp.finfo(scores_BHTS.dtype).min
     scores_BHTS = jnp.where(visible_TS[None, None], scores_BHTS, hidden)
@@ -94,7 +88,7 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
 
     Args:
         start: see `attention_weights`.
-        dropout_rate: rate at which weights are dropped, where a dropout_key is given.
+        dropout_rate: of the weights, applied if a dropout_key is given.
     """
     weights_BHTS = attention_weights(q_BTHK, k_BSHK, start)
     if dropout_key is not None and dropout_rate > 0:
@@ -105,13 +99,13 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
 def fused_attention(
     q_BTHK, k_BTHK, v_BTHK, kernel: str, mesh: Mesh | None = None, interpret: bool = False
 ):
-    """Return what `attention` does for whole sequences without dropout, by one fused kernel.
+    """Compute what `attention` does for whole sequences without dropout, in one fused kernel.
 
-    Its scores never lie in memory, so it needs less of it and takes less time.
+    It never stores the scores, so it needs less memory and less time.
 
     Args:
         kernel: cudnn (NVIDIA) or splash (TPU).
-        mesh: over which rows and heads are shared out; the compiler cannot do that by itself.
+        mesh: splits rows and heads; the compiler cannot split a kernel by itself.
         interpret: run splash without a TPU, slowly.
     """
     work = {"cudnn": _cudnn, "splash": partial(_splash, interpret=interpret)}[kernel]
@@ -132,8 +126,7 @@ def _splash(q_BTHK, k_BTHK, v_BTHK, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second
 
     _, T, H, K = q_BTHK.shape
-    # The larger a piece of the context, the less is done twice; but blocks of a piece's size
-    # that are wholly masked are skipped.
+    # Larger blocks repeat less work, but only whole blocks that are masked can be skipped.
     size = next(size for size in (512, 384, 256, 128) if T % size == 0)
     sizes = splash.BlockSizes(
         **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), size),
@@ -143,5 +136,7 @@ def _splash(q_BTHK, k_BTHK, v_BTHK, interpret: bool):
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    y_BHTK = jax.vmap(kernel)(q_BHTK * jnp.asarray(K**-0.5, q_BHTK.dtype), k_BHTK, v_BHTK)
+    y_BHTK: jax.Array = jax.vmap(kernel)(
+        q_BHTK * jnp.asarray(K**-0.5, q_BHTK.dtype), k_BHTK, v_BHTK
+    )
     return y_BHTK.swapaxes(1, 2)

@@ -39,7 +39,7 @@ RMS_NORM_EPSILON = 1e-6
 
 
 class Compute(NamedTuple):
-    """How a program computes. Hashable, so it is a constant of the compiled program."""
+    """How a model computes. Hashable, so it is a constant of the compiled program."""
 
     dtype: Any = jnp.float32  # of activations and matrix products
     attention: str = "xla"  # or cudnn, splash
@@ -49,7 +49,7 @@ class Compute(NamedTuple):
 
 
 class Model(Protocol):
-    """What training and sampling need of a model: GPT, and each of the lecture's models."""
+    """What training and sampling need of a model: GPT is one, and so are the lecture's."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -61,14 +61,13 @@ class Model(Protocol):
 
 
 def shard_activations(x_BTD, mesh: Mesh | None):
-    """Pin the residual stream to the devices that hold its rows.
+    """Keep each row of the residual stream on the device that holds the row's tokens.
 
     Otherwise the compiler may follow a sharded embedding and give each device a part of D.
     """
     if mesh is None:
         return x_BTD
-    sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES))
-    return lax.with_sharding_constraint(x_BTD, sharding)
+    return lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
 
 
 def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
@@ -76,7 +75,7 @@ def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
 
     The result is that of `lax.dot_general`; but a weight's gradient would contract the two axes B
     and T at once, which XLA does slowly on CPU. Flattening them first makes the whole training step
-    1.6 times faster there, and is free elsewhere.
+    1.6 times faster there, and costs nothing elsewhere.
     """
     del dimension_numbers  # Dense always asks for just this contraction
     out = lax.dot(lhs.reshape(-1, lhs.shape[-1]), rhs, precision=precision, **kwargs)
@@ -95,8 +94,8 @@ def _dense(config: ModelConfig, dtype, features: int, name: str, std: float = IN
 
 
 def _projection(config: ModelConfig, dtype, name: str):
-    """Return the Dense layer whose output is added to the stream."""
-    # The stream sums 2 n_layer of these: its variance shall not grow with depth.
+    """Return a Dense layer whose output is added to the residual stream."""
+    # The stream sums 2 n_layer of these: its variance should not grow with depth.
     std = 0.0 if config.zero_init else INIT_STD / (2 * config.n_layer) ** 0.5
     return _dense(config, dtype, config.n_embd, name, std)
 
@@ -109,27 +108,26 @@ def _rms_norm(dtype, name: str | None = None) -> nn.RMSNorm:
 def _norm(config: ModelConfig, dtype, name: str | None = None) -> nn.LayerNorm | nn.RMSNorm:
     if config.norm == "rmsnorm":
         return _rms_norm(dtype, name)
-    # Mean and variance are in float32 whatever the dtype. The fast variance is E[x^2] - E[x]^2,
-    # which loses digits where the mean is large.
+    # Mean and variance are in float32 whatever the dtype. The fast variance, E[x^2] - E[x]^2, loses
+    # digits if the mean is large.
     return nn.LayerNorm(
         LAYER_NORM_EPSILON, dtype, use_bias=config.bias, use_fast_variance=False, name=name
     )
 
 
 class Dropout(nn.Module):
-    """Drop elements at a rate; nothing where it is deterministic."""
+    """Drop elements at a rate, unless the call is deterministic."""
 
     rate: float
 
     def __call__(self, x_BTD, deterministic: bool):
-        """Return x_BTD."""
         if deterministic or self.rate == 0:
             return x_BTD
         return drop(x_BTD, self.rate, self.make_rng("dropout"))
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, each position over itself and those before it."""
+    """Multi-head attention of each position to itself and those before it."""
 
     config: ModelConfig
     compute: Compute
@@ -153,23 +151,23 @@ class CausalSelfAttention(nn.Module):
         else:
             if cache is not None:
                 _, cached_k_BSHK, cached_v_BSHK = cache
-                slot = start % config.block_size  # a full cache forgets its oldest token
+                slot = start % config.block_size  # a full cache drops its oldest token
                 k_BSHK = lax.dynamic_update_slice_in_dim(cached_k_BSHK, k_BSHK, slot, axis=1)
                 v_BSHK = lax.dynamic_update_slice_in_dim(cached_v_BSHK, v_BSHK, slot, axis=1)
             drops = config.dropout > 0 and not deterministic
             key = self.make_rng("dropout") if drops else None
             y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, config.dropout, key)
-            if self.is_mutable_collection(WEIGHTS):  # someone looks, see inspection.py
+            if self.is_mutable_collection(WEIGHTS):  # the page shows them
                 self.sow(WEIGHTS, "weights_BHTS", attention_weights(q_BTHK, k_BSHK, start))
         y_BTD = _projection(config, compute.dtype, "c_proj")(y_BTHK.reshape(B, T, D))
         return Dropout(config.dropout)(y_BTD, deterministic), (k_BSHK, v_BSHK)
 
 
 class MLP(nn.Module):
-    """Two Dense layers with an activation between, at each position by itself.
+    """Two Dense layers with an activation between them, at each position by itself.
 
-    Source of ReLU squared: So et al., "Primer", 2021; of SwiGLU, where one half of the hidden layer
-    is a gate for the other: Shazeer, "GLU variants improve transformer", 2020.
+    Source of ReLU squared: So et al., "Primer", 2021; of SwiGLU, in which one half of the hidden
+    layer gates the other: Shazeer, "GLU variants improve transformer", 2020.
     """
 
     config: ModelConfig
@@ -177,7 +175,6 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
-        """Return y_BTD."""
         config, dtype = self.config, self.compute.dtype
         x_BTF = _dense(config, dtype, mlp_in_features(config), "c_fc")(x_BTD)
         if config.activation == "swiglu":
@@ -192,7 +189,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each reading the normalised stream and adding to the stream itself."""
+    """Attention, then MLP; each reads the normalised stream and adds to the stream itself."""
 
     config: ModelConfig
     compute: Compute
@@ -209,26 +206,27 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens in, logits of the token after each of them out. The loss is not the model's affair."""
+    """Tokens in, logits of the token after each of them out. The loss is not in the model."""
 
     config: ModelConfig
     compute: Compute = Compute()
 
     def setup(self):
-        config, dtype = self.config, self.compute.dtype
+        config, dtype, V = self.config, self.compute.dtype, self.config.vocab_size
+        assert V is not None, "the corpus fills in the size of the vocabulary"
         init = nn.initializers.normal(INIT_STD)
         # Rows are looked up in float32: a frequent token's gradient is a sum of very many.
-        self.wte = nn.Embed(config.vocab_size, config.n_embd, embedding_init=init)
+        self.wte = nn.Embed(V, config.n_embd, embedding_init=init)
         if config.positions == "learned":
             self.wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init)
         self.dropout = Dropout(config.dropout)
-        # With remat a block keeps its input only; argument 3 of its __call__ is deterministic.
+        # With remat a block keeps only its input; argument 3 of its __call__ is deterministic.
         block = nn.remat(Block, static_argnums=(3,)) if self.compute.remat else Block
         self.h = [block(config, self.compute) for _ in range(config.n_layer)]
         self.ln_f = _norm(config, dtype)
         if not config.tied_head:
             self.lm_head = nn.Dense(
-                config.vocab_size,
+                V,
                 use_bias=False,
                 dtype=dtype,
                 kernel_init=nn.initializers.zeros if config.zero_init else init,
@@ -240,11 +238,11 @@ class GPT(nn.Module):
 
         Args:
             tokens_BT: ids from 0 to vocab_size - 1. An id outside gives NaN, not an error: data is
-                checked where it is opened.
-            cache: None, or the tokens seen before these ones; it comes back with these added. Its
-                length and T together are block_size at the most, or live entries are overwritten.
-                With rotary positions one token at a time may follow a full cache without end: it
-                takes the place of the oldest.
+                checked when it is opened.
+            cache: None, or the tokens seen before these; it is returned with these added. Its
+                length plus T is at most block_size, or entries still in use are overwritten. With
+                rotary positions, single tokens may follow a full cache without limit: each
+                replaces the oldest.
             deterministic: without dropout; otherwise `rngs={"dropout": key}` is needed.
         """
         x_BTD, cache = self.hidden_states(tokens_BT, cache, deterministic=deterministic)

@@ -16,6 +16,7 @@ from jax import lax
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.data import Batch
 from nanogpt_jax.model import GPT, Compute, Model
+from nanogpt_jax.optim import Optimizer
 
 
 class TrainState(NamedTuple):
@@ -34,6 +35,7 @@ class Metrics(NamedTuple):
     loss: jax.Array  # mean cross-entropy of the update's batch before the update, nats per token
     grad_norm: jax.Array  # global norm of the gradient, before clipping
     skipped: jax.Array  # updates skipped so far, this one included
+    learning_rate: jax.Array
 
 
 def make_model(config: ModelConfig, compute: Compute | None = None) -> Model:
@@ -57,7 +59,7 @@ def init_params(model: Model, key) -> dict:
     return plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-def init_state(tx: optax.GradientTransformation, params) -> TrainState:
+def init_state(tx: Optimizer, params) -> TrainState:
     """Return the state before the first update of these parameters."""
     loss_scale = DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**16))
     return TrainState(jnp.int32(0), params, tx.init(params), loss_scale, jnp.int32(0))
@@ -100,7 +102,7 @@ def token_losses(model: Model, params, batch_BT1, dropout_key=None):
 
 
 def train_step(
-    model: Model, tx: optax.GradientTransformation, state: TrainState, batch_ABT1, key
+    model: Model, tx: Optimizer, state: TrainState, batch_ABT1, key
 ) -> tuple[TrainState, Metrics]:
     """Make one update from A micro-batches, one after another, so memory does not grow with A.
 
@@ -148,7 +150,8 @@ def train_step(
         probe = jnp.where(is_finite, 1.0, jnp.nan)
         loss_scale = loss_scale.value_and_grad(lambda x: x * probe)(jnp.float32(0)).dynamic_scale
         skipped += ~is_finite
-    metrics = Metrics(loss, grad_norm, skipped)
+    learning_rate = jnp.asarray(tx.learning_rate(state.step - state.skipped))
+    metrics = Metrics(loss, grad_norm, skipped, learning_rate)
     return TrainState(state.step + 1, params, opt_state, loss_scale, skipped), metrics
 
 

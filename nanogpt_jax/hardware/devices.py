@@ -1,55 +1,133 @@
-"""What the chip can do: the type of its arithmetic and the kernel of its attention.
+"""What this machine will do: the mesh, the dtype, the attention kernel, and whether it fits.
 
-The places that ask which platform this is are here; all else is told.
+Every decision that depends on the platform is made here.
 """
 
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import InputError, RunError
+from nanogpt_jax.hardware import chips, flops
+from nanogpt_jax.hardware.processes import ALONE, Processes
 from nanogpt_jax.model import Compute
+from nanogpt_jax.sharding import choose_sizes, make_mesh
 
-# What tells of a chip, whether JAX can use it or not. Source: jax/_src/hardware_utils.py.
+# Files that show a chip, whether JAX can use it or not. Source: jax/_src/hardware_utils.py.
 NVIDIA_FILES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")  # the second in containers, then WSL2's
 GOOGLE, TPUS = "0x1ae0", {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
-SPLASH_BLOCK = 128  # the splash kernel works on pieces of the context of this many positions
+SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 
 
-def choose(
+class Machine(NamedTuple):
+    """The devices of a run, and how they compute."""
+
+    mesh: Mesh
+    compute: Compute
+    reason: str  # why this dtype and kernel
+    idle_reason: str  # why some devices are not used
+    memory_bytes: int | None  # that a program can use on each device; None: unknown
+    chip: chips.Chip | None  # None: not in the table
+
+    @property
+    def device(self) -> str:
+        """Return the devices in words: "cpu", "8 x tpu: TPU v5 lite (data 8)"."""
+        return describe(self.mesh)
+
+    @property
+    def description(self) -> str:
+        """Return devices, dtype and kernel, and why, for the log."""
+        line = f"jax {jax.__version__} on {self.device}: {self.reason}"
+        if idle := jax.device_count() - self.mesh.size:
+            line += f"\n{idle} of {jax.device_count()} devices are idle: {self.idle_reason}"
+        return line
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s that the maker publishes for all devices together; None: unknown chip."""
+        return self.mesh.size * self.chip.device_flops if self.chip else None
+
+    def check_fits(self, step: jax.stages.Compiled, config: TrainConfig) -> str:
+        """Return a line about the memory that a compiled training step needs.
+
+        Raises:
+            RunError: it needs more than a device has; the message says what would help.
+        """
+        needed, limit = flops.needed_bytes(step), self.memory_bytes
+        of_limit = f" of {limit / 2**20:,.0f}" if limit else ""
+        line = f"a step needs {needed / 2**20:,.0f}{of_limit} MiB on each device"
+        if limit and needed > limit:
+            raise RunError(f"{line}: {memory_levers(config, self.compute)}")
+        return line
+
+
+def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
+    """Choose what a run computes on, and how.
+
+    Raises:
+        InputError: the machine cannot do what was requested by name, or surely cannot hold the
+            model.
+    """
+    if jax.process_count() != processes.count:
+        raise InputError(
+            f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "
+            "each of them, with --coordinator_address auto"
+        )
+    mesh = make_mesh(choose_sizes(config, jax.device_count(), use_all=processes.count > 1))
+    device = jax.local_devices()[0]
+    compute, reason = choose_compute(config.compute, config.model, device, mesh)
+    if config.eval_only:
+        needed = flops.least_sampling_bytes(config.model)
+    else:
+        needed = flops.least_training_bytes(config.model, config.optim.optimizer)
+    memory = memory_bytes(device)
+    flops.check_memory(
+        config.model,
+        needed,
+        memory,
+        mesh.shape["fsdp"] * mesh.shape["tensor"],
+        "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1",
+    )
+    idle_reason = "--mesh says so" if config.compute.mesh else "they do not divide --batch_size"
+    chip = chips.find(device.device_kind)
+    return Machine(mesh, compute, reason, idle_reason, memory, chip)
+
+
+def choose_compute(
     config: ComputeConfig, model: ModelConfig, device, mesh: Mesh | None = None
 ) -> tuple[Compute, str]:
-    """Return what a device shall do, and why, in words for the log.
+    """Return how a device computes a model, and why, in words for the log.
 
     Args:
         device: one of `jax.devices()`, or of a topology that is only compiled for.
 
     Raises:
-        InputError: what was asked for by name cannot be.
+        InputError: a dtype or a kernel requested by name is impossible here.
     """
     if model.architecture != "gpt":
         return _as_in_the_lecture(config, model, mesh)
-    dtype, reason = _choose_dtype(config.dtype, device)
-    attention, attention_reason = _choose_attention(config.attention, model, dtype, device)
+    dtype, dtype_reason = _choose_dtype(config.dtype, device)
+    attention, reason = _choose_attention(config.attention, model, dtype, device)
     compute = Compute(jnp.dtype(dtype), attention, config.remat, config.loss_chunks, mesh)
-    return compute, f"{dtype} ({reason}); attention by {attention} ({attention_reason})"
+    return compute, f"{dtype} ({dtype_reason}); attention by {attention} ({reason})"
 
 
 def _as_in_the_lecture(
     config: ComputeConfig, model: ModelConfig, mesh: Mesh | None
 ) -> tuple[Compute, str]:
     for name, only in ("dtype", "float32"), ("attention", "xla"), ("remat", False):
-        asked = getattr(config, name)
-        if asked not in (only, "auto"):
+        requested = getattr(config, name)
+        if requested not in (only, "auto"):
             raise InputError(
-                f"{name} must be {only} for architecture {model.architecture}, a step of the "
-                f"lecture, but is {asked}"
+                f"{name} must be {only} for architecture {model.architecture}, one of the "
+                f"lecture's models, got {requested}: leave --{name} out"
             )
     compute = Compute(loss_chunks=config.loss_chunks, mesh=mesh)
     return compute, "float32, and attention written out, as in the lecture"
@@ -65,13 +143,13 @@ def describe(mesh: Mesh) -> str:
 
 
 def warn_of_unused_chip(root: Path = Path("/")) -> None:
-    """Say so on standard error where a GPU or TPU seems to be there, but JAX computes on the CPU.
+    """Warn if a GPU or TPU seems to be present, but JAX computes on the CPU.
 
-    To be called before JAX looks for devices itself. Nothing is said where JAX_PLATFORMS names the
-    platform, or CUDA_VISIBLE_DEVICES hides the GPU: then it is meant so.
+    Call it before JAX looks for devices. It is silent if JAX_PLATFORMS names the platform or
+    CUDA_VISIBLE_DEVICES hides the GPU: that was deliberate.
 
     Args:
-        root: of the file system that is looked at.
+        root: of the file system that is searched.
     """
     if jax.config.jax_platforms:
         return
@@ -82,21 +160,21 @@ def warn_of_unused_chip(root: Path = Path("/")) -> None:
         chip, extra = "a TPU", "'.[tpu]'"
     else:
         return
-    # JAX says as much, but not what to do; what else went wrong it shall say.
+    # JAX warns too, but does not say what to do; its other warnings still appear.
     logging.getLogger("jax._src.xla_bridge").addFilter(
         lambda record: "may be present" not in record.getMessage()
     )
     if jax.default_backend() == "cpu":
         print(
-            f"*** {chip} seems to be here, but JAX computes on the CPU: pip install -e {extra} "
-            "in this environment lets it use the chip; JAX_PLATFORMS=cpu in front says that the "
-            "CPU is meant ***",
+            f"*** {chip} seems to be present, but JAX computes on the CPU: pip install -e {extra} "
+            "in this environment lets JAX use it; JAX_PLATFORMS=cpu in front of the command says "
+            "that you want the CPU ***",
             file=sys.stderr,
         )
 
 
 def _pci_id(device: Path) -> str:
-    """Return the number of a device of Google's, which makes network cards too; "" of others."""
+    """Return the id of one of Google's devices, who makes network cards too; "" of others."""
     try:
         is_googles = (device / "vendor").read_text().strip() == GOOGLE
         return (device / "device").read_text().strip() if is_googles else ""
@@ -105,7 +183,7 @@ def _pci_id(device: Path) -> str:
 
 
 def memory_bytes(device) -> int | None:
-    """Return the memory that programs can have on a device; None where nothing tells."""
+    """Return the memory that programs can use on a device; None if unknown."""
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit
     if device.platform != "cpu" or not hasattr(os, "sysconf"):
@@ -119,27 +197,27 @@ def memory_levers(config: TrainConfig, compute: Compute) -> str:
     levers = [
         (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
         (is_gpt and not compute.remat, "--remat"),
-        (is_gpt and compute.dtype == jnp.float32, "a --dtype of 16 bits"),
+        (is_gpt and compute.dtype == jnp.float32, "--dtype bfloat16"),
         (compute.loss_chunks == 1 < config.model.block_size, "--loss_chunks"),
         (True, "a smaller model"),
     ]
-    *most, last = [text for applies, text in levers if applies]
-    return f"take {', '.join(most)}, or {last}" if most else f"take {last}"
+    *others, last = [text for applies, text in levers if applies]
+    return f"try {', '.join(others)}, or {last}" if others else f"try {last}"
 
 
 def _capability(device) -> float:
-    """Return an NVIDIA GPU's compute capability, like 7.5 for a T4; 0 for all else."""
+    """Return an NVIDIA GPU's compute capability, like 7.5 for a T4; 0 for anything else."""
     try:
         return float(device.compute_capability)
     except (AttributeError, ValueError):  # not a GPU; AMD's are named, like gfx942
         return 0.0
 
 
-def _choose_dtype(asked: str, device) -> tuple[str, str]:
-    if asked != "auto":
-        return asked, "as asked"
+def _choose_dtype(requested: str, device) -> tuple[str, str]:
+    if requested != "auto":
+        return requested, "as requested"
     if device.platform == "tpu":
-        return "bfloat16", "a TPU's own type"
+        return "bfloat16", "a TPU's native type"
     if device.platform != "gpu":
         return "float32", f"the fastest on a {device.platform}"
     capability = _capability(device)
@@ -148,27 +226,29 @@ def _choose_dtype(asked: str, device) -> tuple[str, str]:
     if capability:
         why = f"compute capability {capability} has no bfloat16"
         return "float32", f"{why}; --dtype float16 is faster here"
-    return "float32", "this GPU is not NVIDIA's; try --dtype bfloat16"
+    return "float32", "not an NVIDIA GPU; try --dtype bfloat16"
 
 
-def _choose_attention(asked: str, model: ModelConfig, dtype: str, device) -> tuple[str, str]:
-    if asked == "xla":
-        return "xla", "as asked"
-    if asked == "auto":
-        wanted = {"gpu": "cudnn", "tpu": "splash"}.get(device.platform)
-        if wanted is None:
+def _choose_attention(
+    requested: str, model: ModelConfig, dtype: str, device
+) -> tuple[str, str]:
+    if requested == "xla":
+        return "xla", "as requested"
+    if requested == "auto":
+        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(device.platform)
+        if kernel is None:
             return "xla", f"the only one on a {device.platform}"
-        lacking = _lacking(wanted, model, dtype, device)
-        return ("xla", f"{wanted} needs {lacking}") if lacking else (wanted, "made for this chip")
-    if lacking := _lacking(asked, model, dtype, device):
+        lacking = _lacking(kernel, model, dtype, device)
+        return ("xla", f"{kernel} needs {lacking}") if lacking else (kernel, "made for this chip")
+    if lacking := _lacking(requested, model, dtype, device):
         raise InputError(
-            f"attention {asked} needs {lacking}; --attention auto takes what fits here"
+            f"attention {requested} needs {lacking}; --attention auto chooses what works here"
         )
-    return asked, "as asked"
+    return requested, "as requested"
 
 
 def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
-    """Return what a kernel needs and does not have here; None if it can serve."""
+    """Return what a kernel needs and does not have here; None if it can be used."""
     head_size = model.n_embd // model.n_head
     capability = _capability(device)
     platform = {"cudnn": "gpu", "splash": "tpu"}[kernel]
@@ -188,7 +268,7 @@ def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
     if capability < 8.0:
         return f"compute capability 8.0, but this is {capability or 'not an NVIDIA GPU'}"
     if dtype == "float32":
-        return "a type of 16 bits, but this is float32"
+        return "a 16-bit dtype, but this is float32"
     if head_size % 8 or head_size > largest:
         return f"a head size up to {largest} that is a multiple of 8, but it is {head_size}"
     return None

@@ -1,11 +1,11 @@
-"""The folder of a run: where it lies, what it holds, whether a run may go on in it. No JAX.
+"""The folder of a run: where it is, what it holds, whether a run may resume in it. No JAX.
 
-out/small/config.json      all that was asked, with versions and device
+out/small/config.json      the whole request, with versions and device
           metrics.jsonl    one JSON object a line
-          loss.png         the loss's picture
-          tokenizer.json   what decodes the model's tokens
+          loss.png         the picture of the loss
+          tokenizer.json   decodes the model's tokens
           checkpoints/     Orbax: the newest and the best
-          tensorboard/ and wandb/ where they were asked for
+          tensorboard/ and wandb/ if requested
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nanogpt_jax import files
 from nanogpt_jax.config import (
+    PRESETS,
     ComputeConfig,
     ModelConfig,
     TrainConfig,
@@ -25,13 +26,13 @@ from nanogpt_jax.config import (
     field_types,
     to_flat_dict,
 )
-from nanogpt_jax.corpora import tokenizer
+from nanogpt_jax.corpora import SHAKESPEARE, Corpus, tokenizer
 from nanogpt_jax.errors import InputError, reading
 
 OUT = Path("out")
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
-# What may change from one start of a run to the next: it does not touch the updates themselves.
+# What may change from one start of a run to the next: it does not affect the updates themselves.
 FREE_FIELDS = {
     "config", "out_dir", "dataset", "data_dir", "tokenizer", "max_iters", "eval_interval",
     "eval_first", "log_interval", "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache",
@@ -41,28 +42,31 @@ FREE_FIELDS = {
 }  # fmt: skip
 
 
-def choose(config: TrainConfig, dataset_name: str, default_dataset: str) -> Path:
-    """Return the run's folder: --out_dir, else out/CONFIG, with the dataset where it is another."""
+def choose(config: TrainConfig, corpus: Corpus) -> Path:
+    """Return the run's folder: --out_dir, else out/CONFIG, with the dataset if it is not usual."""
     if config.out_dir is not None:
         return Path(config.out_dir)
     path = Path(config.config)
-    if path.name == CONFIG:  # a run's own: go on with it
+    if path.name == CONFIG:  # a run's own: resume it
         return path.parent
-    name = path.stem
-    return OUT / (name if dataset_name == default_dataset else f"{name}-{dataset_name}")
+    usual = PRESETS[config.config]().dataset if config.config in PRESETS else None
+    is_usual = corpus.name == (usual or SHAKESPEARE)
+    return OUT / (path.stem if is_usual else f"{path.stem}-{corpus.name}")
 
 
 def check_usable(folder: Path) -> None:
-    """Check that a folder can be made or written and is free or holds a run, without making it.
+    """Check that a folder can be created or written and is empty or holds a run.
 
     Raises:
         InputError: see `files.check_writable`; or it holds other things.
     """
     files.check_writable(folder)
-    others = [path for path in folder.glob("*") if path.suffix != ".partial"]  # left by a kill
+    leftovers = (".partial", ".lock")
+    others = [path for path in folder.glob("*") if path.suffix not in leftovers]
     if others and not (folder / CONFIG).exists():
         raise InputError(
-            f"out_dir must be empty or hold a run, but {folder} has no {CONFIG}: name another"
+            f"out_dir must be empty or hold a run, but {folder} has files and no {CONFIG}: choose "
+            "another folder"
         )
 
 
@@ -70,26 +74,28 @@ def check_room(folder: Path, checkpoint_bytes: int) -> None:
     """Check that the disk has room for the newest checkpoint, the best, and one being written.
 
     Raises:
-        InputError: it has not, those that are there already counted in.
+        InputError: it has not, even counting those that exist.
     """
     checkpoints = folder / CHECKPOINTS
     counted = [checkpoints / str(step) for step in saved_steps(checkpoints)]
-    there = sum(path.stat().st_size for step in counted for path in step.rglob("*"))
+    existing = sum(path.stat().st_size for step in counted for path in step.rglob("*"))
     usage = shutil.disk_usage(files.check_place(checkpoints, "out_dir"))
-    free = usage.free
-    if usage.total and there + free < 3 * checkpoint_bytes:  # 0 where the system does not know
+    if usage.total and existing + usage.free < 3 * checkpoint_bytes:  # 0 if the system can't tell
         raise InputError(
             f"out_dir must have room for three checkpoints of {checkpoint_bytes / 2**20:,.1f} MiB "
-            f"(newest, best, and one being written), but on the disk of {folder} only "
-            f"{free / 2**20:,.1f} MiB are free: make room, or name another --out_dir"
+            f"(newest, best, and one being written), but the disk of {folder} has only "
+            f"{usage.free / 2**20:,.1f} MiB free: make room, or choose another --out_dir"
         )
 
 
-def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
-    """Return whether a run that fits `config` lies in the folder, False if there is none.
+def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
+    """Return whether the folder holds a run that fits `config`; False if it holds none.
 
-    A run without a checkpoint is none: nothing is lost when it starts with other fields, after
-    it ran out of memory, say.
+    A run without a checkpoint does not count: nothing is lost when it starts with other fields,
+    for example after it ran out of memory.
+
+    Args:
+        fingerprint: of the corpus's tokens.
 
     Raises:
         InputError: the folder holds something else, or a run that differs; fields are named.
@@ -97,26 +103,26 @@ def check_resumable(folder: Path, config: TrainConfig, fingerprint: str) -> bool
     check_usable(folder)
     if not (folder / CONFIG).exists():
         return False
-    # A field that the run does not name is younger than the run, which had today's default.
-    begun = to_flat_dict(TrainConfig()) | read_config(folder)
+    # A field that the run does not name is newer than the run, which had today's default.
+    old = to_flat_dict(TrainConfig()) | read_config(folder)
     if not has_checkpoint(folder):
         return False
     differing = [
-        f"{name} {begun.get(name)!r} -> {value!r}"
+        f"{name} {old.get(name)!r} -> {value!r}"
         for name, value in to_flat_dict(config).items()
-        if name not in FREE_FIELDS and begun.get(name) != value
+        if name not in FREE_FIELDS and old.get(name) != value
     ]
-    if begun.get("made_with", {}).get("dataset_fingerprint") != fingerprint:
-        names = f"{begun.get('dataset')!r} -> {config.dataset!r}"
-        is_same = begun.get("dataset") == config.dataset
+    if old.get("made_with", {}).get("dataset_fingerprint") != fingerprint:
+        names = f"{old.get('dataset')!r} -> {config.dataset!r}"
+        is_same = old.get("dataset") == config.dataset
         name = "the dataset's tokens" if is_same else f"dataset {names}"
         differing.insert(0, f"{name}, another text or tokenizer")
     if differing:
-        follows = begun.get("lr_decay_iters") != config.optim.lr_decay_iters
-        hint = " (lr_decay_iters is max_iters where it is not given)" if follows else ""
+        follows = old.get("lr_decay_iters") != config.optim.lr_decay_iters
+        hint = " (lr_decay_iters defaults to max_iters)" if follows else ""
         raise InputError(
-            f"{folder} holds a run that differs: {'; '.join(differing)}. Take those back to go on "
-            f"with it, --out_dir for a new place, or --overwrite to delete it and start anew{hint}"
+            f"{folder} holds a run that differs: {'; '.join(differing)}. Undo these to resume it, "
+            f"choose another --out_dir, or start over with --overwrite, which deletes it{hint}"
         )
     return True
 
@@ -127,7 +133,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, the newest first.
+    """Return the steps of the checkpoints in a folder, newest first.
 
     One cut off by a kill has a longer name, and an empty folder is none.
     """
@@ -139,18 +145,23 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes from training in it meanwhile.
+    """Create the folder, and keep other processes from training in it meanwhile.
 
     Raises:
-        InputError: it cannot be made, or another process is training there.
+        InputError: it cannot be created, or another process is training there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"out_dir: {folder} cannot be made ({error.strerror})") from None
+        raise InputError(
+            f"out_dir: {folder} cannot be created ({error.strerror}): choose another folder"
+        ) from None
 
     def refuse() -> None:
-        raise InputError(f"{folder} is being trained by another process: wait for it") from None
+        raise InputError(
+            f"{folder} is being trained by another process: wait for it, or choose another "
+            "--out_dir"
+        ) from None
 
     with files.locked(folder, refuse):
         try:
@@ -160,29 +171,31 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def begin(folder: Path, config: TrainConfig, fingerprint: str, made_with: dict) -> None:
-    """Make the folder, or bring its config.json up to what was asked now."""
+def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:
+    """Create the folder, or update its config.json to the current request."""
     folder.mkdir(parents=True, exist_ok=True)
     files.delete_partials(folder)
-    facts = {**made_with, "dataset_fingerprint": fingerprint}
-    files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": facts})
+    files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": made_with})
 
 
-def wait_until_seen(folder: Path, seconds: float = 60) -> None:
-    """Wait until a folder that the first process has begun is seen here too.
+def wait_until_visible(folder: Path, seconds: float = 60) -> None:
+    """Wait until a folder that the first process has begun is visible here too.
 
     Raises:
-        InputError: it is not, within a time in which a network's file system notices.
+        InputError: it is not, within a time in which a network file system would show it.
     """
     deadline_s = time.monotonic() + seconds
     while not (folder / CONFIG).exists():
         if time.monotonic() > deadline_s:
-            raise InputError(f"out_dir must be shared by all processes, but {folder} is not here")
+            raise InputError(
+                f"out_dir must be shared by all processes, but {folder} does not exist here: "
+                "choose a folder on a shared file system"
+            )
         time.sleep(0.5)
 
 
 def delete(folder: Path) -> None:
-    """Delete a run's files for --overwrite, and nothing else that lies beside them.
+    """Delete a run's files, for --overwrite, and nothing else in the folder.
 
     Raises:
         InputError: the folder holds files, but no run.
@@ -197,14 +210,14 @@ def delete(folder: Path) -> None:
 
 
 def newest() -> Path:
-    """Return the run below out/ with the newest checkpoint.
+    """Return the run under out/ with the newest checkpoint.
 
     Raises:
         InputError: there is none.
     """
     runs = [path.parent for path in OUT.glob(f"*/{CHECKPOINTS}") if has_checkpoint(path.parent)]
     if not runs:
-        raise InputError(f"no run lies under {OUT}/ yet: train one with `python train.py`")
+        raise InputError(f"there is no run under {OUT}/ yet: train one with `python train.py`")
     return max(runs, key=lambda run: (run / CHECKPOINTS).stat().st_mtime)
 
 
@@ -212,12 +225,12 @@ def read_model_config(folder: Path) -> ModelConfig:
     """Return the shape of a run's model.
 
     Raises:
-        InputError: the folder holds no run, or none of a shape that can be.
+        InputError: the folder holds no run, or its shape is impossible.
     """
-    begun = read_config(folder)
+    config = read_config(folder)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     try:
-        model = ModelConfig(**{name: begun[name] for name in names & begun.keys()})
+        model = ModelConfig(**{name: config[name] for name in names & config.keys()})
         if model.vocab_size is None:
             raise InputError("vocab_size must be a whole number, got None")
     except InputError as error:
@@ -226,26 +239,27 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def read_config(folder: Path) -> dict:
-    """Return what a run was asked for: TrainConfig's fields, flat, and made_with.
+    """Return a run's request: TrainConfig's fields, flat, and made_with.
 
     Raises:
-        InputError: the folder holds no run, or a field has a value that it cannot have.
+        InputError: the folder holds no run, or a field has an impossible value.
     """
     path = folder / CONFIG
     with reading(path, "a run's configuration"):
         if not path.exists():
-            raise InputError(f"out_dir must hold a run, but there is no {path}")
+            raise InputError(f"{folder} is not a run: there is no {path}")
         loaded = files.read_json(path)
+    types = field_types(TrainConfig)
     ours = (
         isinstance(loaded, dict)
         and isinstance(loaded.get("made_with"), dict)
-        and loaded.keys() <= {*field_types(TrainConfig), "made_with"}
+        and loaded.keys() <= {*types, "made_with"}
     )
     if not ours:
-        raise InputError(f"{path}: must be a run's configuration, but was made by something else")
+        raise InputError(f"{path}: must be a run's configuration, but another program wrote it")
     try:
         for name in loaded.keys() - {"made_with"}:
-            check_value(name, field_types(TrainConfig)[name], loaded[name])
+            check_value(name, types[name], loaded[name])
     except InputError as error:
         raise InputError(f"{path}: must be a run's configuration, but {error}") from None
     return loaded

@@ -1,77 +1,78 @@
-"""What a run tells while it goes on: the progress bar, metrics.jsonl, the picture of its loss."""
+"""What a run reports while it trains: the progress bar, metrics.jsonl, the picture of its loss."""
 
 import json
 import math
 import os
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
-import jax
 import numpy as np
 from tqdm.auto import tqdm
 
 from nanogpt_jax import files
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.corpora.tokenizer import bits_per_byte
+from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.hardware.flops import train_flops_per_token
-from nanogpt_jax.optim import learning_rate_schedule
+from nanogpt_jax.hardware import train_flops_per_token
 from nanogpt_jax.run.folder import METRICS, PICTURE
 from nanogpt_jax.run.loggers import Logger, open_loggers
 from nanogpt_jax.run.plots import draw, read_metrics
 from nanogpt_jax.steps import Metrics
 
-REDRAW_S = 60
-RATES_BLOCK = 2**16  # learning rates that are computed at once
-MOST_SKIPPED = 50  # updates in a row: the loss scale was halved each time
+REDRAW_S, SHOW_S = 60, 1
+MAX_SKIPPED = 50  # updates in a row: the loss scale was halved each time
 
 
-def loss_in_words(val_loss: float, bytes_per_token: float | None) -> str:
-    """Return a validation loss as it is told: "val loss 1.9180 (2.767 bits per byte)"."""
+def describe_loss(val_loss: float, bytes_per_token: float | None) -> str:
+    """Return a validation loss in words: "val loss 1.9180 (2.767 bits per byte)"."""
     if not bytes_per_token:
         return f"val loss {val_loss:.4f}"
     return f"val loss {val_loss:.4f} ({bits_per_byte(val_loss, bytes_per_token):.3f} bits per byte)"
 
 
 class Diverged(RunError):
-    """The loss or the gradient is no longer finite; no update was made of it, nothing saved."""
+    """The loss or the gradient is no longer finite; that update was skipped and nothing saved."""
 
 
 class Progress:
-    """Reports a run's dispatches one behind, so that the device never waits for the host.
+    """Reports a run's updates one behind, so that the device never waits for the host.
 
     Args:
-        begun_at: the step of the checkpoint that the run goes on from; None of a new run.
-        skipped: updates skipped until then.
-        is_first: of several processes one writes files and shows the bar.
-        peak_flops: FLOP/s that the makers promise of all devices together; None of a chip that is
-            not in chips.py, of which no MFU is told.
-        bytes_per_token: of the validation split, for bits per byte; None where it is not known.
+        resumed_at: the step of the checkpoint that the run resumes from; None for a new run.
+        skipped: updates skipped before that.
+        learning_rate: of the first update.
+        evaluates_first: an evaluation is due at the step that the run resumes from.
+        is_first: only one of several processes writes files and shows the bar.
+        peak_flops: FLOP/s that the makers publish for all devices together; None for an unknown
+            chip: no MFU is shown.
+        bytes_per_token: of the validation split, for bits per byte; None if unknown.
     """
 
     def __init__(
         self,
         folder: Path,
         config: TrainConfig,
-        begun_at: int | None,
+        resumed_at: int | None,
         skipped: int = 0,
+        learning_rate: float = 0.0,
+        evaluates_first: bool = False,
         is_first: bool = True,
         peak_flops: float | None = None,
         bytes_per_token: float | None = None,
     ):
         self.folder, self.config, self.bytes_per_token = folder, config, bytes_per_token
-        self.steps_per_s = 0.0  # of the last dispatch that was reported
-        self.train_loss = None
-        self.skipped = skipped  # a skipped update does not advance the learning rate's schedule
+        self.steps_per_s = 0.0
+        self.train_loss, self.learning_rate, self.skipped = None, learning_rate, skipped
         self._skipped_in_a_row = 0
-        # A run that was killed may have logged past the checkpoint it goes on from.
-        start_step = -1 if begun_at is None else begun_at
+        # A run that was killed may have logged past the checkpoint that it resumes from.
+        start_step = -1 if resumed_at is None else resumed_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        was_stopped = bool(rows) and rows[-1]["step"] == begun_at and "val_loss" not in rows[-1]
-        if was_stopped and self.evaluation_due(begun_at):
-            self.train_loss = rows.pop().get("train_loss")  # logged again, when it is evaluated
+        if rows and rows[-1]["step"] == resumed_at:
+            self.train_loss = rows[-1].get("train_loss")
+            self.learning_rate = rows[-1].get("lr", learning_rate)
+            if evaluates_first and "val_loss" not in rows[-1]:
+                rows.pop()  # a signal stopped its evaluation; it is logged again with its loss
         self._is_first = is_first
         self._mfu_per_step_s = None
         if peak_flops is not None:
@@ -82,154 +83,136 @@ class Progress:
             files.write_atomically(folder / METRICS, kept.encode())
         path = folder / METRICS if is_first else Path(os.devnull)
         self._file = path.open("a", encoding="utf-8")
-        self._loggers = open_loggers(config, folder, begun_at) if is_first else []
+        self._loggers = open_loggers(config, folder, resumed_at) if is_first else []
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
-        self._evaluated_at = {row["step"] for row in rows if "val_loss" in row}
         self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
-        self._begun_s = self._last_done_s = self._drawn_s = time.perf_counter()
-        self._pending = None
-        schedule = jax.jit(learning_rate_schedule(config.optim, config.max_iters))
-        # A chip would compute a single one only when the dispatch at hand is done.
-        self._rates_of = lru_cache(1)(
-            lambda block: np.asarray(schedule(RATES_BLOCK * block + np.arange(RATES_BLOCK)))
-        )
+        self._start_s = self._drawn_s = self._shown_s = time.perf_counter()
+        self._pending: tuple[int, Metrics] | None = None
+        self._timed_from: tuple[int, float] | None = None  # step and time that speed counts from
         self._bar = tqdm(
-            initial=begun_at or 0,
+            initial=resumed_at or 0,
             total=config.max_iters,
             unit="step",
-            # No bar where standard error is a file: there the lines below serve.
+            # No bar if standard error is a file: there the lines below serve.
             disable=None if is_first else True,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
             "[{elapsed}, {remaining} left{postfix}]",
         )
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print a line above the progress bar."""
         self._bar.write(line)
 
-    def dispatched(self, step: int, n_steps: int, launched_s: float, metrics: Metrics) -> None:
-        """Note that n_steps from `step` on were dispatched, and report the dispatch before.
-
-        Args:
-            launched_s: `time.perf_counter()` before the dispatch.
-            metrics: of shape (N,), the first n_steps filled; not waited for yet.
-        """
-        self.catch_up()
-        self._pending = step, n_steps, launched_s, metrics
-
-    def catch_up(self) -> None:
-        """Wait for what was dispatched, and report it.
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Note the metrics of an update that was just dispatched, and report the one before.
 
         Raises:
-            Diverged: a loss is not finite.
+            Diverged: the loss of the update before is not finite.
+        """
+        self.flush()
+        if self._timed_from is None:
+            self._timed_from = step - 1, time.perf_counter()
+        self._pending = step, metrics
+
+    def flush(self, is_evaluated: bool = False) -> None:
+        """Wait for the update that was dispatched last, and report it.
+
+        Args:
+            is_evaluated: an evaluation of this step follows, whose row has its metrics too.
+
+        Raises:
+            Diverged: its loss is not finite.
         """
         if self._pending is None:
             return
-        first, n_steps, launched_s, metrics = self._pending
-        self._pending = None
-        losses, grad_norms, skipped = (np.asarray(metric)[:n_steps] for metric in metrics)
-        done_s = time.perf_counter()
-        self.steps_per_s = n_steps / (done_s - max(launched_s, self._last_done_s))
-        self._last_done_s = done_s
-        for i, step in enumerate(range(first + 1, first + 1 + n_steps)):
-            loss, grad_norm, is_skipped = losses[i], grad_norms[i], skipped[i] > self.skipped
-            self.skipped = int(skipped[i])
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
-            if self._skipped_in_a_row > MOST_SKIPPED:
-                raise self._diverged(f"float16 overflowed in {MOST_SKIPPED} updates", step)
-            if not is_skipped and not (np.isfinite(loss) and np.isfinite(grad_norm)):
-                raise self._diverged(f"loss {loss} and gradient norm {grad_norm}", step)
-            if np.isfinite(loss):
-                self.train_loss = float(loss)
-            if step % self.config.log_interval == 0 and not self.evaluation_due(step):
-                self._log(step)
-        tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
-        mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
-        self._bar.set_postfix_str(
-            f"loss {self.train_loss or math.nan:.3f}, {tokens_per_s:,.0f} tokens/s{mfu}"
-            f"{self._skips()}",
-            refresh=False,
-        )
-        self._bar.update(n_steps)
+        (step, metrics), self._pending = self._pending, None
+        loss, grad_norm, skipped, learning_rate = (np.asarray(metric) for metric in metrics)
+        is_skipped, self.skipped = skipped > self.skipped, int(skipped)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        self.learning_rate = float(learning_rate)
+        if self._skipped_in_a_row > MAX_SKIPPED:
+            raise self._diverged(f"float16 overflowed in {MAX_SKIPPED} updates", step)
+        if not is_skipped and not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            raise self._diverged(f"loss {loss} and gradient norm {grad_norm}", step)
+        if np.isfinite(loss):
+            self.train_loss = float(loss)
+        assert self._timed_from is not None
+        from_step, from_s = self._timed_from
+        now_s = time.perf_counter()
+        self.steps_per_s = (step - from_step) / (now_s - from_s)
+        if step % self.config.log_interval == 0:
+            self._timed_from = step, now_s
+            if not is_evaluated:
+                self._write_row(step)
+            self._bar.set_postfix_str(self._postfix(), refresh=False)
+        self._bar.update()
 
     def _diverged(self, what: str, step: int) -> Diverged:
         return Diverged(
-            f"training diverged at step {step}: {what}, learning rate {self._rate(step):.3g}. "
-            "Start anew (--overwrite) with a lower --learning_rate or a longer --warmup_iters; the "
+            f"training diverged at step {step}: {what}, learning rate {self.learning_rate:.3g}. "
+            "Start over (--overwrite) with a lower --learning_rate or more --warmup_iters; the "
             f"checkpoints in {self.folder} are from before"
         )
 
-    def _rate(self, step: int) -> float:
-        """Return the learning rate of the update that made a step."""
-        update = max(0, step - 1 - self.skipped)
-        return float(self._rates_of(update // RATES_BLOCK)[update % RATES_BLOCK])
-
-    def evaluation_due(self, step: int) -> bool:
-        """Return whether a step is followed by an evaluation: each eval_interval, and the last.
-
-        Step 0 too, where it is asked for.
-        """
-        if step == 0:
-            return self.config.eval_first
-        return step % self.config.eval_interval == 0 or step == self.config.max_iters
-
     def evaluating(self, share: float) -> None:
         """Show which share of an evaluation is done."""
-        self._bar.set_postfix_str(f"evaluating: {share:.0%}")
+        if time.perf_counter() - self._shown_s > SHOW_S:
+            self._shown_s = time.perf_counter()
+            self._bar.set_postfix_str(f"evaluating: {share:.0%}")
 
-    def evaluation_stopped(self, step: int) -> None:
-        """Log a step whose evaluation a signal stopped, to be made when the run goes on."""
-        self._log(step)
-
-    def is_evaluated(self, step: int) -> bool:
-        """Return whether a step was evaluated already, perhaps by an earlier process."""
-        return step in self._evaluated_at
-
-    def evaluated(self, step: int, val_loss: float) -> None:
-        """Report an evaluation; `catch_up` comes before it.
+    def evaluated(self, step: int, val_loss: float | None) -> None:
+        """Report an evaluation; None: a signal stopped it, and it is repeated after resuming.
 
         Raises:
             Diverged: the loss is not finite.
         """
+        self._timed_from = None  # an evaluation does not count as training
+        if val_loss is None:
+            self._write_row(step)
+            return
         if not math.isfinite(val_loss):
             raise self._diverged(f"validation loss {val_loss}", step)
         is_best = self.best is None or val_loss < self.best[0]
         if is_best and step > 0:
             self.best = val_loss, step
-        self._evaluated_at.add(step)
-        self._log(step, val_loss)
+        self._write_row(step, val_loss)
         train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
         speed = self.steps_per_s * self.config.tokens_per_iter
-        shown = f", {speed:,.0f} tokens/s" if speed else ""
-        best = "" if is_best else f" (best {self.best[0]:.4f} at step {self.best[1]})"
-        loss = loss_in_words(val_loss, self.bytes_per_token)
-        self.say(f"step {step:6d}: {train}{loss}{best}{shown}{self._skips()}")
-        now_s = time.perf_counter()
-        if now_s - self._drawn_s > REDRAW_S:
+        speed = f", {speed:,.0f} tokens/s" if speed else ""
+        best = f" (best {self.best[0]:.4f} at step {self.best[1]})" if not is_best else ""
+        loss = describe_loss(val_loss, self.bytes_per_token)
+        self.print(f"step {step:6d}: {train}{loss}{best}{speed}{self._skips()}")
+        if time.perf_counter() - self._drawn_s > REDRAW_S:
             self._draw()
-            self._drawn_s = now_s
+            self._drawn_s = time.perf_counter()
 
     def mfu(self) -> float | None:
-        """Return the share of the peak that the last dispatch reached; None of an unknown chip.
+        """Return the share of the peak FLOP/s reached; None for an unknown chip.
 
-        0 before the first dispatch, and of a model that multiplies no matrices: not told.
+        0 before the first update, and for a model that multiplies no matrices: not shown.
         """
         return None if self._mfu_per_step_s is None else self._mfu_per_step_s * self.steps_per_s
 
     def elapsed_s(self) -> float:
-        """Return the seconds of this run, earlier starts included."""
-        return self._elapsed_before_s + time.perf_counter() - self._begun_s
+        """Return the seconds that the run has trained, earlier starts included."""
+        return self._elapsed_before_s + time.perf_counter() - self._start_s
 
     def close(self) -> None:
-        """End the bar and the file, and draw the picture."""
+        """Close the bar and the files, and draw the picture."""
         self._bar.close()
         try:
             self._file.close()
-        finally:  # even where the disk took no more
+        finally:  # even if the disk is full
             self._draw()
-            self._tell(lambda logger: logger.close())
+            self._notify(lambda logger: logger.close())
+
+    def _postfix(self) -> str:
+        mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
+        tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
+        loss = math.nan if self.train_loss is None else self.train_loss
+        return f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s{mfu}{self._skips()}"
 
     def _skips(self) -> str:
         return f", skipped updates: {self.skipped}" if self.skipped else ""
@@ -239,32 +222,32 @@ class Progress:
             return
         try:
             draw(self.folder, self.config.config)
-        except (OSError, InputError) as error:  # a full disk, say; no reason to lose the run
-            self.say(f"{PICTURE} could not be drawn: {error}")
+        except (OSError, InputError) as error:  # a full disk, say: no reason to lose the run
+            self.print(f"{PICTURE} could not be drawn: {error}")
 
-    def _log(self, step: int, val_loss: float | None = None) -> None:
-        row = {"step": step}
+    def _write_row(self, step: int, val_loss: float | None = None) -> None:
+        row: dict[str, int | float] = {"step": step}
         if self.train_loss is not None:
             row["train_loss"] = self.train_loss
         if val_loss is not None:
             row["val_loss"] = val_loss
             if self.bytes_per_token:
                 row["val_bits_per_byte"] = bits_per_byte(val_loss, self.bytes_per_token)
-        row["lr"] = self._rate(step)
+        row["lr"] = self.learning_rate
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
-        if self.mfu():
-            row["mfu"] = float(f"{self.mfu():.3g}")
+        if mfu := self.mfu():
+            row["mfu"] = float(f"{mfu:.3g}")
         row["elapsed_s"] = round(self.elapsed_s(), 2)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._tell(lambda logger: logger.log(row))
+        self._notify(lambda logger: logger.log(row))
 
-    def _tell(self, what: Callable[[Logger], None]) -> None:
+    def _notify(self, send: Callable[[Logger], None]) -> None:
         for logger in list(self._loggers):
             try:
-                what(logger)
-            except Exception as error:  # no reason to lose the run: metrics.jsonl has it all
+                send(logger)
+            except Exception as error:  # metrics.jsonl has everything: no reason to lose the run
                 self._loggers.remove(logger)
-                self.say(f"a logger failed, and is told no more: {error}")
+                self.print(f"logger disabled after an error: {error}")

@@ -24,12 +24,15 @@ def main(argv: list[str]) -> int:
 
         return bench.compile_for(config, config.compile_for)
     processes = hardware.join_processes(config)
-    config, tokenizer = gpt2.adopt(config)  # shape and tokenizer, if it starts from GPT-2's weights
-    corpus, config = corpora.load(config, processes, tokenizer=tokenizer)
-    gpt2.check_tokenizer(config, corpus.tokenizer)
+    source = None if config.init_from == SCRATCH else config.init_from
+    if source:  # a GPT-2's weights bring their shape and their tokenizer
+        config = gpt2.adopt_shape(config)
+    corpus, config = corpora.load(config, processes, source and gpt2.tokenizer_of(source))
+    if source:
+        gpt2.check_tokenizer(source, corpus.tokenizer, config.tokenizer)
     with Run.open(config, corpus, processes) as run:
-        if not run.is_resuming:
-            processes.first_alone(lambda: gpt2.download(config.init_from), "downloaded")
+        if source and not run.is_resuming:  # downloaded and found readable, or refused now
+            processes.first_alone(lambda: gpt2.open_tensors(source), "downloaded")
         return (evaluate_only if config.eval_only else train)(run.config, corpus, run)
 
 
@@ -115,7 +118,9 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
 
     if exit_code == 0 and corpus.tokenizer:
         model = steps.make_model(config.model, steps.Compute(machine.compute.dtype))
-        trained = nanogpt_jax.LoadedRun(model, state.params, corpus.tokenizer, config.model, step)
+        trained = nanogpt_jax.TrainedModel(
+            str(run.folder), run.folder, config.model, corpus.tokenizer, model, state.params, step
+        )
         print(nanogpt_jax.generate(trained, max_new_tokens=SAMPLE_TOKENS, seed=config.seed))
     return exit_code
 

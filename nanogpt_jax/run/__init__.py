@@ -1,1 +1,39 @@
-"""A run's folder: lock, checkpoints, metrics, resuming, signals, pictures."""
+"""A training run: its folder, lock, checkpoints, metrics, signals and pictures.
+
+What needs JAX is imported only when it is asked for.
+"""
+
+from typing import TYPE_CHECKING
+
+from nanogpt_jax.run.folder import CHECKPOINTS, OUT, has_checkpoint, newest, read_model_config
+from nanogpt_jax.run.plots import read_metrics, save_figure
+from nanogpt_jax.run.run import Run
+
+if TYPE_CHECKING:
+    from nanogpt_jax.run.checkpoint import Checkpoints
+    from nanogpt_jax.run.progress import describe_loss
+
+__all__ = [
+    "CHECKPOINTS",
+    "OUT",
+    "Checkpoints",
+    "Run",
+    "describe_loss",
+    "has_checkpoint",
+    "newest",
+    "read_metrics",
+    "read_model_config",
+    "save_figure",
+]
+
+
+def __getattr__(name: str):
+    if name == "Checkpoints":
+        from nanogpt_jax.run.checkpoint import Checkpoints
+
+        return Checkpoints
+    if name == "describe_loss":
+        from nanogpt_jax.run.progress import describe_loss
+
+        return describe_loss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ from nanogpt_jax.config import (
     field_types,
     to_flat_dict,
 )
-from nanogpt_jax.corpora import SHAKESPEARE, Corpus, tokenizer
+from nanogpt_jax.corpora import SHAKESPEARE, TOKENIZER_FILE, Corpus
 from nanogpt_jax.errors import InputError, reading
 
 OUT = Path("out")
@@ -205,7 +205,7 @@ def delete(folder: Path) -> None:
         read_config(folder)  # other programs write a config.json too
         for name in (CHECKPOINTS, TENSORBOARD, WANDB):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (METRICS, PICTURE, tokenizer.FILE_NAME, CONFIG):
+        for name in (METRICS, PICTURE, TOKENIZER_FILE, CONFIG):
             (folder / name).unlink(missing_ok=True)
 
 

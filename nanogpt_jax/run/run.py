@@ -14,7 +14,7 @@ from nanogpt_jax import __version__
 from nanogpt_jax.config import SCRATCH, TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, save_tokenizer
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware import Processes, checkpoint_bytes, describe_size, run_line
+from nanogpt_jax.hardware import Processes, checkpoint_bytes, size_in_words, run_line
 from nanogpt_jax.run import folder as folders
 from nanogpt_jax.run import loggers
 from nanogpt_jax.run.plots import read_metrics
@@ -130,7 +130,7 @@ class Run:
         if corpus.known_tokens not in (None, corpus.vocab_size):
             vocabulary += f" padded to {corpus.vocab_size}"
         print(
-            f"{config.config}: {describe_size(config.model)}, {config.tokens_per_iter:,} tokens "
+            f"{config.config}: {size_in_words(config.model)}, {config.tokens_per_iter:,} tokens "
             f"a step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
             f"{vocabulary})"
         )

@@ -3,7 +3,7 @@
 Randomness is a function of (seed, stream, step): nothing random is part of the state.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jax import lax
 
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.data import Batch
+from nanogpt_jax.data import EvalLoader
 from nanogpt_jax.model import GPT, Compute, Model
 from nanogpt_jax.optim import Optimizer
 
@@ -166,8 +166,8 @@ def eval_step(model: Model, params, batch_BT1, counts_B):
 def evaluate(
     eval_step: Callable,
     params,
-    batches: Iterable[tuple[Batch, jax.Array]],
-    should_stop: Callable[[], bool] = lambda: False,
+    batches: EvalLoader,
+    should_stop: Callable[[float], bool] = lambda share: False,
 ) -> float | None:
     """Return the mean loss over all targets of some batches, in nats per token.
 
@@ -175,12 +175,14 @@ def evaluate(
 
     Args:
         eval_step: compiled, (params, batch, counts_B) -> (sum of losses, number of targets).
-        should_stop: asked before each batch; if it says yes, None is returned.
+        should_stop: asked before each batch, with the share done; if it says yes, return None.
     """
-    sums_and_counts = []
-    for batch, counts_B in batches:
-        if should_stop():
+    total, pending = np.zeros(2), None
+    for i, batch in enumerate(batches):
+        if should_stop(i / len(batches)):
             return None
-        sums_and_counts.append(eval_step(params, batch, counts_B))  # not waited for yet
-    total, n_targets = np.asarray(jax.device_get(sums_and_counts), np.float64).sum(axis=0)
-    return float(total / n_targets)
+        previous, pending = pending, eval_step(params, *batch)
+        if previous is not None:  # one behind, so that the device never waits for the host
+            total += jax.device_get(previous)
+    loss, n_targets = total + jax.device_get(pending)
+    return float(loss / n_targets)

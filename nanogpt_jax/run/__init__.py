@@ -6,12 +6,11 @@ What needs JAX is imported only when it is asked for.
 from typing import TYPE_CHECKING
 
 from nanogpt_jax.run.folder import CHECKPOINTS, OUT, has_checkpoint, newest, read_model_config
-from nanogpt_jax.run.plots import read_metrics, save_figure
+from nanogpt_jax.run.plots import describe_loss, read_metrics, save_figure
 from nanogpt_jax.run.run import Run
 
 if TYPE_CHECKING:
     from nanogpt_jax.run.checkpoint import Checkpoints
-    from nanogpt_jax.run.progress import describe_loss
 
 __all__ = [
     "CHECKPOINTS",
@@ -32,8 +31,4 @@ def __getattr__(name: str):
         from nanogpt_jax.run.checkpoint import Checkpoints
 
         return Checkpoints
-    if name == "describe_loss":
-        from nanogpt_jax.run.progress import describe_loss
-
-        return describe_loss
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ from nanogpt_jax.config import (
     split_settings,
     to_flat_dict,
 )
+from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import InputError, reading, run_command
 from nanogpt_jax.run.folder import METRICS, PICTURE, read_config
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
     path = Path(config.picture) if config.picture else alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(loss_figure(runs, config.x), path)
+        save_figure(loss_figure(runs, config.x), path)
     except (OSError, ValueError) as error:  # ValueError: no format of that name
         raise InputError(f"picture: {path} cannot be written ({error})") from None
     print(f"drawn to {path}")
@@ -143,15 +144,22 @@ def describe(run: list[dict]) -> str:
     )
 
 
+def describe_loss(val_loss: float, bytes_per_token: float | None) -> str:
+    """Return a validation loss in words: "val loss 1.9180 (2.767 bits per byte)"."""
+    if not bytes_per_token:
+        return f"val loss {val_loss:.4f}"
+    return f"val loss {val_loss:.4f} ({bits_per_byte(val_loss, bytes_per_token):.3f} bits per byte)"
+
+
 def draw(folder: Path, title: str) -> None:
     """Draw a run's loss.png from its metrics.jsonl."""
     rows = [row | {"x": row["step"]} for row in read_metrics(folder)]
     picture = io.BytesIO()
-    save(loss_figure({title: rows}), picture)
+    save_figure(loss_figure({title: rows}), picture)
     files.write_atomically(Path(folder, PICTURE), picture.getvalue())
 
 
-def save(figure, path: Path | io.BytesIO) -> None:
+def save_figure(figure, path: Path | io.BytesIO) -> None:
     """Write a figure as PNG or as a path ends; characters that the font lacks become boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")

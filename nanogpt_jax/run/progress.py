@@ -17,18 +17,11 @@ from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import train_flops_per_token
 from nanogpt_jax.run.folder import METRICS, PICTURE
 from nanogpt_jax.run.loggers import Logger, open_loggers
-from nanogpt_jax.run.plots import draw, read_metrics
+from nanogpt_jax.run.plots import describe_loss, draw, read_metrics
 from nanogpt_jax.steps import Metrics
 
 REDRAW_S, SHOW_S = 60, 1
 MAX_SKIPPED = 50  # updates in a row: the loss scale was halved each time
-
-
-def describe_loss(val_loss: float, bytes_per_token: float | None) -> str:
-    """Return a validation loss in words: "val loss 1.9180 (2.767 bits per byte)"."""
-    if not bytes_per_token:
-        return f"val loss {val_loss:.4f}"
-    return f"val loss {val_loss:.4f} ({bits_per_byte(val_loss, bytes_per_token):.3f} bits per byte)"
 
 
 class Diverged(RunError):

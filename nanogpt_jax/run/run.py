@@ -178,7 +178,7 @@ class Run:
         return True
 
     def start(
-        self, state: "TrainState", learning_rate: float, machine: "Machine", evaluates_first: bool
+        self, state: "TrainState", machine: "Machine", learning_rate: float, evaluates_first: bool
     ) -> None:
         """Open the log and the progress bar; from here on a signal saves before it stops.
 

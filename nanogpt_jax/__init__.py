@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 
 class Settings(TypedDict, total=False):
-    """How to sample: fields of `SampleConfig`, which has their meaning, range and default."""
+    """How to sample: fields of `SampleConfig`, which has their meaning, ranges and defaults."""
 
     max_new_tokens: int
     temperature: float
@@ -34,6 +34,11 @@ class Settings(TypedDict, total=False):
     seed: int
     stop: str | None
     exact_window: bool
+
+
+def settings_of(config: "SampleConfig") -> Settings:
+    """Return the settings of a configuration."""
+    return Settings(**{name: getattr(config, name) for name in Settings.__annotations__})
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +168,9 @@ def generate(
     Raises:
         InputError: a setting out of range, an unknown character, or too little memory.
     """
-    config = _check(settings, num_samples=num_samples)
+    from nanogpt_jax.config import SampleConfig
+
+    config = SampleConfig(num_samples=num_samples, **settings)  # refuses what is out of range
     tokenizer, tokens = run.encode(prompt)
 
     import numpy as np
@@ -202,7 +209,9 @@ def stream(
             with the random numbers that follow theirs.
         settings: see `Settings`; with max_new_tokens=-1 the text never ends.
     """
-    config = _check(settings, stream=True)
+    from nanogpt_jax.config import SampleConfig
+
+    config = SampleConfig(stream=True, **settings)
     tokenizer, tokens = run.encode(prompt)
 
     import jax.numpy as jnp
@@ -242,14 +251,6 @@ def until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
         yield held[:free]
         held = held[free:]
     yield held
-
-
-def _check(settings: Settings, **more) -> "SampleConfig":
-    from nanogpt_jax.config import SampleConfig
-
-    if unknown := settings.keys() - Settings.__annotations__.keys():
-        raise TypeError(f"unknown settings: {', '.join(unknown)}; see nanogpt_jax.Settings")
-    return SampleConfig(**settings, **more)
 
 
 def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:

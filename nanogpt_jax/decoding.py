@@ -110,9 +110,7 @@ def read(model: Model, params, state: DecodeState, tokens_B) -> DecodeState:
     tokens_B1 = tokens_B[:, None]
     if cache is not None and model.config.positions == "rotary":  # the cache slides by itself
         logits_B1V, cache = model.apply({"params": params}, tokens_B1, cache)
-        return state._replace(
-            n_generated=n_generated + 1, logits_BV=logits_B1V[:, 0], cache=cache
-        )
+        return state._replace(n_generated=n_generated + 1, logits_BV=logits_B1V[:, 0], cache=cache)
 
     def append(window_BS):
         return lax.dynamic_update_slice_in_dim(window_BS, tokens_B1, length, axis=1)

@@ -18,7 +18,9 @@ SEPARATOR = "-" * 15
 
 def main(argv: list[str]) -> int:
     """Validate the request before importing JAX; then load the model and generate."""
-    config = parse_args(SampleConfig, split_settings(argv, SampleConfig), SampleConfig(), __doc__)
+    config = parse_args(
+        SampleConfig, split_settings(argv, SampleConfig), SampleConfig(), __doc__ or ""
+    )
     folder = None if config.out_dir is None else Path(config.out_dir)
     source = nanogpt_jax.find(config.init_from or folder)
     config = dataclasses.replace(config, start=read_start(config.start))

@@ -83,22 +83,22 @@ def find(source: str | os.PathLike | None = None) -> Source:
     from nanogpt_jax.config import GPT2_SHAPES
     from nanogpt_jax.corpora import tokenizer as tokenizers
     from nanogpt_jax.errors import InputError, did_you_mean
-    from nanogpt_jax.run import folder as run_folder
+    from nanogpt_jax.run import newest, read_model_config
 
     if source is not None and gpt2.is_gpt2(source):
         name = str(source)
         path = gpt2.tokenizer_of(name)
         tokenizer = None if path is None else tokenizers.read(Path(path))
         return Source(name, None, gpt2.read_config(name), tokenizer)
-    folder = run_folder.newest() if source is None else Path(source)
-    if not os.path.isfile(folder / run_folder.CONFIG):
+    folder = newest() if source is None else Path(source)
+    config_path = folder / "config.json"
+    if not os.path.isfile(config_path):
         hint = "" if folder.is_dir() else did_you_mean(folder.name, GPT2_SHAPES)
         raise InputError(
             f"a model must be a run's folder, like out/small, a folder with a Hugging Face GPT-2, "
-            f"or {', '.join(GPT2_SHAPES)}, but there is no {folder / run_folder.CONFIG}.{hint}"
+            f"or {', '.join(GPT2_SHAPES)}, but there is no {config_path}.{hint}"
         )
-    model_config = run_folder.read_model_config(folder)
-    return Source(str(folder), folder, model_config, tokenizers.load(folder))
+    return Source(str(folder), folder, read_model_config(folder), tokenizers.load(folder))
 
 
 def load(
@@ -130,14 +130,13 @@ def load(
 
     from nanogpt_jax import gpt2, sharding, steps
     from nanogpt_jax.hardware import devices
-    from nanogpt_jax.run.checkpoint import Checkpoints
-    from nanogpt_jax.run.folder import CHECKPOINTS
+    from nanogpt_jax.run import CHECKPOINTS, Checkpoints
 
     _check_memory(source.config, 1, "a smaller model")
-    compute, _ = devices.choose(requested, source.config, jax.devices()[0])
+    compute, _ = devices.choose_compute(requested, source.config, jax.devices()[0])
     model = steps.make_model(source.config, compute)
     abstract = jax.eval_shape(functools.partial(steps.init_params, model), jax.random.key(0))
-    abstract = sharding.on_one_device(abstract)
+    abstract = sharding.place(abstract, sharding.make_mesh())
     if source.folder is None:
         params, step = gpt2.load_params(source.name, source.config, abstract), None
     else:

@@ -8,7 +8,6 @@ FOLDER/config.json             the shape
 
 import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def read_config(source: str) -> ModelConfig:
     """
     if hub.is_name(source):
         sizes = {"block_size": hub.BLOCK_SIZE, "vocab_size": hub.VOCAB_SIZE, **GPT2_SHAPES[source]}
-        return ModelConfig(bias=True, activation="gelu_tanh", **sizes)
+        return replace(ModelConfig(bias=True, activation="gelu_tanh"), **sizes)
     path = hub.find(source, hub.CONFIG)
     loaded = _read_object(path)
 
@@ -79,8 +78,7 @@ def read_config(source: str) -> ModelConfig:
     sizes = {}
     for ours, theirs in SIZES.items():
         size, largest = loaded.get(theirs), RANGES[ours][1]
-        is_int = isinstance(size, int) and not isinstance(size, bool)
-        ok = is_int and 1 <= size <= largest
+        ok = isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= largest
         require(ok, theirs, f"a whole number from 1 to {largest}")
         sizes[ours] = size
     for name, only in FIXED.items():
@@ -88,13 +86,14 @@ def read_config(source: str) -> ModelConfig:
     hidden = 4 * sizes["n_embd"]
     require(loaded.get("n_inner") in (None, hidden), "n_inner", f"null or 4 n_embd = {hidden}")
     activation = loaded.get("activation_function", "gelu_new")
-    known = isinstance(activation, str) and activation in READ_ACTIVATIONS
-    require(known, "activation_function", f"one of {', '.join(READ_ACTIVATIONS)}")
+    ok = isinstance(activation, str) and activation in READ_ACTIVATIONS
+    require(ok, "activation_function", f"one of {', '.join(READ_ACTIVATIONS)}")
     extra = loaded.get(OURS, {"bias": True})
     ok = isinstance(extra, dict) and extra.keys() == {"bias"} and isinstance(extra["bias"], bool)
     require(ok, OURS, 'like {"bias": false} or left out')
     try:
-        return ModelConfig(bias=extra["bias"], activation=READ_ACTIVATIONS[activation], **sizes)
+        sizes |= {"bias": extra["bias"], "activation": READ_ACTIVATIONS[activation]}
+        return replace(ModelConfig(), **sizes)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -124,17 +123,18 @@ def adopt_shape(config: TrainConfig) -> TrainConfig:
             f"block_size must be at most {theirs.block_size} with the weights of {source}, "
             f"got {ours.block_size}: add --block_size {theirs.block_size}"
         )
-    if ours.vocab_size is not None and ours.vocab_size < theirs.vocab_size:
+    n_tokens = theirs.vocab_size or 0
+    if ours.vocab_size is not None and ours.vocab_size < n_tokens:
         raise InputError(
-            f"vocab_size must be at least {theirs.vocab_size} with the weights of {source}, "
+            f"vocab_size must be at least {n_tokens} with the weights of {source}, "
             f"got {ours.vocab_size}: leave it out"
         )
     model = replace(
         theirs,
         block_size=ours.block_size,
         dropout=ours.dropout,
-        vocab_size=ours.vocab_size or theirs.vocab_size,
-        known_tokens=theirs.vocab_size,
+        vocab_size=ours.vocab_size or n_tokens,
+        known_tokens=n_tokens,
     )
     return replace(config, model=model)
 
@@ -176,10 +176,11 @@ def check_tokenizer(source: str, tokenizer: Tokenizer | None, requested: str | N
         )
 
 
-def tensor_name(name: str) -> str:
-    """Translate our "h_0.attn.c_attn.kernel" to "h.0.attn.c_attn.weight"."""
-    module, _, leaf = re.sub(r"^h_(\d+)\.", r"h.\1.", name).rpartition(".")
-    return f"{module}.bias" if leaf == "bias" else f"{module}.weight"
+def tensor_name(path) -> str:
+    """Return GPT-2's name, like "h.0.attn.c_attn.weight", of a path in a tree of our parameters."""
+    *modules, leaf = (entry.key for entry in path)
+    name = ".".join(modules).replace("h_", "h.", 1)
+    return f"{name}.bias" if leaf == "bias" else f"{name}.weight"
 
 
 def check_exportable(config: ModelConfig, run: Path) -> None:
@@ -211,8 +212,9 @@ def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
     Raises:
         InputError: the tokenizer has more tokens than the model, or a lone surrogate.
     """
-    has_end = isinstance(tokenizer, BPETokenizer) and tokenizer.separator == END_OF_TEXT
-    end_id = int(tokenizer.encode_prompt(END_OF_TEXT)[0]) if has_end else None
+    end_id = None
+    if isinstance(tokenizer, BPETokenizer) and tokenizer.separator == END_OF_TEXT:
+        end_id = int(tokenizer.encode_prompt(END_OF_TEXT)[0])
     ends = {"bos_token_id": end_id, "eos_token_id": end_id}
     activation = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[config.activation]
     model = {
@@ -229,7 +231,7 @@ def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
     }
     files = {"generation_config.json": _to_json(ends)}
     if tokenizer is not None:
-        if tokenizer.vocab_size > config.vocab_size:
+        if tokenizer.vocab_size > (config.vocab_size or 0):
             raise InputError(
                 f"the tokenizer must have at most the model's {config.vocab_size} tokens, but has "
                 f"{tokenizer.vocab_size}: put the run's own {hub.TOKENIZER} back"
@@ -240,7 +242,11 @@ def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "clean_up_tokenization_spaces": False,
                 "model_max_length": config.block_size,
-                **({"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} if has_end else {}),
+                **(
+                    {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+                    if end_id is not None
+                    else {}
+                ),
             }
         )
     return {**files, hub.CONFIG: _to_json(model)}  # last: nothing loads without it

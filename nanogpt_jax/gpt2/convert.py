@@ -38,28 +38,25 @@ def load_params(source: str, config: ModelConfig, abstract_params) -> dict:
         InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
     """
     import jax
-    from flax.traverse_util import flatten_dict, unflatten_dict
+    from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
     theirs = gpt2_config.read_config(source)
-    leaves = flatten_dict(abstract_params, sep=".")
-    rows = {"wpe.embedding": theirs.block_size, "wte.embedding": theirs.vocab_size}
-    names = {name: gpt2_config.tensor_name(name) for name in leaves}
-    shapes = {
-        names[name]: (rows.get(name, leaf.shape[0]), *leaf.shape[1:])
-        for name, leaf in leaves.items()
-    }
+    rows = {"wpe.weight": theirs.block_size, "wte.weight": theirs.vocab_size}
+    shapes = {}
+    for path, leaf in tree_leaves_with_path(abstract_params):
+        name = gpt2_config.tensor_name(path)
+        shapes[name] = (rows.get(name, leaf.shape[0]), *leaf.shape[1:])
     tensors = weights.open_tensors(source)
     weights.check(tensors, shapes, theirs.bias, source)
-    filled = {
-        name: jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, partial(_read_part, tensors[names[name]], leaf.shape)
-        )
-        for name, leaf in leaves.items()
-    }
-    return unflatten_dict(filled, sep=".")
+
+    def read(path, leaf):
+        read_part = partial(_read_part, tensors[gpt2_config.tensor_name(path)], leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read_part)
+
+    return tree_map_with_path(read, abstract_params)
 
 
-def _read_part(tensor: weights.Tensor, shape: tuple[int, ...], index: tuple[slice, ...]):
+def _read_part(tensor: weights.Tensor, shape: tuple[int, ...], index) -> np.ndarray:
     """Return a device's part of an array with fewer or more rows than the tensor."""
     parts = [axis.indices(n)[:2] for axis, n in zip(index, shape, strict=True)]
     values = np.zeros([end - start for start, end in parts], np.float32)
@@ -87,7 +84,7 @@ def main(argv: list[str]) -> None:
     """Export a run; validate the request before importing JAX."""
     n_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     words, settings = argv[:n_words], split_settings(argv[n_words:], ExportConfig)
-    config = parse_args(ExportConfig, settings, ExportConfig(), __doc__)
+    config = parse_args(ExportConfig, settings, ExportConfig(), __doc__ or "")
     if len(words) != 2:
         raise InputError(
             f"export takes a run's folder and a new folder, got {len(words)} words, like: "
@@ -145,15 +142,16 @@ def export(run: Path, folder: Path, checkpoint: Literal["best", "latest"] = "bes
 
 def _write_weights(run: "TrainedModel", path: Path) -> None:
     """Write a model's parameters under GPT-2's names."""
-    from flax.traverse_util import flatten_dict
+    from jax.tree_util import tree_leaves_with_path
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     arrays = {}
-    for name, array in flatten_dict(run.params, sep=".").items():
+    for tree_path, array in tree_leaves_with_path(run.params):
+        name = gpt2_config.tensor_name(tree_path)
         values = np.ascontiguousarray(array)  # save_file writes the memory as it is
-        values = values[: run.config.known_tokens] if name == "wte.embedding" else values
-        name = f"transformer.{gpt2_config.tensor_name(name)}"
+        values = values[: run.config.known_tokens] if name == "wte.weight" else values
+        name = f"transformer.{name}"
         arrays[name] = values
         if not run.config.bias and not name.endswith(("wte.weight", "wpe.weight")):
             zeros = np.zeros(values.shape[-1], np.float32)

@@ -28,7 +28,7 @@ class Tensor(NamedTuple):
     path: Path
     name: str  # in the file
     shape: tuple[int, ...]
-    slice: Any  # safetensors' own type: slice[index] reads
+    content: Any  # safetensors' own type: content[index] reads
 
     def read(self, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
         """Return the part at an index within the tensor, in float32.
@@ -38,14 +38,14 @@ class Tensor(NamedTuple):
         """
         import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 
-        dtype = self.slice.get_dtype()
+        dtype = self.content.get_dtype()
         if dtype not in DTYPES:
             raise InputError(
                 f"{self.path}: {self.name} must have dtype {', '.join(DTYPES)}, but has {dtype}: "
                 f"{RESAVE}"
             )
         with reading(self.path, f"a safetensors file with a readable {self.name}"):
-            values = np.asarray(self.slice[index], np.float32)
+            values = np.asarray(self.content[index], np.float32)
         if not np.isfinite(values).all():
             raise InputError(
                 f"{self.path}: {self.name} must be finite, but has NaN or infinity: download or "

@@ -59,7 +59,7 @@ class Handlers:
         except InputError as error:
             yield text, render.error(str(error))
 
-    def see(self, text: str, layer: str | None, head: str | None) -> tuple:
+    def see(self, text: str, layer: str | None, head: str) -> tuple:
         """Return (tokens to click on, text that was read, position, forecast, attention, map)."""
         seen = text[-MAX_TEXT:]
         try:
@@ -73,7 +73,7 @@ class Handlers:
         chosen = self.choose(seen, layer, head, position)
         return clickable, seen, *chosen, self.map(seen, layer, head)
 
-    def choose(self, seen: str, layer: str | None, head: str | None, position: int) -> tuple:
+    def choose(self, seen: str, layer: str | None, head: str, position: int) -> tuple:
         """Return (position, forecast, attention) of the token nearest to a position."""
         if not seen:
             return 0, "", ""
@@ -84,20 +84,20 @@ class Handlers:
         forecast = render.forecast(insight.tokens, position, likeliest, came)
         return position, forecast, self.attention(seen, layer, head, position)
 
-    def attention(self, seen: str, layer: str | None, head: str | None, position: int) -> str:
+    def attention(self, seen: str, layer: str | None, head: str, position: int) -> str:
         """Return where a head looks from a position; nothing if the model has no attention."""
         if not seen or layer is None:
             return ""
         tokens, weights_TT, name = self._weights(seen, layer, head)
         return render.attention(tokens, weights_TT, position, name, self.session.unit)
 
-    def map(self, seen: str, layer: str | None, head: str | None):
+    def map(self, seen: str, layer: str | None, head: str):
         """Return a picture of a head's weights; None if the model has no attention."""
         if not seen or layer is None:
             return None
         return render.attention_map(*self._weights(seen, layer, head), self.session.unit)
 
-    def _weights(self, seen: str, layer: str, head: str | None):
+    def _weights(self, seen: str, layer: str, head: str):
         """Return (tokens, weights_TT, name) of a head as the page numbers it."""
         insight = self._look(seen)
         weights_TT = insight.attention(int(layer) - 1, None if head == MEAN else int(head) - 1)

@@ -74,7 +74,7 @@ def forecast(
     next_token = "".join(tokens[position + 1 : position + 2])
     rows = list(likeliest)
     if next_token and next_token not in dict(rows):
-        rows.append((next_token, came))
+        rows.append((next_token, came or 0.0))
     highest = max(probability for _, probability in rows)
     bars = "".join(
         f"<span>{visible(token)}</span>"
@@ -122,6 +122,7 @@ def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: st
     """Return a matplotlib Figure of all weights, a row for each position."""
     from matplotlib.colors import PowerNorm  # takes half a second
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 6.4), dpi=130, layout="tight")
     axes = figure.subplots()
@@ -130,7 +131,7 @@ def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: st
     image = axes.imshow(weights_TT, cmap="Blues", norm=norm, interpolation="nearest")
     axes.set(title=name, xlabel=f"takes from this {unit}", ylabel=f"this {unit}")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     # A long text, or an alphabet that matplotlib's font lacks, gets numbered positions.
     text = "".join(tokens)
     if len(text) <= MAX_LABELS and all(ord(character) < 0x500 for character in text):

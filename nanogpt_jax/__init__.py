@@ -1,3 +1,278 @@
-"""The nanoGPT of JAX: one small code base that trains, resumes, evaluates and samples a GPT."""
+"""nanoGPT in JAX: train, resume, evaluate and sample a GPT. In Python:
+
+    import nanogpt_jax
+    run = nanogpt_jax.load("out/small")
+    print(nanogpt_jax.generate(run, "ROMEO:", max_new_tokens=200))
+
+Importing the package imports neither JAX nor any of its own modules.
+"""
+
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nanogpt_jax.config import ModelConfig, SampleConfig
+    from nanogpt_jax.corpora.tokenizer import Tokenizer
+    from nanogpt_jax.model import Model
 
 __version__ = "0.1.0"
+
+
+class Settings(TypedDict, total=False):
+    """How to sample: fields of `SampleConfig`, which has their meaning, ranges and defaults."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: str | None
+    exact_window: bool
+
+
+def settings_of(config: "SampleConfig") -> Settings:
+    """Return the settings of a configuration."""
+    return Settings(**{name: getattr(config, name) for name in Settings.__annotations__})
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is known of a trained model without its parameters."""
+
+    name: str  # a run's folder, or the name or folder of a GPT-2
+    folder: Path | None  # of a run; None for a GPT-2
+    config: "ModelConfig"
+    tokenizer: "Tokenizer | None"  # None: there is no tokenizer.json
+
+    def encode(self, prompt: str | None) -> "tuple[Tokenizer, np.ndarray]":
+        """Return the tokenizer and the token ids of a prompt; None: the tokenizer's default.
+
+        Raises:
+            InputError: no tokenizer, an empty prompt, or a character that the model does not know.
+        """
+        from nanogpt_jax.errors import InputError
+
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.name} has no tokenizer.json to turn text into tokens: its .bin files came "
+                "without their text; put the tokenizer that made them there"
+            )
+        if prompt == "":
+            raise InputError("start must have at least one character, but is empty: leave it out")
+        return self.tokenizer, self.tokenizer.encode_prompt(prompt or self.tokenizer.default_start)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel(Source):
+    """A model with its parameters: `model.apply({"params": params}, tokens_BT)` gives logits."""
+
+    model: "Model"
+    params: dict  # float32, by GPT-2's names
+    step: int | None  # of the checkpoint; None for a GPT-2
+
+
+def find(source: str | os.PathLike | None = None) -> Source:
+    """Return a model's shape and tokenizer without importing JAX; see `load`."""
+    from nanogpt_jax import gpt2
+    from nanogpt_jax.config import GPT2_SHAPES
+    from nanogpt_jax.corpora import tokenizer as tokenizers
+    from nanogpt_jax.errors import InputError, did_you_mean
+    from nanogpt_jax.run import newest, read_model_config
+
+    if source is not None and gpt2.is_gpt2(source):
+        name = str(source)
+        path = gpt2.tokenizer_of(name)
+        tokenizer = None if path is None else tokenizers.read(Path(path))
+        return Source(name, None, gpt2.read_config(name), tokenizer)
+    folder = newest() if source is None else Path(source)
+    config_path = folder / "config.json"
+    if not os.path.isfile(config_path):
+        hint = "" if folder.is_dir() else did_you_mean(folder.name, GPT2_SHAPES)
+        raise InputError(
+            f"a model must be a run's folder, like out/small, a folder with a Hugging Face GPT-2, "
+            f"or {', '.join(GPT2_SHAPES)}, but there is no {config_path}.{hint}"
+        )
+    return Source(str(folder), folder, read_model_config(folder), tokenizers.load(folder))
+
+
+def load(
+    source: str | os.PathLike | Source | None = None,
+    *,
+    checkpoint: Literal["best", "latest"] = "best",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+) -> TrainedModel:
+    """Load a trained model onto the first device: model, params, tokenizer, config and step.
+
+    Args:
+        source: a run's folder; a folder with a Hugging Face GPT-2; gpt2, gpt2-medium, gpt2-large or
+            gpt2-xl, downloaded once (a Path is always a folder); None: the newest run under out/.
+            Or what `find` returned.
+        checkpoint: of a run, the one with the lowest validation loss or the newest.
+        dtype: of matrix products; auto: bfloat16 if the device has it, otherwise float32.
+
+    Raises:
+        InputError: there is no such model, no checkpoint yet, or too little memory.
+    """
+    from nanogpt_jax.config import ComputeConfig, check_value
+    from nanogpt_jax.errors import InputError
+
+    source = source if isinstance(source, Source) else find(source)
+    check_value("checkpoint", Literal["best", "latest"], checkpoint)
+    requested = ComputeConfig(dtype=dtype, attention="xla")  # a cached token needs no kernel
+
+    import jax
+
+    from nanogpt_jax import gpt2, sharding, steps
+    from nanogpt_jax.hardware import devices
+    from nanogpt_jax.run import CHECKPOINTS, Checkpoints
+
+    _check_memory(source.config, 1, "a smaller model")
+    compute, _ = devices.choose_compute(requested, source.config, jax.devices()[0])
+    model = steps.make_model(source.config, compute)
+    abstract = jax.eval_shape(functools.partial(steps.init_params, model), jax.random.key(0))
+    abstract = sharding.place(abstract, sharding.make_mesh())
+    if source.folder is None:
+        params, step = gpt2.load_params(source.name, source.config, abstract), None
+    else:
+        checkpoints = Checkpoints(source.folder / CHECKPOINTS, read_only=True)
+        prefer = checkpoints.best_step() if checkpoint == "best" else None
+        restored = checkpoints.restore_params(abstract, prefer)
+        checkpoints.close()
+        if restored is None:
+            raise InputError(f"{source.name} has no checkpoint yet: train it first")
+        params, step = restored
+    known = {name: getattr(source, name) for name in ("name", "folder", "config", "tokenizer")}
+    return TrainedModel(**known, model=model, params=params, step=step)
+
+
+def generate(
+    run: TrainedModel,
+    prompt: str | None = None,
+    *,
+    num_samples: int = 1,
+    **settings: Unpack[Settings],
+) -> str | list[str]:
+    """Return the prompt and what the model writes after it; a list of texts if num_samples > 1.
+
+    Args:
+        prompt: None: a line break, which is left out of the text.
+        settings: see `Settings`; sample n of a seed is the same text however many are drawn.
+
+    Raises:
+        InputError: a setting out of range, an unknown character, or too little memory.
+    """
+    from nanogpt_jax.config import SampleConfig
+
+    config = SampleConfig(num_samples=num_samples, **settings)  # refuses what is out of range
+    tokenizer, tokens = run.encode(prompt)
+
+    import numpy as np
+
+    from nanogpt_jax import decoding
+
+    n_rows = 1 if config.exact_window else num_samples  # of the cache
+    _check_memory(run.config, n_rows, "fewer --num_samples, or a smaller model")
+    tokens_BN = _compiled()["generate"](
+        run.model,
+        run.params,
+        *decoding.start_window(tokens, num_samples, run.config.block_size),
+        decoding.row_keys(config.seed, range(num_samples)),
+        n_tokens=config.max_new_tokens,
+        sampling=decoding.Sampling(config.temperature, config.top_k, config.top_p),
+        exact_window=config.exact_window,
+    )
+    new_texts = map(tokenizer.decode, np.asarray(tokens_BN))
+    texts = [(prompt or "") + "".join(until(config.stop, [text])) for text in new_texts]
+    return texts if num_samples > 1 else texts[0]
+
+
+def stream(
+    run: TrainedModel,
+    prompt: str | None = None,
+    *,
+    sample: int = 0,
+    n_generated: int = 0,
+    **settings: Unpack[Settings],
+) -> Iterator[str]:
+    """Yield what the model writes after the prompt, token by token; otherwise as `generate`.
+
+    Args:
+        sample: which one of `generate`'s samples.
+        n_generated: how many tokens at the prompt's end were generated before: the text continues
+            with the random numbers that follow theirs.
+        settings: see `Settings`; with max_new_tokens=-1 the text never ends.
+    """
+    from nanogpt_jax.config import SampleConfig
+
+    config = SampleConfig(stream=True, **settings)
+    tokenizer, tokens = run.encode(prompt)
+
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nanogpt_jax import decoding
+
+    compiled = _compiled()
+    sampling = decoding.Sampling(config.temperature, config.top_k, config.top_p)
+
+    def pieces() -> Iterator[str]:
+        keys_B = decoding.row_keys(config.seed, range(sample, sample + 1))
+        window_BS, length = decoding.start_window(tokens, 1, run.config.block_size)
+        state = compiled["prefill"](
+            run.model, run.params, window_BS, length, exact_window=config.exact_window
+        )
+        state = state._replace(n_generated=jnp.int32(n_generated))
+        decode, n_left = tokenizer.stream_decoder(), config.max_new_tokens
+        while n_left:  # from -1 it never comes to 0
+            n_left -= 1
+            tokens_B = compiled["draw"](state, keys_B, sampling=sampling)
+            state = compiled["read"](run.model, run.params, state, tokens_B)
+            yield decode(np.asarray(tokens_B), final=n_left == 0)
+
+    return until(config.stop, pieces())
+
+
+def until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
+    """Yield text as it comes, up to the first occurrence of `stop`, even if pieces split it."""
+    held = ""  # what may turn out to be the beginning of `stop`
+    for piece in pieces:
+        held += piece
+        if stop and stop in held:
+            yield held[: held.index(stop)]
+            return
+        free = max(0, len(held) - len(stop) + 1) if stop else len(held)
+        yield held[:free]
+        held = held[free:]
+    yield held
+
+
+def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:
+    import jax
+
+    from nanogpt_jax.hardware import devices, flops
+
+    needed = flops.least_sampling_bytes(config, n_rows)
+    flops.check_memory(config, needed, devices.memory_bytes(jax.devices()[0]), 1, advice)
+
+
+@functools.cache
+def _compiled() -> dict:
+    """Return decoding.py's functions jitted: each compiles once for each model and `Sampling`."""
+    import jax
+
+    from nanogpt_jax import decoding
+
+    static = ("model", "n_tokens", "sampling", "exact_window")
+    return {
+        "generate": jax.jit(decoding.generate, static_argnames=static),
+        "prefill": jax.jit(decoding.prefill, static_argnames=("model", "exact_window")),
+        # Separate, so that another temperature compiles a few operations and not the model.
+        "draw": jax.jit(decoding.draw, static_argnames="sampling"),
+        "read": jax.jit(decoding.read, static_argnames="model", donate_argnames="state"),
+    }

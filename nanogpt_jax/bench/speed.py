@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax import data, generate, steps
+from nanogpt_jax import data, decoding, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.bench import profile as profiling
 from nanogpt_jax.bench import race
@@ -207,13 +207,13 @@ def sampling_figures(config: TrainConfig, compute: devices.Compute) -> dict:
     """Time cached decoding: one and ten streams in one program, and one dispatch for each token."""
     model = make_model(config.model, devices.Compute(compute.dtype))
     params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
-    write = jax.jit(partial(generate.generate, model), static_argnames=("n_tokens", "sampling"))
-    sampling = generate.Sampling(temperature=0.8, top_k=200)
+    write = jax.jit(partial(decoding.generate, model), static_argnames=("n_tokens", "sampling"))
+    sampling = decoding.Sampling(temperature=0.8, top_k=200)
     window_BS = np.zeros((1, config.model.block_size), np.int32)
     length = np.int32(1)
     figures = {}
     for n_rows in (1, 10):
-        keys_B = generate.row_keys(0, range(n_rows))
+        keys_B = decoding.row_keys(0, range(n_rows))
         starts_BS = np.repeat(window_BS, n_rows, axis=0)
         seconds = median_s(
             lambda s=starts_BS, k=keys_B: write(
@@ -223,11 +223,11 @@ def sampling_figures(config: TrainConfig, compute: devices.Compute) -> dict:
         name = f"sample_tokens_per_s_{n_rows}_stream{'s' if n_rows > 1 else ''}"
         figures[name] = n_rows * SAMPLE_TOKENS / seconds
 
-    prefill = jax.jit(partial(generate.prefill, model))
+    prefill = jax.jit(partial(decoding.prefill, model))
     decode = jax.jit(
-        partial(generate.decode, model), static_argnames="sampling", donate_argnames="generation"
+        partial(decoding.decode, model), static_argnames="sampling", donate_argnames="state"
     )
-    keys_B = generate.row_keys(0, range(1))
+    keys_B = decoding.row_keys(0, range(1))
 
     def stream():
         generation = prefill(params, window_BS, length)

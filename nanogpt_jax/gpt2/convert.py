@@ -1,7 +1,7 @@
-"""GPT-2's weights in, and a run's out: python -m nanogpt_jax.gpt2.convert export OUT_DIR FOLDER
+"""Export a run for Hugging Face's `transformers`: python -m nanogpt_jax export RUN FOLDER
 
-It writes the run in OUT_DIR to FOLDER as Hugging Face's `transformers` reads it there, with
-AutoModelForCausalLM.from_pretrained("FOLDER") and AutoTokenizer.
+Writes the run whose folder is RUN to the new FOLDER, where AutoModelForCausalLM.from_pretrained
+and AutoTokenizer.from_pretrained load it.
 """
 
 import contextlib
@@ -9,66 +9,62 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from nanogpt_jax.config import ModelConfig, check_fields, check_value, parse_args, split_settings
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.errors import InputError, run_command
-from nanogpt_jax.gpt2 import config as huggingface
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.gpt2 import config as gpt2_config
 from nanogpt_jax.gpt2 import hub, weights
 from nanogpt_jax.hardware.flops import size_in_words
-from nanogpt_jax.run import folder as run_folder
+
+if TYPE_CHECKING:
+    from nanogpt_jax import TrainedModel
 
 
-def load_params(source: str, config: ModelConfig, abstract_params):
-    """Return the parameters of a GPT-2, each tensor read straight to where it shall lie.
+def load_params(source: str, config: ModelConfig, abstract_params) -> dict:
+    """Return the parameters of a GPT-2, each device reading only its part of each tensor.
 
-    Where the model's context is shorter, the first positions are taken; rows of a padded vocabulary
-    are zero, and `GPT.head` masks them.
+    A shorter context takes the first positions. The rows of a padded vocabulary are zero, and
+    `GPT.head` masks them.
 
     Args:
-        source: a name of hub.py's, or a folder.
-        config: `huggingface.read_config(source)`, maybe with a smaller block_size, or a larger
-            vocab_size and its known_tokens.
-        abstract_params: the model's shapes, each with the sharding that it shall have.
+        source: one of hub.py's names, or a folder.
+        config: `read_config(source)`, or what `adopt_shape` made of it.
+        abstract_params: the model's shapes with their shardings.
 
     Raises:
-        InputError: the weights do not fit; none may be missing, left over, of another shape or not
-            finite.
+        InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
     """
     import jax
-    from flax.traverse_util import flatten_dict, unflatten_dict
+    from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 
-    theirs = huggingface.check_fits(config, source)
-    leaves = flatten_dict(abstract_params, sep=".")
-    rows = {"wpe.embedding": theirs.block_size, "wte.embedding": theirs.vocab_size}
-    names = {name: huggingface.tensor_name(name) for name in leaves}
-    shapes = {
-        names[name]: (rows.get(name, leaf.shape[0]), *leaf.shape[1:])
-        for name, leaf in leaves.items()
-    }
+    theirs = gpt2_config.read_config(source)
+    rows = {"wpe.weight": theirs.block_size, "wte.weight": theirs.vocab_size}
+    shapes = {}
+    for path, leaf in tree_leaves_with_path(abstract_params):
+        name = gpt2_config.tensor_name(path)
+        shapes[name] = (rows.get(name, leaf.shape[0]), *leaf.shape[1:])
     tensors = weights.open_tensors(source)
     weights.check(tensors, shapes, theirs.bias, source)
-    filled = {
-        name: jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, partial(_read_part, tensors[names[name]], leaf.shape)
-        )
-        for name, leaf in leaves.items()
-    }
-    return unflatten_dict(filled, sep=".")
+
+    def read(path, leaf):
+        read_part = partial(_read_part, tensors[gpt2_config.tensor_name(path)], leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read_part)
+
+    return tree_map_with_path(read, abstract_params)
 
 
-def _read_part(tensor: weights.Tensor, shape: tuple[int, ...], index: tuple[slice, ...]):
-    """Return a device's part of an array, whose rows may be fewer or more than the tensor's."""
+def _read_part(tensor: weights.Tensor, shape: tuple[int, ...], index) -> np.ndarray:
+    """Return a device's part of an array with fewer or more rows than the tensor."""
     parts = [axis.indices(n)[:2] for axis, n in zip(index, shape, strict=True)]
-    values = np.zeros([end - begin for begin, end in parts], np.float32)
+    values = np.zeros([end - start for start, end in parts], np.float32)
     parts = [
-        (min(begin, n), min(end, n)) for (begin, end), n in zip(parts, tensor.shape, strict=True)
+        (min(start, n), min(end, n)) for (start, end), n in zip(parts, tensor.shape, strict=True)
     ]
-    if all(begin < end for begin, end in parts):
-        there = tuple(slice(end - begin) for begin, end in parts)
+    if all(start < end for start, end in parts):
+        there = tuple(slice(end - start) for start, end in parts)
         values[there] = tensor.read(tuple(slice(*part) for part in parts))
     return values
 
@@ -78,101 +74,89 @@ class ExportConfig:
     """What to export."""
 
     checkpoint: Literal["best", "latest"] = "best"
-    """The checkpoint of lowest validation loss, or the newest."""
+    """The checkpoint with the lowest validation loss, or the newest."""
 
     def __post_init__(self):
         check_fields(self)
 
 
 def main(argv: list[str]) -> None:
-    """Export a run; what is wrong is said before JAX is loaded."""
+    """Export a run; validate the request before importing JAX."""
     n_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     words, settings = argv[:n_words], split_settings(argv[n_words:], ExportConfig)
-    asked = parse_args(ExportConfig, settings, ExportConfig(), __doc__)
-    if words[:1] != ["export"] or len(words) != 3:
+    config = parse_args(ExportConfig, settings, ExportConfig(), __doc__ or "")
+    if len(words) != 2:
         raise InputError(
-            "export, the folder of a run and a new folder must be given, in this order, like "
-            "python -m nanogpt_jax.gpt2.convert export out/small small-gpt"
+            f"export takes a run's folder and a new folder, got {len(words)} words, like: "
+            "python -m nanogpt_jax export out/small small-gpt"
         )
     for word in words:
         check_value("a folder", str, word)
-    export(Path(words[1]), Path(words[2]), asked.checkpoint)
+    export(Path(words[0]), Path(words[1]), config.checkpoint)
 
 
-def export(run: Path, folder: Path, checkpoint: str = "best") -> None:
-    """Write a run's model and tokenizer to a new folder as `transformers` reads them.
+def export(run: Path, folder: Path, checkpoint: Literal["best", "latest"] = "best") -> None:
+    """Write a run's model and tokenizer to a new folder that `transformers` can load.
 
     Raises:
-        InputError: there is no such run, it is no GPT-2, or the folder is not free.
+        InputError: there is no such run, it is not a GPT-2, or the folder is not free.
     """
-    config = run_folder.read_model_config(run)
-    huggingface.check_is_gpt2(config, run)
-    if not run_folder.has_checkpoint(run):
-        raise InputError(f"{run} has no checkpoint yet: train it first")
-    tokenizer = tokenizers.load(run)
-    known = replace(config, vocab_size=config.known_tokens or config.vocab_size)
-    files = huggingface.config_files(known, tokenizer)
-    written = [folder / name for name in (hub.WEIGHTS, *files)]
+    import nanogpt_jax
+
+    source = nanogpt_jax.find(run)
+    if source.folder is None:
+        raise InputError(f"{run}: this is a Hugging Face GPT-2 already; name a run's folder")
+    config = source.config
+    gpt2_config.check_exportable(config, run)
+    unpadded = replace(config, vocab_size=config.known_tokens or config.vocab_size)
+    files = gpt2_config.config_files(unpadded, source.tokenizer)
+    paths = [folder / name for name in (hub.WEIGHTS, *files)]
     try:
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InputError(f"{folder}: must be a new folder or an empty one, but holds files")
         try:
-            step = _write_weights(run, config, checkpoint, written[0])
-            for path, content in zip(written[1:], files.values(), strict=True):
+            loaded = nanogpt_jax.load(source, checkpoint=checkpoint, dtype="float32")
+            _write_weights(loaded, paths[0])
+            for path, content in zip(paths[1:], files.values(), strict=True):
                 path.write_text(content, encoding="utf-8")
-            shutil.copymode(written[-1], written[0])  # safetensors lets its owner alone read it
+            shutil.copymode(paths[-1], paths[0])  # safetensors makes it readable by its owner only
         except BaseException:
-            for path in written:
+            for path in paths:
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 if is_new:
                     folder.rmdir()
             raise
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror or error}): name another folder"
+        ) from None
     if not config.bias:
-        print("the model has no biases, where GPT-2 needs some: they are written as zeros")
-    if tokenizer is None:
+        print("the model has no biases; GPT-2 needs them, so they are written as zeros")
+    if source.tokenizer is None:
         print(f"the run has no {hub.TOKENIZER}, so none is written: its .bin files came without")
-    print(f"{run}, step {step}: {size_in_words(known)} written to {folder}")
+    print(f"{run}, step {loaded.step}: {size_in_words(unpadded)} written to {folder}")
 
 
-def _write_weights(run: Path, config: ModelConfig, checkpoint: str, path: Path) -> int:
-    """Write a checkpoint's parameters under GPT-2's names, and return its step."""
-    import jax
-    from flax.traverse_util import flatten_dict
+def _write_weights(run: "TrainedModel", path: Path) -> None:
+    """Write a model's parameters under GPT-2's names."""
+    from jax.tree_util import tree_leaves_with_path
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    from nanogpt_jax import sharding, steps
-    from nanogpt_jax.model import GPT
-    from nanogpt_jax.run.checkpoint import Checkpoints
-
-    checkpoints = Checkpoints(run / run_folder.CHECKPOINTS, read_only=True)
-    prefer = checkpoints.best_step() if checkpoint == "best" else None
-    abstract = jax.eval_shape(partial(steps.init_params, GPT(config)), jax.random.key(0))
-    restored = checkpoints.restore_params(sharding.on_one_device(abstract), prefer)
-    checkpoints.close()
-    if restored is None:
-        raise InputError(f"{run} has no checkpoint yet: train it first")
-    params, step = restored
     arrays = {}
-    for name, array in flatten_dict(params, sep=".").items():
-        values = np.ascontiguousarray(array)  # as it lies in memory it is written
-        values = values[: config.known_tokens] if name == "wte.embedding" else values
-        name = f"transformer.{huggingface.tensor_name(name)}"
+    for tree_path, array in tree_leaves_with_path(run.params):
+        name = gpt2_config.tensor_name(tree_path)
+        values = np.ascontiguousarray(array)  # save_file writes the memory as it is
+        values = values[: run.config.known_tokens] if name == "wte.weight" else values
+        name = f"transformer.{name}"
         arrays[name] = values
-        if not config.bias and not name.endswith(("wte.weight", "wpe.weight")):
+        if not run.config.bias and not name.endswith(("wte.weight", "wpe.weight")):
             zeros = np.zeros(values.shape[-1], np.float32)
             arrays[f"{name.removesuffix('.weight')}.bias"] = zeros
     try:
-        save_file(arrays, path, {"format": "pt"})  # which `transformers` wants to see
+        save_file(arrays, path, {"format": "pt"})  # some versions of `transformers` require it
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    return step
-
-
-if __name__ == "__main__":
-    run_command(main)

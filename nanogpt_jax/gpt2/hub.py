@@ -1,4 +1,4 @@
-"""Where the files of a GPT-2 are: on the Hugging Face hub under four names, or a folder. No JAX."""
+"""Locate the files of a GPT-2: four models on the Hugging Face Hub, or a local folder. No JAX."""
 
 import os
 from pathlib import Path
@@ -13,12 +13,12 @@ BLOCK_SIZE, VOCAB_SIZE = 1024, 50257  # of all four
 
 
 def is_name(source: str) -> bool:
-    """Return whether a source is one of the four names, and no folder here that has a model."""
+    """Return whether a source is one of the four names and not a local folder with a model."""
     return source in GPT2_SHAPES and not os.path.isfile(os.path.join(source, CONFIG))
 
 
 def find(source: str, file: str) -> Path:
-    """Return where a file of a GPT-2 lies; what is not here yet is downloaded, and kept.
+    """Return the local path of a GPT-2's file, downloading it if it is not cached.
 
     Args:
         source: one of the four names, or a folder.
@@ -28,11 +28,10 @@ def find(source: str, file: str) -> Path:
         InputError: it cannot be downloaded, or the source has no such file.
     """
     if is_name(source):
-        return download_from_hub(
-            f"openai-community/{source}", file, f"save {FILES}", "--init_from FOLDER"
-        )
-    path = os.path.join(source, file)  # os.path answers a name that no file can have with False
-    if os.path.isfile(path):
+        repository = f"openai-community/{source}"
+        return download_from_hub(repository, file, f"save {FILES}", "--init_from FOLDER")
+    path = os.path.join(source, file)
+    if os.path.isfile(path):  # False for a name that no file can have, where Path would raise
         return Path(path)
     what = f"there is no {path}" if os.path.isdir(source) else f"{source!r} is neither"
     hint = "" if os.path.isdir(source) else did_you_mean(Path(source).name, GPT2_SHAPES)

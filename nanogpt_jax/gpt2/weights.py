@@ -1,7 +1,7 @@
-"""Tensors in safetensors files, read piece by piece, and checked against what a GPT-2 has. No JAX.
+"""Read the tensors of safetensors files in parts, and check them against a GPT-2's. No JAX.
 
-A weight file is foreign: whatever is in it, the answer is its numbers or one line. Pickles are
-never opened.
+Weight files are untrusted: whatever they contain, the result is numbers or a one-line error.
+Pickles are never opened.
 """
 
 import re
@@ -16,50 +16,52 @@ from nanogpt_jax.gpt2 import hub
 
 INDEX = "model.safetensors.index.json"  # of weights in several files
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
-MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # which position sees which: no parameters
-TYPES = ("F32", "F16", "BF16")
+MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # the causal mask, not a parameter
+DTYPES = ("F32", "F16", "BF16")
 CHUNK_ROWS = 4096
+RESAVE = "load it with `transformers` and save_pretrained it in float32"
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file, of which nothing is read yet."""
+    """A tensor in a file, not read yet."""
 
     path: Path
-    name: str  # as the file has it
+    name: str  # in the file
     shape: tuple[int, ...]
-    piece: Any  # safetensors' own: piece[index] reads
+    content: Any  # safetensors' own type: content[index] reads
 
     def read(self, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
-        """Return a part of it, in float32.
-
-        Args:
-            index: slices that begin and end within it.
+        """Return the part at an index within the tensor, in float32.
 
         Raises:
-            InputError: it has other than finite floating-point numbers, or cannot be read.
+            InputError: it cannot be read, or is not finite floating-point numbers.
         """
-        import ml_dtypes  # noqa: F401  numpy knows bfloat16 by it
+        import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 
-        if self.piece.get_dtype() not in TYPES:
+        dtype = self.content.get_dtype()
+        if dtype not in DTYPES:
             raise InputError(
-                f"{self.path}: {self.name} must be of type {', '.join(TYPES)}, but is of "
-                f"{self.piece.get_dtype()}"
+                f"{self.path}: {self.name} must have dtype {', '.join(DTYPES)}, but has {dtype}: "
+                f"{RESAVE}"
             )
         with reading(self.path, f"a safetensors file with a readable {self.name}"):
-            values = np.asarray(self.piece[index], np.float32)
+            values = np.asarray(self.content[index], np.float32)
         if not np.isfinite(values).all():
-            raise InputError(f"{self.path}: {self.name} must be finite, but has NaN or infinity")
+            raise InputError(
+                f"{self.path}: {self.name} must be finite, but has NaN or infinity: download or "
+                "export it again"
+            )
         return values
 
 
 def open_tensors(source: str) -> dict[str, Tensor]:
-    """Return the tensors of a GPT-2 by their names, without the prefix "transformer.".
+    """Open a GPT-2's weights, downloading them if necessary; return its tensors by name.
 
     Args:
-        source: a name of hub.py's, or a folder.
+        source: one of hub.py's names, or a folder.
 
     Raises:
-        InputError: there are none, or a file is not what it should be.
+        InputError: there are no weights, or a file is not a safetensors file.
     """
     from safetensors import safe_open
 
@@ -68,47 +70,47 @@ def open_tensors(source: str) -> dict[str, Tensor]:
         with reading(path, "a safetensors file"):
             file = safe_open(path, "numpy")
             found = [(name, file.get_slice(name)) for name in list(file.keys())]
-        for name, piece in found:
+        for name, part in found:
             short = name.removeprefix("transformer.")
             if short in tensors:
-                raise InputError(f"{path}: {short!r:.80} must come once, but comes twice")
-            tensors[short] = Tensor(path, name, tuple(piece.get_shape()), piece)
+                raise InputError(f"{path}: {short!r:.80} must come once, but comes twice: {RESAVE}")
+            tensors[short] = Tensor(path, name, tuple(part.get_shape()), part)
     return tensors
 
 
 def _files(source: str) -> list[Path]:
     folder = Path(source)
-    if hub.is_name(source) or (folder / hub.WEIGHTS).is_file():
-        return [hub.find(source, hub.WEIGHTS)]
-    if (folder / INDEX).is_file():
-        return [hub.find(source, name) for name in _indexed(folder / INDEX)]
-    for pickle in sorted(folder.glob("*.bin")):
-        raise InputError(
-            f"{pickle}: is a pickle, which can run any code when it is opened. Where you trust it, "
-            f"let `transformers` read it and save_pretrained write {hub.WEIGHTS}"
-        )
-    return [hub.find(source, hub.WEIGHTS)]  # which refuses
+    if not hub.is_name(source) and not (folder / hub.WEIGHTS).is_file():
+        if (folder / INDEX).is_file():
+            return [hub.find(source, name) for name in _indexed(folder / INDEX)]
+        for pickle in sorted(folder.glob("*.bin")):
+            raise InputError(
+                f"{pickle}: this is a pickle, which can run any code when it is opened. If you "
+                f"trust it, load it with `transformers` and let save_pretrained write {hub.WEIGHTS}"
+            )
+    return [hub.find(source, hub.WEIGHTS)]
 
 
 def _indexed(path: Path) -> list[str]:
-    """Return the names of the files that an index lists; they lie beside it, and nowhere else."""
+    """Return the files that an index names; they must be next to it."""
     requirement = f'like {{"weight_map": {{"{EMBEDDING}": "a.safetensors"}}}}'
-    with reading(path, f"{requirement}, with the names of files beside it"):
+    with reading(path, f"{requirement}, with the names of files next to it"):
         names = {*read_json(path)["weight_map"].values()}
         if not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
-            raise ValueError("names others")
+            raise ValueError("it names others")
         return sorted(names)
 
 
 def check(
     tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], bias: bool, source: str
 ) -> None:
-    """Check that the tensors are all those of some shapes and, but for what is known, no others.
+    """Check that the tensors are exactly those with the given names and shapes.
 
-    Known are masks, a head that equals the embedding, and zeros for biases where there are none.
+    Three kinds may come in addition: masks, a head that equals the embedding, and zero biases for a
+    model without biases.
 
     Raises:
-        InputError: it names what is missing, left over, of another shape, or differs.
+        InputError: a tensor is missing, unexpected, of another shape, or of other values.
     """
     zeros = set()
     if not bias:
@@ -119,24 +121,28 @@ def check(
     unknown = sorted(name for name in unknown if not MASK.fullmatch(name))
     if missing or unknown:
         parts = [f"lack {_some(missing)}"] if missing else []
-        parts += [f"have {_some(unknown)} besides"] if unknown else []
+        parts += [f"have {_some(unknown)} in addition"] if unknown else []
         raise InputError(
-            f"{source}: the weights must be the {len(shapes)} tensors that {hub.CONFIG} tells of, "
-            f"but {' and '.join(parts)}"
+            f"{source}: the weights must be the {len(shapes)} tensors that {hub.CONFIG} describes, "
+            f"but {' and '.join(parts)}: take {hub.CONFIG} and the weights from the same model"
         )
     for name, shape in shapes.items():
         path, _, found, _ = tensors[name]
         if found != shape:
-            raise InputError(f"{path}: {name} must have the shape {shape}, but has {found}")
+            raise InputError(
+                f"{path}: {name} must have the shape {shape}, as {hub.CONFIG} says, but has "
+                f"{found}: take both files from the same model"
+            )
     for name in sorted(zeros):
         if tensors[name].read().any():
             raise InputError(
-                f"{tensors[name].path}: {name} must be zero in a model without biases, but is not"
+                f"{tensors[name].path}: {name} must be zero in a model without biases, but is not: "
+                f'set "bias" to true in {hub.CONFIG}'
             )
     if HEAD in tensors and not _are_equal(tensors[HEAD], tensors[EMBEDDING]):
         raise InputError(
-            f"{tensors[HEAD].path}: {HEAD} must equal {EMBEDDING}, since a GPT's head has the "
-            "weights of its embedding, but differs"
+            f"{tensors[HEAD].path}: {HEAD} must equal {EMBEDDING}, since a GPT-2 shares them, but "
+            "differs: a model with a head of its own cannot be loaded"
         )
 
 
@@ -148,6 +154,6 @@ def _some(names: list[str]) -> str:
 def _are_equal(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
-    begins = range(0, one.shape[0], CHUNK_ROWS)
-    rows = [(slice(begin, min(begin + CHUNK_ROWS, one.shape[0])),) for begin in begins]
+    starts = range(0, one.shape[0], CHUNK_ROWS)
+    rows = [(slice(start, min(start + CHUNK_ROWS, one.shape[0])),) for start in starts]
     return all(np.array_equal(one.read(index), other.read(index)) for index in rows)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from nanogpt_jax import data, generate, steps
+from nanogpt_jax import data, decoding, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args, split_settings
 from nanogpt_jax.corpora import catalog as corpora
@@ -179,14 +179,15 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], None]) -
     feed.close()
 
     write = jax.jit(
-        partial(generate.generate, programs.model), static_argnames=("n_tokens", "sampling")
+        partial(decoding.generate, programs.model), static_argnames=("n_tokens", "sampling")
     )
+    prompt = corpus.tokenizer.encode(corpus.tokenizer.default_start)
     new_tokens_BN = write(
         state.params,
-        *generate.start_window(corpus.tokenizer, None, 1, block_size),
-        generate.row_keys(config.seed, range(1)),
+        *decoding.start_window(prompt, 1, block_size),
+        decoding.row_keys(config.seed, range(1)),
         n_tokens=SAMPLE_TOKENS,
-        sampling=generate.Sampling(),
+        sampling=decoding.Sampling(),
     )
     text = " / ".join(corpus.tokenizer.decode(np.asarray(new_tokens_BN)[0]).split("\n"))
     is_the_lectures = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT

@@ -1,4 +1,4 @@
-"""The page to play on: python sample.py --web. Gradio's layout and the server; JAX is elsewhere."""
+"""The page's layout in Gradio, and its server: python sample.py --web"""
 
 import dataclasses
 import errno
@@ -6,19 +6,23 @@ import importlib.util
 import ipaddress
 import os
 import socket
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanogpt_jax.config import MAX_PAGE_TOKENS, SampleConfig
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.web import render as views
-from nanogpt_jax.web.handlers import MAX_START, MEAN, Answers
+from nanogpt_jax.web import render
+from nanogpt_jax.web.handlers import MAX_START, MEAN, Handlers
 
-# Whatever Gradio's files name, a browser asks no host but ours.
+if TYPE_CHECKING:
+    from nanogpt_jax import TrainedModel
+    from nanogpt_jax.web.session import Session
+
+# Whatever Gradio's files name, the browser asks no host but this one.
 POLICY = (
     "default-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; frame-ancestors 'none'"
 )
-MOST_REQUEST_BYTES = 2**22  # what is typed is at most a hundredth of it
+MAX_REQUEST_BYTES = 2**22  # a hundred times what can be typed
 # Clicks and arrow keys choose a character.
 CHOOSE = """
 const choose = (character) => {
@@ -39,7 +43,7 @@ element.addEventListener('keydown', (event) => {
   choose(event.target[way]);
 });
 """
-STYLE = f"""{views.STYLE}
+STYLE = f"""{render.STYLE}
 footer {{ display: none !important; }}
 #wrong:not(:has(p)) {{ display: none; }}
 #loss {{ max-width: 60em; }}
@@ -47,7 +51,7 @@ footer {{ display: none !important; }}
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address; port 0 takes a free one.
+    """Return a socket that listens on an address; port 0 takes a free one.
 
     Raises:
         InputError: Gradio is missing, the port is taken, or the address is not this machine's.
@@ -58,36 +62,34 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        hint = ": take another --port, or --port 0 for a free one" if taken else ""
-        reason = "is in use" if taken else f"cannot be listened at ({error.strerror})"
-        raise InputError(f"port {port} of host {host} {reason}{hint}") from None
+        is_taken = error.errno == errno.EADDRINUSE
+        hint = "take another --port, or --port 0 for a free one"
+        hint = hint if is_taken else "--host must be an address of this machine, like 127.0.0.1"
+        raise InputError(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from None
 
 
-def serve(player, config: SampleConfig, folder: Path | None, listener: socket.socket) -> None:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        player: a `player.Player`.
-        config: the page's first settings.
-        folder: of the run, whose loss is shown; None of weights from elsewhere.
-        listener: see `listen`.
-    """
-    # Read when Gradio is imported: ask nobody for news, and keep no list of what was written.
+def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) -> None:
+    """Serve the page, which starts with the settings of `config`, until Ctrl-C."""
+    # Gradio reads these when it is imported: no telemetry, and no record of what was written.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
 
-    for _ in player.write(player.default_start, dataclasses.replace(config, max_new_tokens=1)):
-        pass  # compiled now, and not while somebody waits for a first character
-    # The system's fonts; explanations that can be read, where Gradio's are faint.
+    from nanogpt_jax.web.session import Session
+
+    session = Session(run)
+    one_token = dataclasses.replace(config, max_new_tokens=1)
+    "".join(
+        session.write(session.tokenizer.default_start, one_token)
+    )  # compile before anyone waits
+    # The system's fonts, and explanations darker than Gradio's, which are hard to read.
     theme = gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("monospace",)).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
-        page(player, config, folder),
+        page(session, config),
         path="/",
         footer_links=[],
         show_error=False,
@@ -102,23 +104,23 @@ def serve(player, config: SampleConfig, folder: Path | None, listener: socket.so
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host)
     name = f"[{host}]" if address.version == 6 else host
-    print(f"the page is at http://{name}:{port} (Ctrl-C ends it)", flush=True)
+    print(f"the page is at http://{name}:{port} (Ctrl-C stops it)", flush=True)
     if not address.is_loopback:
-        print("anybody who reaches this machine can use the page", flush=True)
+        print("anyone who can reach this machine can use the page", flush=True)
     server.run(sockets=[listener])
 
 
 def with_policy(app):
-    """Return an ASGI app whose answers carry POLICY, and that hangs up on endless requests."""
+    """Return an ASGI app that sends POLICY with each answer and hangs up on endless requests."""
 
     async def answer(scope, receive, send):
         n_bytes = 0
 
-        async def receive_no_more():
+        async def receive_limited():
             nonlocal n_bytes
             message = await receive()
             n_bytes += len(message.get("body", b""))
-            return message if n_bytes <= MOST_REQUEST_BYTES else {"type": "http.disconnect"}
+            return message if n_bytes <= MAX_REQUEST_BYTES else {"type": "http.disconnect"}
 
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
@@ -126,38 +128,37 @@ def with_policy(app):
                 message["headers"] = [*message["headers"], policy]
             await send(message)
 
-        await app(scope, receive_no_more, send_with_policy)
+        await app(scope, receive_limited, send_with_policy)
 
     return answer
 
 
-def page(player, config: SampleConfig, folder: Path | None):
-    """Return the page as gradio.Blocks; see `serve`."""
+def page(session: "Session", config: SampleConfig):
+    """Return the page as gradio.Blocks."""
     import gradio as gr
 
-    answers, unit = Answers(player, config, folder), player.unit
-    name = folder.resolve().name if folder else config.init_from
-    n_heads = player.n_heads
+    handlers, unit, n_heads = Handlers(session, config), session.unit, session.n_heads
+    folder = session.run.folder
+    name = folder.resolve().name if folder else session.run.name
+    block_size = session.run.config.block_size
+    start = config.start or session.tokenizer.default_start
     has_attention = bool(n_heads)
 
-    # Gradio finds who clicked by the type of the parameter.
+    # Gradio passes the event to the parameter annotated with its type.
     def grow(text, start, temperature, top_k, top_p, seed, max_new_tokens, event: gr.EventData):
         numbers = temperature, top_k, top_p, seed, max_new_tokens
-        if event.target is go_on_button:
-            yield from answers.go_on(text, start, *numbers)
+        if event.target is continue_button:
+            yield from handlers.extend(text, start, *numbers)
         else:
-            yield from answers.write(start, *numbers)
+            yield from handlers.write(start, *numbers)
 
     def choose(seen, layer, head, event: gr.EventData):
-        return answers.choose(seen, layer, head, event.position)
+        return handlers.choose(seen, layer, head, event.position)
 
-    start = config.start or player.default_start
-    block_size = player.model.config.block_size
     with gr.Blocks(title="nanogpt_jax", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(
-            f"# nanogpt_jax: {name}\nA model that writes one {unit} after the other. For each it "
-            f"reads the last {block_size:,} {unit}s at the most, and draws the next by their "
-            "probabilities."
+            f"# nanogpt_jax: {name}\nA model that writes one {unit} at a time: it reads at most "
+            f"the last {block_size:,} {unit}s and draws the next one from its probabilities."
         )
         with gr.Tab("Write"), gr.Row():
             with gr.Column(scale=5, min_width=320):
@@ -168,11 +169,11 @@ def page(player, config: SampleConfig, folder: Path | None):
                 with gr.Row():
                     write_button = gr.Button("Write", variant="primary", min_width=80)
                     stop_button = gr.Button("Stop", min_width=80)
-                    go_on_button = gr.Button("Go on", min_width=80)
+                    continue_button = gr.Button("Continue", min_width=80)
                 wrong = gr.HTML(elem_id="wrong")
                 text_box = gr.Textbox(
                     start, label="Text", lines=16, max_lines=16, elem_id="text",
-                    info="You can change it; “Go on” continues from its end.",
+                    info="You can edit it; “Continue” writes on from its end.",
                 )  # fmt: skip
                 with gr.Row():
                     temperature = gr.Slider(
@@ -181,18 +182,17 @@ def page(player, config: SampleConfig, folder: Path | None):
                         info=f"Low: safe. High: wild. 0: always the likeliest {unit}.",
                     )  # fmt: skip
                     max_new_tokens = gr.Slider(
-                        1, MAX_PAGE_TOKENS, config.max_new_tokens, step=1,
-                        label=f"{unit.capitalize()}s",
-                        min_width=200, info="How many to write.",
+                        1, MAX_PAGE_TOKENS, config.max_new_tokens, step=1, min_width=200,
+                        label=f"{unit.capitalize()}s", info="How many to write.",
                     )  # fmt: skip
                 with gr.Row():
                     top_k = gr.Number(
                         config.top_k, label="Top-k", precision=0, min_width=120,
-                        info="Draw from the k likeliest only; 0: from all.",
+                        info="Draw only from the k likeliest; 0: from all.",
                     )  # fmt: skip
                     top_p = gr.Number(
                         config.top_p, label="Top-p", step=0.05, min_width=120,
-                        info="Draw from the likeliest that together have this probability.",
+                        info="Draw only from the likeliest that together have this probability.",
                     )  # fmt: skip
                     seed = gr.Number(
                         config.seed, label="Seed", precision=0, min_width=120,
@@ -202,18 +202,18 @@ def page(player, config: SampleConfig, folder: Path | None):
                 gr.Markdown(
                     f"### What the model sees\nThe last {block_size:,} {unit}s of the text. The "
                     f"deeper the orange, the less the model expected that {unit}. Click one, or "
-                    "move with the arrow keys."
+                    "use the arrow keys."
                 )
                 seen = gr.HTML(js_on_load=CHOOSE, elem_id="seen")
                 gr.Markdown("### What it expects next")
                 forecast = gr.HTML(elem_id="forecast")
                 gr.Markdown(
-                    "### Where it looks\nTo decide what comes next, attention takes something from "
-                    f"each {unit} so far: the deeper the blue, the more. Layers work one after "
+                    f"### Where it looks\nTo predict the next {unit}, attention takes something "
+                    f"from each {unit} so far: the deeper the blue, the more. Layers run one after "
                     "the other, the heads of a layer side by side."
                     if has_attention
-                    else "### Where it looks\nNowhere: this model has no attention. It knows the "
-                    f"last {unit} only."
+                    else "### Where it looks\nNowhere: this model has no attention. It sees only "
+                    f"the last {unit}."
                 )
                 with gr.Row(visible=has_attention):
                     layer = gr.Radio(
@@ -226,7 +226,7 @@ def page(player, config: SampleConfig, folder: Path | None):
                     )  # fmt: skip
                 attention = gr.HTML(elem_id="attention", visible=has_attention)
                 gr.Markdown(
-                    "All of them at once, a row for each: what it takes from those before it.",
+                    f"All of them at once: each row shows what one {unit} takes from those before.",
                     visible=has_attention,
                 )
                 attention_map = gr.Plot(
@@ -234,8 +234,8 @@ def page(player, config: SampleConfig, folder: Path | None):
                 )
         with gr.Tab("Loss") as loss_tab:
             gr.Markdown(
-                "How wrong the model was while it was trained: the mean surprise at the next "
-                f"{unit}, in nats. Validation is on text that it was not trained on."
+                f"How wrong the model was during training: its mean surprise at the next {unit}, "
+                "in nats. The validation text was not used for training."
             )
             loss_plot = gr.Plot(show_label=False, elem_id="loss", elem_classes="picture")
             loss_line = gr.Textbox(show_label=False, container=False, interactive=False)
@@ -244,12 +244,12 @@ def page(player, config: SampleConfig, folder: Path | None):
         latest = private | {"trigger_mode": "always_last"}
         window, position = gr.State(""), gr.State(0)
         see = private | {
-            "fn": answers.see,
+            "fn": handlers.see,
             "inputs": [text_box, layer, head],
             "outputs": [seen, window, position, forecast, attention, attention_map],
         }
-        grown = gr.on(  # one event of both buttons: while one writes, the other waits for Stop
-            [write_button.click, go_on_button.click],
+        grown = gr.on(  # one event for both buttons: while one writes, the other waits for Stop
+            [write_button.click, continue_button.click],
             grow,
             [text_box, start_box, temperature, top_k, top_p, seed, max_new_tokens],
             [text_box, wrong],
@@ -259,10 +259,10 @@ def page(player, config: SampleConfig, folder: Path | None):
         stop_button.click(None, cancels=[grown], **private).then(**see)
         text_box.input(**see, trigger_mode="always_last")
         blocks.load(**see)
-        place = [window, layer, head]
-        seen.select(choose, place, [position, forecast, attention], **latest)
+        chosen = [window, layer, head]
+        seen.select(choose, chosen, [position, forecast, attention], **latest)
         for radio in layer, head:
-            radio.input(answers.attention, [*place, position], attention, **latest)
-            radio.input(answers.map, place, attention_map, **latest)
-        loss_tab.select(answers.loss, None, [loss_plot, loss_line], **private)
+            radio.input(handlers.attention, [*chosen, position], attention, **latest)
+            radio.input(handlers.map, chosen, attention_map, **latest)
+        loss_tab.select(handlers.loss, None, [loss_plot, loss_line], **private)
     return blocks.queue(max_size=20, default_concurrency_limit=2)

@@ -1,134 +1,126 @@
-"""What the page of --web shows when something on it is clicked, typed or chosen. No JAX, no Gradio.
+"""Answer the page's events: what to show after a click, a choice or typing. No JAX, no Gradio.
 
-What comes from a browser is not trusted: numbers and lengths are checked here, texts are escaped in
-`views`.
+Input from a browser is untrusted: numbers and lengths are checked here, text is escaped in render.
 """
 
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanogpt_jax.config import SampleConfig
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.run import plots as report
-from nanogpt_jax.web import render as views
+from nanogpt_jax.run import plots
+from nanogpt_jax.web import render
 
-NUMBERS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # as the page sends them
+if TYPE_CHECKING:
+    from nanogpt_jax.web.session import Session
+
+NUMBERS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # in the page's order
 MAX_START = 10_000  # characters of a start text
-MAX_TEXT = 20_000  # and of one that is read or goes on
-PIECE_S = 0.08  # the browser is sent text no more often
-MEAN = "mean"  # of the heads, where one can be chosen
+MAX_TEXT = 20_000  # characters of a text that is read or continued
+PIECE_S = 0.08  # between two updates of the text in the browser
+MEAN = "mean"  # of the heads, in place of one of them
 N_LIKELIEST = 10
 
 
-class Answers:
-    """Answers to the events of the page, each a tuple of what its outputs shall show."""
+class Handlers:
+    """The page's event handlers, each returning the new values of its outputs."""
 
-    def __init__(self, player, config: SampleConfig, folder: Path | None):
-        """Take a `player.Player`, the settings that the page does not ask for, and the run.
-
-        Without a run, the model's weights are from elsewhere.
-        """
-        self.player, self.config, self.folder = player, config, folder
-        self._look = lru_cache(maxsize=4)(player.look)  # many characters of a text are clicked
+    def __init__(self, session: "Session", config: SampleConfig):
+        self.session, self.config = session, config  # of which the page changes NUMBERS
+        self.default_start = session.tokenizer.default_start
+        self._look = lru_cache(maxsize=4)(session.look)  # one text gets many clicks
 
     def write(self, start: str, *numbers) -> Iterator[tuple[str, str]]:
-        """Yield (text, what is wrong) as a new text grows from its start."""
-        start = start or self.player.default_start
+        """Yield (text, error) as a new text grows from its start."""
+        start = start or self.default_start
         yield from self._grow(start, start, numbers)
 
-    def go_on(self, text: str, start: str, *numbers) -> Iterator[tuple[str, str]]:
-        """Yield (text, what is wrong) as a text goes on from what stands there."""
-        start = start or self.player.default_start
+    def extend(self, text: str, start: str, *numbers) -> Iterator[tuple[str, str]]:
+        """Yield (text, error) as a text grows from its end."""
+        start = start or self.default_start
         yield from self._grow(text or start, start, numbers)
 
     def _grow(self, text: str, start: str, numbers) -> Iterator[tuple[str, str]]:
         try:
             if len(start) > MAX_START:
-                have = f"{len(start):,}"
-                raise InputError(f"start must have at most {MAX_START:,} characters, got {have}")
+                n = f"{len(start):,}"
+                raise InputError(f"start must have at most {MAX_START:,} characters, got {n}")
             if len(text) > MAX_TEXT:
                 raise InputError(f"the text is full at {MAX_TEXT:,} characters: write a new one")
             config = read_numbers(self.config, dict(zip(NUMBERS, numbers, strict=True)))
-            made = max(0, self.player.n_tokens(text) - self.player.n_tokens(start))
+            n_generated = self.session.n_tokens(text) - self.session.n_tokens(start)
             yield text, ""
-            for piece in in_time(self.player.write(text, config, made)):
+            for piece in batched(self.session.write(text, config, max(0, n_generated))):
                 text += piece
                 yield text, ""
         except InputError as error:
-            yield text, views.error(str(error))
+            yield text, render.error(str(error))
 
-    def see(self, text: str, layer: str | None, head: str | None) -> tuple:
-        """Return what is seen of a text, its last token chosen.
-
-        They are: the tokens to click on, the text that was read, the position of the chosen one,
-        forecast, attention, and the map of attention.
-        """
+    def see(self, text: str, layer: str | None, head: str) -> tuple:
+        """Return (tokens to click on, text that was read, position, forecast, attention, map)."""
         seen = text[-MAX_TEXT:]
         try:
             if not seen:
                 raise InputError("Nothing is written yet.")
-            sight = self._look(seen)
+            insight = self._look(seen)
         except InputError as error:
-            return views.error(str(error)), "", 0, "", "", None
-        position = len(sight.tokens) - 1
-        clickable = views.surprise(sight.tokens, sight.surprise_T, position)
-        return (
-            clickable,
-            seen,
-            *self.choose(seen, layer, head, position),
-            self.map(seen, layer, head),
-        )
+            return render.error(str(error)), "", 0, "", "", None
+        position = len(insight.tokens) - 1
+        clickable = render.surprise(insight.tokens, insight.surprise_T, position)
+        chosen = self.choose(seen, layer, head, position)
+        return clickable, seen, *chosen, self.map(seen, layer, head)
 
-    def choose(self, seen: str, layer: str | None, head: str | None, position: int) -> tuple:
-        """Return (position, forecast, attention) of a token, the nearest that there is."""
+    def choose(self, seen: str, layer: str | None, head: str, position: int) -> tuple:
+        """Return (position, forecast, attention) of the token nearest to a position."""
         if not seen:
             return 0, "", ""
-        sight = self._look(seen)
-        position = min(max(0, int(position)), len(sight.tokens) - 1)
-        forecast = views.forecast(
-            sight.tokens,
-            position,
-            sight.likeliest(position, N_LIKELIEST),
-            sight.probability_of_next(position),
-        )
+        insight = self._look(seen)
+        position = min(max(0, int(position)), len(insight.tokens) - 1)
+        likeliest = insight.likeliest(position, N_LIKELIEST)
+        came = insight.probability_of_next(position)
+        forecast = render.forecast(insight.tokens, position, likeliest, came)
         return position, forecast, self.attention(seen, layer, head, position)
 
-    def attention(self, seen: str, layer: str | None, head: str | None, position: int) -> str:
-        """Return where a head looks from a position; nothing where there is no attention."""
+    def attention(self, seen: str, layer: str | None, head: str, position: int) -> str:
+        """Return where a head looks from a position; nothing if the model has no attention."""
         if not seen or layer is None:
             return ""
-        sight = self._look(seen)
-        weights_TT = sight.attention(*_numbers(layer, head))
-        name = _name(layer, head)
-        return views.attention(sight.tokens, weights_TT, position, name, self.player.unit)
+        tokens, weights_TT, name = self._weights(seen, layer, head)
+        return render.attention(tokens, weights_TT, position, name, self.session.unit)
 
-    def map(self, seen: str, layer: str | None, head: str | None):
-        """Return the picture of a head's weights; None where there is no attention."""
+    def map(self, seen: str, layer: str | None, head: str):
+        """Return a picture of a head's weights; None if the model has no attention."""
         if not seen or layer is None:
             return None
-        sight = self._look(seen)
-        weights_TT = sight.attention(*_numbers(layer, head))
-        return views.attention_map(sight.tokens, weights_TT, _name(layer, head), self.player.unit)
+        return render.attention_map(*self._weights(seen, layer, head), self.session.unit)
+
+    def _weights(self, seen: str, layer: str, head: str):
+        """Return (tokens, weights_TT, name) of a head as the page numbers it."""
+        insight = self._look(seen)
+        weights_TT = insight.attention(int(layer) - 1, None if head == MEAN else int(head) - 1)
+        name = f"layer {layer}, " + ("mean of heads" if head == MEAN else f"head {head}")
+        return insight.tokens, weights_TT, name
 
     def loss(self) -> tuple:
-        """Return (picture, sentence) of the run's loss as it is now."""
-        if self.folder is None:
+        """Return (picture, sentence) of the run's loss so far."""
+        folder = self.session.run.folder
+        if folder is None:
             return None, "There is no curve to draw: these weights were not trained here."
         try:
-            run = report.read_run(self.folder, "step")
+            rows = plots.read_run(folder, "step")
         except InputError as error:
             return None, f"There is no curve to draw: {error}."
-        return report.loss_figure({str(self.folder): run}), report.describe(run)
+        return plots.loss_figure({str(folder): rows}), plots.describe(rows)
 
 
 def read_numbers(config: SampleConfig, numbers: dict) -> SampleConfig:
-    """Return a configuration with the page's numbers, checked as flags are.
+    """Return a configuration with the page's numbers, checked like flags.
 
     Raises:
-        InputError: one is no number, or not within its range.
+        InputError: one is not a number, or is out of range.
     """
     checked = {}
     for name, value in numbers.items():
@@ -143,8 +135,8 @@ def read_numbers(config: SampleConfig, numbers: dict) -> SampleConfig:
     return dataclasses.replace(config, **checked)
 
 
-def in_time(pieces: Iterable[str], seconds: float = PIECE_S) -> Iterator[str]:
-    """Yield pieces of text joined, as many as came within some seconds."""
+def batched(pieces: Iterable[str], seconds: float = PIECE_S) -> Iterator[str]:
+    """Yield pieces of text, joined so that at most one is yielded every few seconds."""
     held, last_s = "", time.monotonic()
     for piece in pieces:
         held += piece
@@ -153,11 +145,3 @@ def in_time(pieces: Iterable[str], seconds: float = PIECE_S) -> Iterator[str]:
             held, last_s = "", time.monotonic()
     if held:
         yield held
-
-
-def _numbers(layer: str, head: str) -> tuple[int, int | None]:
-    return int(layer) - 1, None if head == MEAN else int(head) - 1
-
-
-def _name(layer: str, head: str) -> str:
-    return f"layer {layer}, " + ("mean of heads" if head == MEAN else f"head {head}")

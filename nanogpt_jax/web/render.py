@@ -1,14 +1,14 @@
-"""What a model sees in a text, as pieces of a page: HTML and a picture. No JAX, no Gradio.
+"""Show what a model makes of a text, as HTML and a picture. No JAX, no Gradio.
 
-All text that is shown is escaped here: it may hold anything.
+All text is escaped here: it may contain anything.
 """
 
 from html import escape
 
 import numpy as np
 
-STRONGEST_SURPRISE = 5.0  # nats, where the colour is full: less than a chance in a hundred
-MOST_LABELS = 64  # tokens along an axis of the map that can still be read
+FULL_SURPRISE = 5.0  # nats, at which the colour is deepest: a probability below 1 %
+MAX_LABELS = 64  # characters along an axis of the map that can still be read
 
 STYLE = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.7 ui-monospace, monospace;
@@ -23,7 +23,7 @@ STYLE = """
 .forecast .bar { height: .9em; min-width: 1px; background: rgb(60 125 230); border-radius: 2px; }
 .forecast .came { background: rgb(225 120 20); }
 .forecast .number { text-align: right; }
-/* Pictures are drawn on white; turned to dark, their hues stay. */
+/* Pictures have a white background: invert it in dark mode, but keep the hues. */
 .dark .picture img { filter: invert(.93) hue-rotate(180deg); }
 .view-note { margin: 0 0 6px; }
 .view-error { color: rgb(205 60 50); margin: 0; }
@@ -31,7 +31,7 @@ STYLE = """
 
 
 def visible(token: str) -> str:
-    """Return a token, a character or several, as something that can be seen, escaped for HTML."""
+    """Return a token as HTML, with visible signs for blanks and control characters."""
     known = {" ": "␣", "\n": "↵", "\t": "⇥"}
     return "".join(
         escape(known.get(character, character))
@@ -41,47 +41,40 @@ def visible(token: str) -> str:
     )
 
 
-def note(sentence: str) -> str:
-    """Return a sentence of plain text as HTML."""
-    return f'<p class="view-note">{escape(sentence)}</p>'
-
-
 def error(sentence: str) -> str:
-    """Return what went wrong, as HTML."""
+    """Return an error message as HTML."""
     return f'<p class="view-error" role="alert">{escape(sentence)}</p>'
 
 
 def surprise(tokens: list[str], surprise_T: np.ndarray, position: int) -> str:
-    """Return the text to click on, each token the deeper the less it was expected."""
+    """Return the text to click on, each token coloured by how little it was expected."""
     parts = []
     for i, (token, nats) in enumerate(zip(tokens, surprise_T, strict=True)):
         is_first = np.isnan(nats)
-        depth = 0.0 if is_first else min(1.0, nats / STRONGEST_SURPRISE)
-        title = "the first: nothing to go by" if is_first else f"probability {np.exp(-nats):.1%}"
+        depth = 0.0 if is_first else min(1.0, nats / FULL_SURPRISE)
+        title = "the first: nothing predicts it" if is_first else f"probability {np.exp(-nats):.1%}"
         is_here = i == position
-        parts.append(
-            f'<span role="button" tabindex="{0 if is_here else -1}" data-position="{i}" '
-            f'aria-pressed="{str(is_here).lower()}" title="{title}" '
-            f'style="{_shade("235 120 0", depth)}">{_in_text(token)}</span>'
-            + "\n"
-            * token.count("\n")
+        attributes = (
+            f'role="button" tabindex="{0 if is_here else -1}" data-position="{i}" '
+            f'aria-pressed="{str(is_here).lower()}" title="{title}"'
         )
+        parts.append(_span(token, attributes, "235 120 0", depth))
     return f'<div class="text">{"".join(parts)}</div>'
 
 
 def forecast(
     tokens: list[str], position: int, likeliest: list[tuple[str, float]], came: float | None
 ) -> str:
-    """Return bars of the likeliest tokens after a position, the one that came marked.
+    """Return a bar chart of the likeliest tokens after a position; the actual one is orange.
 
     Args:
         likeliest: tokens with their probabilities, best first.
-        came: the probability of the token that really came next; None at the end of the text.
+        came: the probability of the token that came next; None at the end of the text.
     """
     next_token = "".join(tokens[position + 1 : position + 2])
     rows = list(likeliest)
     if next_token and next_token not in dict(rows):
-        rows.append((next_token, came))
+        rows.append((next_token, came or 0.0))
     highest = max(probability for _, probability in rows)
     bars = "".join(
         f"<span>{visible(token)}</span>"
@@ -103,10 +96,10 @@ def forecast(
 def attention(
     tokens: list[str], weights_TT: np.ndarray, position: int, name: str, unit: str
 ) -> str:
-    """Return the text with each token the deeper the more is taken from it at a position.
+    """Return the text, each token coloured by the attention that a position pays to it.
 
     Args:
-        unit: what a token is called: "character" or "token".
+        unit: what to call a token: "character" or "token".
     """
     weights_S = weights_TT[position]
     highest = weights_S.max()
@@ -114,12 +107,8 @@ def attention(
     parts = []
     for i, (token, weight) in enumerate(zip(tokens, weights_S, strict=True)):
         kind = "here" if i == position else "faint" if i > position else ""
-        parts.append(
-            f'<span class="{kind}" title="weight {weight:.1%}" '
-            f'style="{_shade("40 115 255", weight / highest)}">{_in_text(token)}</span>'
-            + "\n"
-            * token.count("\n")
-        )
+        attributes = f'class="{kind}" title="weight {weight:.1%}"'
+        parts.append(_span(token, attributes, "40 115 255", weight / highest))
     ago = position - most
     place = "itself" if ago == 0 else f"{ago} {unit}{'s' if ago > 1 else ''} before"
     return (
@@ -130,21 +119,22 @@ def attention(
 
 
 def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: str):
-    """Return a matplotlib Figure of all weights: a row for each position, what it takes whence."""
-    from matplotlib.colors import PowerNorm  # half a second: only now
+    """Return a matplotlib Figure of all weights, a row for each position."""
+    from matplotlib.colors import PowerNorm  # takes half a second
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 6.4), dpi=130, layout="tight")
     axes = figure.subplots()
-    # Where many tokens share the weight, each has little: the root brings them out.
+    # A square root, so that weight spread over many tokens stays visible.
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     image = axes.imshow(weights_TT, cmap="Blues", norm=norm, interpolation="nearest")
     axes.set(title=name, xlabel=f"takes from this {unit}", ylabel=f"this {unit}")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    # Past the alphabets that matplotlib's font has, and in a long text, positions by number.
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    # A long text, or an alphabet that matplotlib's font lacks, gets numbered positions.
     text = "".join(tokens)
-    if len(text) <= MOST_LABELS and all(ord(character) < 0x500 for character in text):
+    if len(text) <= MAX_LABELS and all(ord(character) < 0x500 for character in text):
         labels = [
             "".join("↵" if c == "\n" else "·" if c.isspace() else c for c in token)
             for token in tokens
@@ -152,15 +142,12 @@ def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: st
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks(range(len(tokens)), labels, parse_math=False)
             axis.set_tick_params(labelsize=min(9, 400 / len(text)), length=0)
-    figure.colorbar(image, label="weight (those of a row sum to 1)", shrink=0.6, fraction=0.04)
+    figure.colorbar(image, label="weight (each row sums to 1)", shrink=0.6, fraction=0.04)
     return figure
 
 
-def _in_text(token: str) -> str:
-    """Return a token for running text, where a blank is better left blank."""
-    return visible(token).replace("␣", " ")
-
-
-def _shade(rgb: str, depth: float) -> str:
-    # At most so deep that black text on white and white text on black stay legible.
-    return f"background:rgb({rgb} / {0.6 * depth:.2f})"
+def _span(token: str, attributes: str, rgb: str, depth: float) -> str:
+    # Light enough that black text on white and white text on black stay legible.
+    style = f"background:rgb({rgb} / {0.6 * depth:.2f})"
+    text = visible(token).replace("␣", " ")  # in running text, a blank stays blank
+    return f'<span {attributes} style="{style}">{text}</span>' + "\n" * token.count("\n")

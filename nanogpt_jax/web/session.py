@@ -1,123 +1,124 @@
-"""A trained model to play with: it writes on from a text, and shows what it makes of one."""
+"""A trained model behind the page: it continues a text, and shows what it makes of one."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from nanogpt_jax import generate
+import nanogpt_jax
+from nanogpt_jax import decoding
+from nanogpt_jax.attention import WEIGHTS
 from nanogpt_jax.config import SampleConfig
-from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer
-from nanogpt_jax.web.inspection import read_text
+from nanogpt_jax.corpora.tokenizer import CharTokenizer
+from nanogpt_jax.model import Model
 
 
-class Sight(NamedTuple):
-    """A text of T tokens as the model sees it, for people to look at."""
+class Reading(NamedTuple):
+    """What a model makes of a text of T tokens."""
 
-    tokens: list[str]  # its last block_size tokens as texts: the model sees no more
-    text_of: Callable[[list[int]], str]  # of ids
-    surprise_T: np.ndarray  # nats: -log of the probability that a token had; the first: nan
+    next_probs_TV: jax.Array  # of the token after each position
+    weights: tuple[jax.Array, ...]  # (H, T, T), query by key, of each layer with attention
+
+
+def read_text(model: Model, params, tokens_T) -> Reading:
+    """Read at most block_size tokens in one pass, keeping the attention weights.
+
+    No position depends on a later one, so the text may be padded at its end.
+
+    Args:
+        model: with attention in plain XLA; fused kernels never store the weights.
+    """
+    (T,) = tokens_T.shape
+    variables = {"params": params}
+    (logits_BTV, _), sown = model.apply(variables, tokens_T[None], mutable=[WEIGHTS])
+
+    def numbers(path: tuple[str, ...]) -> list[int]:  # h_10 comes after h_9
+        return [int(number) for number in re.findall(r"_(\d+)", "/".join(path))]
+
+    by_head = sorted(flatten_dict(sown.get(WEIGHTS, {})).items(), key=lambda kv: numbers(kv[0]))
+    # The GPT sows weights_BHTS, all heads of a layer at once; the lecture's models sow weights_BTS,
+    # one head at a time. Each leaf is a tuple with one array of batch size 1.
+    weights = tuple(
+        jnp.concatenate([leaf[0].reshape(-1, T, T) for _, leaf in heads])
+        for _, heads in groupby(by_head, key=lambda kv: kv[0][0])
+    )
+    return Reading(jax.nn.softmax(logits_BTV[0].astype(jnp.float32)), weights)
+
+
+class Insight(NamedTuple):
+    """What a model makes of the last T tokens of a text, ready to be shown."""
+
+    tokens: list[str]
+    decode: Callable[[list[int]], str]
+    surprise_T: np.ndarray  # nats: -log of the token's probability; nan for the first
     next_probs_TV: np.ndarray  # of the token after each position
-    weights: tuple[jax.Array, ...]  # of attention, (H, S, S) a layer; past T there is padding
+    weights: tuple[jax.Array, ...]  # of attention, (H, S, S) per layer; after T comes padding
 
     def likeliest(self, position: int, n: int) -> list[tuple[str, float]]:
-        """Return the n tokens that the model finds likeliest after a position, best first."""
+        """Return the n likeliest tokens after a position with their probabilities, best first."""
         probs_V = self.next_probs_TV[position]
         likeliest = np.argsort(-probs_V, stable=True)[:n]
-        return [(self.text_of([v]), float(probs_V[v])) for v in likeliest if probs_V[v] > 0]
+        return [(self.decode([v]), float(probs_V[v])) for v in likeliest if probs_V[v] > 0]
 
     def probability_of_next(self, position: int) -> float | None:
-        """Return how probable the token was that came after a position; None: none came."""
+        """Return the probability of the token that followed a position; None at the end."""
         if position == len(self.tokens) - 1:
             return None
         return float(np.exp(-self.surprise_T[position + 1]))
 
     def attention(self, layer: int, head: int | None) -> np.ndarray:
-        """Return weights_TT, query by key, of a layer's head; None: the mean of its heads."""
+        """Return weights_TT, query by key, of one head of a layer; None: the mean of its heads."""
         weights_HSS = np.asarray(self.weights[layer])
         weights_SS = weights_HSS.mean(axis=0) if head is None else weights_HSS[head]
         T = len(self.tokens)
         return weights_SS[:T, :T]
 
 
-class Player:
-    """A model, its parameters and its compiled programs; each compiles once for all texts."""
+class Session:
+    """A loaded model and what the page asks of it; each function compiles once for all texts."""
 
-    def __init__(self, model: nn.Module, params, tokenizer: Tokenizer):
-        self.model, self.params, self.tokenizer = model, params, tokenizer
-        self._prefill = jax.jit(partial(generate.prefill, model), static_argnames="exact_window")
-        # Apart from reading, so that another temperature compiles a few operations, not the model.
-        self._draw = jax.jit(generate.draw, static_argnames="sampling")
-        self._read = jax.jit(partial(generate.read, model), donate_argnames="generation")
-        self._read_text = jax.jit(partial(read_text, model))
-
-    @property
-    def default_start(self) -> str:
-        """What is read where no start text is given."""
-        return self.tokenizer.default_start
-
-    @property
-    def unit(self) -> str:
-        """What one of its tokens is called."""
-        return "character" if isinstance(self.tokenizer, CharTokenizer) else "token"
+    def __init__(self, run: nanogpt_jax.TrainedModel):
+        self.run = run
+        self.tokenizer, _ = run.encode(None)
+        self.unit = "character" if isinstance(self.tokenizer, CharTokenizer) else "token"
+        self._read_text = jax.jit(partial(read_text, run.model))
+        tokens_S = jax.ShapeDtypeStruct((run.config.block_size,), jnp.int32)
+        reading = jax.eval_shape(self._read_text, run.params, tokens_S)
+        self.n_heads = [weights_HSS.shape[0] for weights_HSS in reading.weights]  # by layer
 
     def n_tokens(self, text: str) -> int:
-        """Return how many tokens a text has; raises as `write` does."""
+        """Return the number of tokens in a text; raises as `write` does."""
         return len(self.tokenizer.encode_prompt(text))
 
-    @property
-    def n_heads(self) -> list[int]:
-        """Attention heads of each layer that has attention."""
-        tokens_S = jax.ShapeDtypeStruct((self.model.config.block_size,), jnp.int32)
-        reading = jax.eval_shape(self._read_text, self.params, tokens_S)
-        return [weights_HSS.shape[0] for weights_HSS in reading.weights]
-
-    def write(self, text: str, config: SampleConfig, made: int = 0) -> Iterator[str]:
-        """Yield the text of config.max_new_tokens tokens that go on from a text, one by one.
-
-        They are those of `python sample.py --stream`, in its first sample.
+    def write(self, text: str, config: SampleConfig, n_generated: int = 0) -> Iterator[str]:
+        """Yield the continuation of a text, which is that of `sample.py --stream`.
 
         Args:
-            text: what the model reads first.
-            config: how tokens are drawn.
-            made: how many of the text were drawn before: of a text that was stopped and goes on,
-                each token is drawn with the random numbers that it would have had. So a text of
-                characters goes on as if it never had stopped, until the context is first full.
+            n_generated: tokens at the text's end that were generated before. A text of characters
+                that was stopped continues as if it never had been, until the context is first full.
 
         Raises:
-            InputError: the text is empty, or has characters that the model never saw.
+            InputError: the text is empty, or has characters that the model does not know.
         """
-        window_BS, length = self._window(text)
-        sampling = generate.Sampling(config.temperature, config.top_k, config.top_p)
-        keys_B = generate.row_keys(config.seed, range(1))
-        generation = self._prefill(
-            self.params, window_BS, length, exact_window=config.exact_window
-        )._replace(made=jnp.int32(made))
-        text_of = self.tokenizer.stream_decoder()
-        for left in range(config.max_new_tokens, 0, -1):
-            tokens_B = self._draw(generation, keys_B, sampling=sampling)
-            generation = self._read(self.params, generation, tokens_B)
-            yield text_of(np.asarray(tokens_B), final=left == 1)
+        settings = nanogpt_jax.settings_of(config)
+        return nanogpt_jax.stream(self.run, text, n_generated=n_generated, **settings)
 
-    def look(self, text: str) -> Sight:
-        """Read the end of a text, as much as the model sees at once.
-
-        Raises:
-            InputError: the text is empty, or has characters that the model never saw.
-        """
-        window_BS, length = self._window(text)
-        next_probs_SV, weights = self._read_text(self.params, window_BS[0])
+    def look(self, text: str) -> Insight:
+        """Read the last block_size tokens of a text; raises as `write` does."""
+        _, tokens = self.run.encode(text)
+        window_BS, length = decoding.start_window(tokens, 1, self.run.config.block_size)
+        next_probs_SV, weights = self._read_text(self.run.params, window_BS[0])
         next_probs_TV = np.asarray(next_probs_SV)[:length]
         tokens_T = window_BS[0, :length]
         had_T1 = next_probs_TV[np.arange(length - 1), tokens_T[1:]]
-        with np.errstate(divide="ignore"):  # one the model held impossible: infinite
+        with np.errstate(divide="ignore"):  # infinite if the model held it to be impossible
             surprise_T = np.concatenate([[np.nan], -np.log(had_T1)])
-        tokens = [self.tokenizer.decode([i]) for i in tokens_T]
-        return Sight(tokens, self.tokenizer.decode, surprise_T, next_probs_TV, weights)
-
-    def _window(self, text: str):
-        return generate.start_window(self.tokenizer, text, 1, self.model.config.block_size)
+        decode = self.tokenizer.decode
+        texts = [decode([token]) for token in tokens_T]
+        return Insight(texts, decode, surprise_T, next_probs_TV, weights)

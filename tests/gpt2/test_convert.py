@@ -16,9 +16,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nanogpt_jax import generate, sharding, steps
-from nanogpt_jax import mesh as meshes
-from nanogpt_jax.config import MODERN, ModelConfig, TrainConfig
+from nanogpt_jax import decoding, sharding, steps
+from nanogpt_jax.config import ModelConfig, TrainConfig
+from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.corpora import tokenizer as tokenizers
 from nanogpt_jax.corpora.tokenizer import BPETokenizer, CharTokenizer
 from nanogpt_jax.errors import InputError
@@ -30,7 +30,7 @@ from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import folder as run_folder
 from nanogpt_jax.run.checkpoint import Checkpoints
 
-GOLDEN = Path(__file__).parent / "golden" / "pretrained.npz"
+GOLDEN = Path(__file__).parent.parent / "golden" / "pretrained.npz"
 N_MODELS = 5  # with as many heads as their number, 1 to 5
 ONE_DEVICE = (1, 1, 1)
 TEXT = "the cat sat on the mat,\nand the rat ate it. "
@@ -56,8 +56,7 @@ def load(source: str, config: ModelConfig | None = None, sizes=ONE_DEVICE):
     config = config or huggingface.read_config(source)
     model = GPT(config)
     abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
-    shardings = sharding.tree_shardings(meshes.make_mesh(sizes), abstract)
-    abstract = sharding.with_shardings(abstract, shardings)
+    abstract = sharding.place(abstract, sharding.make_mesh(sizes))
     return model, pretrained.load_params(source, config, abstract)
 
 
@@ -70,10 +69,10 @@ def continuation(model: GPT, params, start_BT, n_tokens: int, **sampling):
     B, T = start_BT.shape
     window_BS = np.zeros((B, model.config.block_size), np.int32)
     window_BS[:, :T] = start_BT
-    write = jax.jit(partial(generate.generate, model), static_argnames=("n_tokens", "sampling"))
+    write = jax.jit(partial(decoding.generate, model), static_argnames=("n_tokens", "sampling"))
     made_BN = write(
-        params, window_BS, np.int32(T), generate.row_keys(0, range(B)),
-        n_tokens=n_tokens, sampling=generate.Sampling(**({"temperature": 0.0} | sampling)),
+        params, window_BS, np.int32(T), decoding.row_keys(0, range(B)),
+        n_tokens=n_tokens, sampling=decoding.Sampling(**({"temperature": 0.0} | sampling)),
     )  # fmt: skip
     return np.concatenate([start_BT, made_BN], axis=1)
 
@@ -94,11 +93,11 @@ def random_params(config: ModelConfig, seed: int = 0, std: float = 0.3):
 
 def save_run(folder: Path, config: ModelConfig, tokenizer, params, step: int = 7) -> None:
     """Make the folder of a run as training leaves it; again: with one more checkpoint."""
-    run_folder.begin(folder, TrainConfig(model=config), 16 * "0", {"jax": jax.__version__})
+    run_folder.begin(folder, TrainConfig(model=config), {"jax": jax.__version__})
     if tokenizer:
         tokenizers.save(tokenizer, folder)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
-    state = steps.first_state(make_optimizer(TrainConfig().optim, 10), params)
+    state = steps.init_state(make_optimizer(TrainConfig().optim, 10), params)
     checkpoints.save(state._replace(step=jax.numpy.int32(step)), val_loss=step / 7)
     checkpoints.close()
 
@@ -166,7 +165,7 @@ def test_bfloat16_is_read_without_jax_too(gpt2):
     """JAX tells numpy of that type; who comes without it must do so too."""
     change_tensors(gpt2, lambda t: t.update({name: t[name].astype("bfloat16") for name in t}))
     script = (
-        "import sys; from nanogpt_jax import weights\n"
+        "import sys; from nanogpt_jax.gpt2 import weights\n"
         "for tensor in weights.open_tensors(sys.argv[1]).values(): assert tensor.read().size\n"
         "assert 'jax' not in sys.modules"
     )
@@ -536,11 +535,9 @@ def test_a_damaged_file_gives_tensors_or_an_input_error(gpt2):
             content[place] = rng.integers(256)
         damaged.append(bytes(content))
     damaged += [rng.bytes(int(n)) for n in rng.integers(1, 500, size=50)]
-    abstract = sharding.on_one_device(
-        jax.eval_shape(
-            partial(steps.init_params, GPT(huggingface.read_config(gpt2))), jax.random.key(0)
-        )
-    )
+    model = GPT(huggingface.read_config(gpt2))
+    abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
+    abstract = sharding.place(abstract, sharding.make_mesh())
     refusals = []
     for content in damaged:
         path.unlink()  # not written over: what was read may still be mapped
@@ -706,11 +703,11 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
     with pytest.raises(InputError, match="has no checkpoint yet"):
         pretrained.export(chars_run, tmp_path / "hf")
     rung = ModelConfig(architecture="bigram", n_layer=1, n_head=1, vocab_size=9, bias=True)
-    run_folder.begin(tmp_path / "rung", TrainConfig(model=rung), 16 * "0", {})
+    run_folder.begin(tmp_path / "rung", TrainConfig(model=rung), {})
     with pytest.raises(InputError, match="the lecture's bigram"):
         pretrained.export(tmp_path / "rung", tmp_path / "hf")
     few = replace(RUNS["bpe"][0], vocab_size=100)
-    run_folder.begin(tmp_path / "few", TrainConfig(model=few), 16 * "0", {})
+    run_folder.begin(tmp_path / "few", TrainConfig(model=few), {})
     tokenizers.save(BPE, tmp_path / "few")
     (tmp_path / "few" / "checkpoints" / "7" / "params").mkdir(parents=True)
     with pytest.raises(InputError, match="at most the model's 100 tokens"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import layers_of
 
-from nanogpt_jax import generate, steps
+from nanogpt_jax import decoding, steps
 from nanogpt_jax.config import LECTURE, MODERN, RUNGS, ModelConfig, parse_train_config
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.lecture import models as rungs
@@ -170,14 +170,14 @@ def test_a_rung_writes_on_past_its_context(rung):
     """Always from the last block_size tokens, as the lecture's generate does."""
     model = make(rung)
     params, n_tokens = init(model), 12
-    written = generate.generate(
+    written = decoding.generate(
         model,
         params,
         np.zeros((1, 8), np.int32),
         jnp.int32(1),
-        generate.row_keys(0, range(1)),
+        decoding.row_keys(0, range(1)),
         n_tokens,
-        generate.Sampling(temperature=0),
+        decoding.Sampling(temperature=0),
     )
     text = [0]
     for _ in range(n_tokens):

@@ -1,4 +1,4 @@
-"""Writing text: the cache against none, streams against batches, draws against definitions."""
+"""Generation: cache against no cache, streams against batches, draws against definitions."""
 
 import dataclasses
 from functools import cache, partial
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanogpt_jax import generate, steps
-from nanogpt_jax.config import MODERN, ModelConfig
+from nanogpt_jax import decoding, steps
+from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.corpora.tokenizer import CharTokenizer
-from nanogpt_jax.errors import InputError
-from nanogpt_jax.generate import Sampling
+from nanogpt_jax.decoding import Sampling
 from nanogpt_jax.model import GPT
 
 V = 11
@@ -37,7 +37,7 @@ def jitted_generate(block_size, n_tokens, sampling, exact_window, kind="learned"
     model, _ = model_and_params(block_size, kind)
     return jax.jit(
         partial(
-            generate.generate,
+            decoding.generate,
             model,
             n_tokens=n_tokens,
             sampling=sampling,
@@ -57,8 +57,8 @@ def write(
     kind="learned",
 ):
     """New tokens after a start text, of the given rows of a seed."""
-    keys_B = generate.row_keys(seed, range(*rows))
-    window_BS, length = generate.start_window(CHARS, start, len(keys_B), block_size)
+    keys_B = decoding.row_keys(seed, range(*rows))
+    window_BS, length = decoding.start_window(CHARS.encode(start), len(keys_B), block_size)
     run = jitted_generate(block_size, n_tokens, sampling, exact_window, kind)
     return np.asarray(run(model_and_params(block_size, kind)[1], window_BS, length, keys_B))
 
@@ -84,7 +84,7 @@ def naive(start, n_tokens, sampling=GREEDY, row=0, seed=0, block_size=8, keep=No
     for made in range(n_tokens):
         logits_BV = fresh_logits(window, block_size)[None]
         token_keys_B = jax.random.fold_in(key, made)[None]
-        new.append(int(generate.sample_token(logits_BV, token_keys_B, sampling)[0]))
+        new.append(int(decoding.sample_token(logits_BV, token_keys_B, sampling)[0]))
         window.append(new[-1])
         if len(window) > block_size:
             window = window[-(keep or block_size) :]
@@ -131,22 +131,22 @@ def test_small_blocks_work_past_the_window(block_size, keep):
 def test_streaming_gives_the_same_text_and_the_logits_of_a_fresh_pass(exact_window):
     model, params = model_and_params()
     sampling = Sampling(temperature=0.8, top_p=0.9)
-    keys_B = generate.row_keys(0, range(2))
-    window_BS, length = generate.start_window(CHARS, "abc", 2, 8)
-    prefill = jax.jit(partial(generate.prefill, model, exact_window=exact_window))
-    generation = prefill(params, window_BS, length)
-    decode = jax.jit(partial(generate.decode, model, sampling=sampling))
+    keys_B = decoding.row_keys(0, range(2))
+    window_BS, length = decoding.start_window(CHARS.encode("abc"), 2, 8)
+    prefill = jax.jit(partial(decoding.prefill, model, exact_window=exact_window))
+    state = prefill(params, window_BS, length)
+    decode = jax.jit(partial(decoding.decode, model, sampling=sampling))
     streamed_NB, windows, window = [], [], CHARS.encode("abc").tolist()
     for _ in range(20):
-        generation, tokens_B = decode(params, generation, keys_B)
+        state, tokens_B = decode(params, state, keys_B)
         streamed_NB.append(tokens_B)
         window.append(int(tokens_B[0]))
         if len(window) > 8:
             window = window[-8 if exact_window else -4 :]
         windows.append(len(window))
-        assert generation.length == len(window)
-        np.testing.assert_array_equal(generation.window_BS[0, : len(window)], window)
-        np.testing.assert_allclose(generation.logits_BV[0], fresh_logits(window), atol=1e-3)
+        assert state.length == len(window)
+        np.testing.assert_array_equal(state.window_BS[0, : len(window)], window)
+        np.testing.assert_allclose(state.logits_BV[0], fresh_logits(window), atol=1e-3)
     together_BN = write("abc", 20, sampling, rows=(0, 2), exact_window=exact_window)
     np.testing.assert_array_equal(np.transpose(streamed_NB), together_BN)
     assert decode._cache_size() == 1
@@ -204,16 +204,16 @@ def test_a_sliding_cache_sees_in_each_layer_the_last_block_of_keys(start, block_
 def test_a_stream_with_a_sliding_cache_is_the_text_and_has_the_banded_logits(kind):
     model, params = model_and_params(8, kind)
     sampling = Sampling(temperature=0.8, top_p=0.9)
-    keys_B = generate.row_keys(0, range(2))
-    window_BS, length = generate.start_window(CHARS, "abc", 2, 8)
-    generation = jax.jit(partial(generate.prefill, model))(params, window_BS, length)
-    decode = jax.jit(partial(generate.decode, model, sampling=sampling))
+    keys_B = decoding.row_keys(0, range(2))
+    window_BS, length = decoding.start_window(CHARS.encode("abc"), 2, 8)
+    state = jax.jit(partial(decoding.prefill, model))(params, window_BS, length)
+    decode = jax.jit(partial(decoding.decode, model, sampling=sampling))
     streamed_NB, logits_NV = [], []
     for _ in range(30):
-        logits_NV.append(generation.logits_BV[0])
-        generation, tokens_B = decode(params, generation, keys_B)
+        logits_NV.append(state.logits_BV[0])
+        state, tokens_B = decode(params, state, keys_B)
         streamed_NB.append(tokens_B)
-    assert generation.cache.length == 33
+    assert state.cache.length == 33
     assert decode._cache_size() == 1
     streamed_BN = np.transpose(streamed_NB)
     together_BN = write("abc", 30, sampling, rows=(0, 2), kind=kind)
@@ -226,16 +226,16 @@ def test_a_stream_with_a_sliding_cache_is_the_text_and_has_the_banded_logits(kin
 def test_a_sliding_cache_is_prefilled_once(kind, slides, monkeypatch):
     model, params = model_and_params(8, kind)
     lengths = []
-    prefill = generate.prefill
+    prefill = decoding.prefill
 
     def spy(*args, **kwargs):
         lengths.append(args[3])
         return prefill(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "prefill", spy)
-    window_BS, length = generate.start_window(CHARS, "abc", 1, 8)
-    keys_B = generate.row_keys(0, range(1))
-    program = partial(generate.generate, model, n_tokens=30, sampling=GREEDY)
+    monkeypatch.setattr(decoding, "prefill", spy)
+    window_BS, length = decoding.start_window(CHARS.encode("abc"), 1, 8)
+    keys_B = decoding.row_keys(0, range(1))
+    program = partial(decoding.generate, model, n_tokens=30, sampling=GREEDY)
     text = str(jax.make_jaxpr(program)(params, window_BS, length, keys_B))
     assert (len(lengths) == 1) == slides
     assert ("cond[" not in text) == slides
@@ -245,12 +245,12 @@ def test_a_sliding_cache_is_prefilled_once(kind, slides, monkeypatch):
 def test_a_sliding_cache_writes_on_however_far_it_is(position):
     """A stream without end comes to where an int32 runs over: 2^31 tokens are a few days."""
     model, params = model_and_params(8, "rotary")
-    window_BS, length = generate.start_window(CHARS, "abcdefgh", 1, 8)
-    generation = jax.jit(partial(generate.prefill, model))(params, window_BS, length)
-    read = jax.jit(partial(generate.read, model))
+    window_BS, length = decoding.start_window(CHARS.encode("abcdefgh"), 1, 8)
+    state = jax.jit(partial(decoding.prefill, model))(params, window_BS, length)
+    read = jax.jit(partial(decoding.read, model))
 
     def logits_from(position):
-        at = generation._replace(cache=generation.cache._replace(length=jnp.int32(position)))
+        at = state._replace(cache=state.cache._replace(length=jnp.int32(position)))
         found_NV = []
         for token in CHARS.encode("abc def ghi abc def a ide gf dc hi"):
             at = read(params, at, np.array([token], np.int32))
@@ -262,10 +262,10 @@ def test_a_sliding_cache_writes_on_however_far_it_is(position):
 
 def test_padding_of_the_start_has_no_influence():
     params = model_and_params()[1]
-    window_BS, length = generate.start_window(CHARS, "abc", 1, 8)
+    window_BS, length = decoding.start_window(CHARS.encode("abc"), 1, 8)
     other_BS = np.where(np.arange(8) < length, window_BS, 7)
     run = jitted_generate(8, 30, GREEDY, False)
-    keys_B = generate.row_keys(0, range(1))
+    keys_B = decoding.row_keys(0, range(1))
     made_BN, other_BN = (run(params, x_BS, length, keys_B) for x_BS in (window_BS, other_BS))
     np.testing.assert_array_equal(made_BN, other_BN)
 
@@ -283,7 +283,7 @@ def draw(logits, sampling, n=4000, seed=0):
     """How often each token is drawn."""
     keys_B = jax.random.split(jax.random.key(seed), n)
     logits_BV = jnp.tile(jnp.array(logits, jnp.float32), (n, 1))
-    tokens_B = jax.jit(partial(generate.sample_token, sampling=sampling))(logits_BV, keys_B)
+    tokens_B = jax.jit(partial(decoding.sample_token, sampling=sampling))(logits_BV, keys_B)
     return np.bincount(tokens_B, minlength=len(logits)) / n
 
 
@@ -346,23 +346,10 @@ def test_top_p_looks_at_the_distribution_after_temperature_and_top_k():
     assert drawn(logits, Sampling(top_k=2, top_p=0.56)) == {0}
 
 
-def test_start_is_padded_or_cut_to_its_end():
-    window_BS, length = generate.start_window(CHARS, "abc", 2, 5)
+def test_a_prompt_is_padded_or_truncated_to_its_last_tokens():
+    window_BS, length = decoding.start_window(CHARS.encode("abc"), 2, 5)
     assert length == 3
     np.testing.assert_array_equal(window_BS[:, :3], [[2, 3, 4], [2, 3, 4]])
-    window_BS, length = generate.start_window(CHARS, "abcdefg", 1, 5)
+    window_BS, length = decoding.start_window(CHARS.encode("abcdefg"), 1, 5)
     assert length == 5
     np.testing.assert_array_equal(window_BS, [[4, 5, 6, 7, 8]])
-
-
-def test_start_is_a_line_break_where_none_is_given():
-    window_BS, length = generate.start_window(CHARS, None, 1, 5)
-    assert (window_BS[0, 0], length) == (CHARS.chars.index("\n"), 1)
-    window_BS, length = generate.start_window(CharTokenizer("xyz"), None, 1, 5)
-    assert (window_BS[0, 0], length) == (0, 1)
-
-
-@pytest.mark.parametrize(("start", "complaint"), [("", "empty"), ("abQ", "'Q'")])
-def test_a_start_that_cannot_be_read_is_an_input_error(start, complaint):
-    with pytest.raises(InputError, match=complaint):
-        generate.start_window(CHARS, start, 1, 5)

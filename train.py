@@ -137,9 +137,11 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     abstract = sharding.place(jax.eval_shape(init_params, jax.random.key(0)), machine.mesh)
     restored = run.restore_params(abstract)
     if restored is None:
-        params, source = gpt2.load_params(config.init_from, config.model, abstract), config.init_from
+        params = gpt2.load_params(config.init_from, config.model, abstract)
+        source = config.init_from
     else:
-        params, source = restored[0], f"step {restored[1]}"
+        params, step = restored
+        source = f"step {step}"
     batches = data.EvalLoader(
         corpus.splits["val"], config.model.block_size, config.batch_size, machine.mesh,
         config.eval_iters,

@@ -173,6 +173,7 @@ def generate(
     tokenizer, tokens = run.encode(prompt)
 
     import numpy as np
+    from jax.experimental import multihost_utils
 
     from nanogpt_jax import decoding
 
@@ -187,6 +188,8 @@ def generate(
         sampling=decoding.Sampling(config.temperature, config.top_k, config.top_p),
         exact_window=config.exact_window,
     )
+    if not tokens_BN.is_fully_addressable:  # training on several hosts shows a sample
+        tokens_BN = multihost_utils.process_allgather(tokens_BN, tiled=True)
     new_texts = map(tokenizer.decode, np.asarray(tokens_BN))
     texts = [(prompt or "") + "".join(until(config.stop, [text])) for text in new_texts]
     return texts if num_samples > 1 else texts[0]

@@ -14,7 +14,7 @@ from nanogpt_jax import __version__
 from nanogpt_jax.config import SCRATCH, TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, save_tokenizer
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware import Processes, checkpoint_bytes, size_in_words, run_line
+from nanogpt_jax.hardware import Processes, checkpoint_bytes, run_line, size_in_words
 from nanogpt_jax.run import folder as folders
 from nanogpt_jax.run import loggers
 from nanogpt_jax.run.plots import read_metrics

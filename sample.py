@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig, parse_args, split_settings
+from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig, parse_args
 from nanogpt_jax.corpora import tokenizer as tokenizers
 from nanogpt_jax.corpora.tokenizer import Tokenizer
 from nanogpt_jax.errors import InputError, reading, run_command, visible
@@ -28,8 +28,7 @@ SEPARATOR = "-" * 15
 
 def main(argv: list[str]) -> int:
     """Check all that was asked before JAX is loaded; then write."""
-    settings = split_settings(argv, SampleConfig)
-    config = parse_args(SampleConfig, settings, SampleConfig(), __doc__)
+    config = parse_args(SampleConfig, argv, __doc__)
     if config.init_from:
         folder, model_config = None, huggingface.read_config(config.init_from)
         tokenizer = tokenizers.read(hub.find(config.init_from, hub.TOKENIZER))

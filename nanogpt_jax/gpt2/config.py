@@ -11,7 +11,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt_jax.config import GPT2, GPT2_SHAPES, RANGES, ModelConfig
+from nanogpt_jax.config import GPT2_PARTS, GPT2_SHAPES, RANGES, ModelConfig
 from nanogpt_jax.corpora import tokenizer as tokenizers
 from nanogpt_jax.corpora.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 from nanogpt_jax.errors import InputError, reading
@@ -177,7 +177,7 @@ def check_fits(config: ModelConfig, source: str) -> ModelConfig:
                 f"got {getattr(config, name)!r}"
             )
 
-    for name in ("architecture", "n_layer", "n_head", "n_embd", "bias", *GPT2):
+    for name in ("architecture", "n_layer", "n_head", "n_embd", "bias", *GPT2_PARTS):
         value = getattr(theirs, name)
         require(getattr(config, name) == value, name, f"{value}")
     positions, tokens = theirs.block_size, theirs.vocab_size
@@ -212,7 +212,7 @@ def check_is_gpt2(config: ModelConfig, run: Path) -> None:
             f"{run}: `transformers` has no model like the lecture's {config.architecture}, only a "
             "run of architecture gpt can be exported"
         )
-    for name, value in GPT2.items():
+    for name, value in GPT2_PARTS.items():
         allowed = [*ACTIVATIONS.values()] if name == "activation" else [value]
         if getattr(config, name) not in allowed and name != "zero_init":  # how it began is past
             raise InputError(

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from nanogpt_jax.config import ModelConfig, check_fields, check_value, parse_args, split_settings
+from nanogpt_jax.config import ModelConfig, check_fields, parse_args, split_words
 from nanogpt_jax.corpora import tokenizer as tokenizers
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.gpt2 import config as huggingface
@@ -86,17 +86,14 @@ class ExportConfig:
 
 def main(argv: list[str]) -> None:
     """Export a run; what is wrong is said before JAX is loaded."""
-    n_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    words, settings = argv[:n_words], split_settings(argv[n_words:], ExportConfig)
-    asked = parse_args(ExportConfig, settings, ExportConfig(), __doc__)
-    if words[:1] != ["export"] or len(words) != 3:
+    words, flags = split_words(argv, "a folder")
+    asked = parse_args(ExportConfig, flags, __doc__)
+    if len(words) != 2:
         raise InputError(
-            "export, the folder of a run and a new folder must be given, in this order, like "
-            "python -m nanogpt_jax.gpt2.convert export out/small small-gpt"
+            "the folder of a run and a new folder must be given, in this order, like "
+            "python -m nanogpt_jax export out/small small-gpt"
         )
-    for word in words:
-        check_value("a folder", str, word)
-    export(Path(words[1]), Path(words[2]), asked.checkpoint)
+    export(Path(words[0]), Path(words[1]), asked.checkpoint)
 
 
 def export(run: Path, folder: Path, checkpoint: str = "best") -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import io
 import os
 import re
 import sys
@@ -85,8 +86,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     An expected error is printed as one line. Only a bug shows a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        # UTF-8 also in a Windows pipe; line by line, so that a kill loses no output.
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        if isinstance(stream, io.TextIOWrapper):
+            # UTF-8 also in a Windows pipe; line by line, so that a kill loses no output.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except (Exception, KeyboardInterrupt) as error:
@@ -109,10 +111,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
 
 def _exit_code_and_message(error: BaseException) -> tuple[int, str | None]:
     """Return how a command ends after an error; a bug has no message."""
-    if isinstance(error, InputError):
-        return 2, f"error: {error}"
-    if isinstance(error, RunError):
-        return 1, f"error: {error}"
+    if isinstance(error, UserError):
+        return 2 if isinstance(error, InputError) else 1, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return 128 + 2, ""  # SIGINT
     if isinstance(error, BrokenPipeError):  # the reader left: `python sample.py --stream | head`

@@ -1,12 +1,13 @@
 """What a user can ask for: configurations, presets, the command line. Needs no JAX or NumPy."""
 
+# ruff: noqa: F401 (what other packages import)
+
 from nanogpt_jax.config.cli import parse_args, split_flags, split_words
 from nanogpt_jax.config.presets import (
     GPT2_SHAPES,
     LECTURE,
     MODERN,
     PRESETS,
-    lecture_scaled,
     parse_train_config,
     with_vocab_size,
 )
@@ -33,37 +34,3 @@ from nanogpt_jax.config.schema import (
     replace_fields,
     to_flat_dict,
 )
-
-__all__ = [
-    "GPT2_PARTS",
-    "GPT2_SHAPES",
-    "LECTURE",
-    "LECTURE_MODELS",
-    "MAX_FLOAT",
-    "MAX_PAGE_TOKENS",
-    "MESH_AXES",
-    "MODERN",
-    "PRESETS",
-    "RANGES",
-    "ROW_AXES",
-    "SCRATCH",
-    "ComputeConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "SampleConfig",
-    "TrainConfig",
-    "check_fields",
-    "check_value",
-    "field_types",
-    "hidden_size",
-    "lecture_scaled",
-    "mesh_sizes",
-    "mlp_in_features",
-    "parse_args",
-    "parse_train_config",
-    "replace_fields",
-    "split_flags",
-    "split_words",
-    "to_flat_dict",
-    "with_vocab_size",
-]

@@ -1,8 +1,8 @@
 """Turn the command line and JSON files into configurations.
 
-Both become settings first: a dict from field name to text. `--n_layer 6`, `--n-layer=6` and
-{"n_layer": 6} are the same setting; a boolean's flag may stand alone. Only `configure` turns texts
-into values, and the dataclasses check these.
+Both become settings first, a dict from field name to text: `--n_layer 6`, `--n-layer=6` and
+{"n_layer": 6} are the same setting. `configure` turns the texts into values; the dataclasses check
+them.
 """
 
 import contextlib
@@ -26,6 +26,10 @@ NANOGPT_FLAGS = {
     "wandb_project": "put WANDB_PROJECT=name in front; the default is nanogpt_jax",
     "wandb_run_name": "not needed, --out_dir names the run",
 }
+NANOGPT_CONFIG = (
+    "nanoGPT's config/train_shakespeare_char.py is --config shakespeare here (for a GPU), and its "
+    "command for CPUs is --config small."
+)
 # What a run's config.json says about the machine and about a single start. Nobody else's start
 # should repeat it: compiled functions are code, and out_dir with overwrite deletes a run.
 START_FIELDS = {
@@ -35,7 +39,7 @@ START_FIELDS = {
 
 
 def parse_args(cls: type[Config], argv: list[str], about: str) -> Config:
-    """Return the configuration that a command line asks for; --help prints it and exits.
+    """Return the configuration that a command line asks for; --help prints help and exits.
 
     Args:
         about: what --help prints above the flags.
@@ -71,11 +75,7 @@ def split_flags(argv: list[str], cls: type) -> dict[str, str]:
             settings["help"] = ""
             continue
         if not word.startswith("--") or word == "--":
-            hint = (
-                " nanoGPT's config/train_shakespeare_char.py is --config shakespeare here (for a "
-                "GPU); its command for CPUs is --config small."
-            )
-            hint = hint if word.endswith(".py") else ""
+            hint = f" {NANOGPT_CONFIG}" if word.endswith(".py") else ""
             raise InputError(f"{word!r} is not a flag; flags look like --n_layer 6.{hint}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -125,7 +125,17 @@ def configure(default: Config, settings: dict[str, str], about: str) -> Config:
         InputError: a value that its field refuses.
     """
     if "help" in settings:
-        _print_help(default, about)
+        import tyro  # only for help, which shows the comments of the fields
+
+        tyro.cli(
+            type(default),
+            prog=Path(sys.argv[0]).name,
+            description=about,
+            args=["--help"],
+            default=default,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        )
     types = field_types(type(default))
     values = {name: _parse(types[name], text) for name, text in settings.items()}
     return replace_fields(default, values)
@@ -142,17 +152,3 @@ def _parse(hint: Any, text: str) -> Any:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
-
-
-def _print_help(default: Any, about: str) -> None:
-    import tyro  # reads the texts under the fields; only --help needs it
-
-    tyro.cli(
-        type(default),
-        prog=Path(sys.argv[0]).name,
-        description=about,
-        args=["--help"],
-        default=default,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-    )

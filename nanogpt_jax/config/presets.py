@@ -1,10 +1,8 @@
-"""Named configurations: `python train.py --config NAME`.
-
-A preset's docstring is its line in --help: size, steps, and the validation loss, time and hardware
-to expect.
-"""
+"""Named configurations: `python train.py --config NAME`."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,33 @@ from nanogpt_jax.config.schema import (
 )
 from nanogpt_jax.errors import InputError, did_you_mean
 
+# Each preset's line in --help. Losses are validation losses measured here unless it says otherwise.
+ABOUT = {
+    "tiny": "smoke test: 0.03M parameters, 60 steps; a few seconds on any CPU; generates noise",
+    "small": "nanoGPT's CPU recipe: 0.80M parameters, 2000 steps; loss 1.90, a minute on 2 cores",
+    "small-fast": "the same loss in a tenth of the time: 0.11M parameters, 320 steps; loss 1.87",
+    "shakespeare": "nanoGPT's baby GPT: 10.65M parameters, 5000 steps; loss 1.47 on a GPU or TPU",
+    "shakespeare-fast": "the same loss sooner: 7.38M parameters, 1500 steps; GPU or TPU",
+    "gpt2": "nanoGPT's GPT-2: 124M parameters, 600,000 steps; its loss: 2.85, 4 days on 8 A100s",
+    "gpt2-medium": "the same recipe for the shape of GPT-2 medium: 354M parameters",
+    "gpt2-large": "the same recipe for the shape of GPT-2 large: 772M parameters",
+    "gpt2-xl": "the same recipe for the shape of GPT-2 XL: 1555M parameters",
+    "finetune-shakespeare": "finetune OpenAI's GPT-2, 124M parameters, in 20 steps; GPU or TPU",
+    "eval-gpt2": "evaluate OpenAI's GPT-2, 124M parameters, on OpenWebText; nanoGPT's loss: 3.12",
+    "eval-gpt2-medium": "evaluate GPT-2 medium, 354M parameters; nanoGPT's loss: 2.84",
+    "eval-gpt2-large": "evaluate GPT-2 large, 773M parameters; nanoGPT's loss: 2.67",
+    "eval-gpt2-xl": "evaluate GPT-2 XL, 1556M parameters; nanoGPT's loss: 2.54",
+    "lecture-bigram": "the lecture's bigram model: 4,225 parameters; loss 2.49, seconds on a CPU",
+    "lecture-head": "one head of self-attention: 7,553 parameters; loss 2.39, seconds on a CPU",
+    "lecture-multihead": "four smaller heads: 7,553 parameters; loss 2.28, seconds on a CPU",
+    "lecture-feedforward": "with a feed-forward layer: 8,609 parameters; loss 2.26, seconds on CPU",
+    "lecture-deep": "three such blocks, worse at first: 16,865 parameters; loss 2.30",
+    "lecture-residual": "with residual connections: 41,921 parameters; loss 2.09, seconds on a CPU",
+    "lecture-layernorm": "with LayerNorm: 42,369 parameters; loss 2.08, seconds on a CPU",
+    "lecture-colab": "the lecture's Colab: 0.21M parameters; loss 1.80, a minute on 2 cores",
+    "lecture-scaled": "its last model: 10.79M parameters; the lecture's loss: 1.48; GPU or TPU",
+}
+
 # Source: Radford et al., "Language models are unsupervised multitask learners", 2019, table 2;
 # n_head from the files on the Hugging Face Hub.
 GPT2_SHAPES: dict[str, dict[str, Any]] = {
@@ -29,10 +54,18 @@ GPT2_SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
+# Newer than GPT-2, and better; nanogpt_jax/README.md says what each part contributes.
+MODERN: dict[str, Any] = {
+    "activation": "swiglu",
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "tied_head": False,
+    "zero_init": True,
+}
 
 
 def tiny() -> TrainConfig:
-    """Smoke test: 0.03M parameters, 60 steps; a few seconds on any CPU. Generates noise."""
     return TrainConfig(
         config="tiny",
         batch_size=8,
@@ -45,7 +78,6 @@ def tiny() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-    """nanoGPT's CPU recipe: 0.80M parameters, 2000 steps; loss 1.90 in a minute on 2 CPU cores."""
     return TrainConfig(
         config="small",
         batch_size=12,
@@ -57,19 +89,7 @@ def small() -> TrainConfig:
     )
 
 
-# Newer than GPT-2, and better. nanogpt_jax/README.md says what each part contributes.
-MODERN: dict[str, Any] = {
-    "activation": "swiglu",
-    "positions": "rotary",
-    "norm": "rmsnorm",
-    "qk_norm": True,
-    "tied_head": False,
-    "zero_init": True,
-}
-
-
 def small_fast() -> TrainConfig:
-    """small's loss in a tenth of the time: 0.11M parameters, 320 steps; loss 1.87 in seconds."""
     return TrainConfig(
         config="small-fast",
         batch_size=12,
@@ -94,7 +114,6 @@ def small_fast() -> TrainConfig:
 
 
 def shakespeare() -> TrainConfig:
-    """nanoGPT's baby GPT: 10.65M parameters, 5000 steps; loss 1.47 on a GPU or TPU."""
     return TrainConfig(
         config="shakespeare",
         batch_size=64,
@@ -106,7 +125,6 @@ def shakespeare() -> TrainConfig:
 
 
 def shakespeare_fast() -> TrainConfig:
-    """shakespeare's loss sooner: 7.38M parameters, 1500 steps on a GPU or TPU; not timed yet."""
     fast = small_fast()
     return dataclasses.replace(
         fast,
@@ -123,8 +141,8 @@ def shakespeare_fast() -> TrainConfig:
     )
 
 
-def gpt2(name: str = "gpt2") -> TrainConfig:
-    """nanoGPT's GPT-2 on OpenWebText: 124M parameters, 600,000 steps. There 2.85 on 8 A100s."""
+def gpt2(name: str) -> TrainConfig:
+    """nanoGPT's recipe for GPT-2 on OpenWebText, in one of its four shapes."""
     return TrainConfig(
         config=name,
         dataset="openwebtext",
@@ -133,29 +151,11 @@ def gpt2(name: str = "gpt2") -> TrainConfig:
         max_iters=600_000,
         eval_interval=1000,
         eval_iters=200,
-        model=ModelConfig(
-            vocab_size=50304,  # GPT-2's 50257, padded to a multiple of 64: faster on GPU and TPU
-            block_size=1024,
-            **GPT2_SHAPES[name],
-        ),
+        # GPT-2's vocabulary of 50257 is padded to a multiple of 64: faster on GPU and TPU.
+        model=ModelConfig(vocab_size=50304, block_size=1024, **GPT2_SHAPES[name]),
         optim=OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95),
         compute=ComputeConfig(loss_chunks=8),  # all logits of a micro-batch would take 3.3 GB
     )
-
-
-def gpt2_medium() -> TrainConfig:
-    """The same recipe for GPT-2 medium's shape: 354M parameters."""
-    return gpt2("gpt2-medium")
-
-
-def gpt2_large() -> TrainConfig:
-    """The same recipe for GPT-2 large's shape: 772M parameters."""
-    return gpt2("gpt2-large")
-
-
-def gpt2_xl() -> TrainConfig:
-    """The same recipe for GPT-2 XL's shape: 1555M parameters."""
-    return gpt2("gpt2-xl")
 
 
 def from_openai(name: str, **fields) -> TrainConfig:
@@ -163,12 +163,12 @@ def from_openai(name: str, **fields) -> TrainConfig:
     return TrainConfig(
         init_from=name,
         model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **GPT2_SHAPES[name]),
+        compute=ComputeConfig(loss_chunks=8),
         **fields,
     )
 
 
 def finetune_shakespeare() -> TrainConfig:
-    """Finetune OpenAI's GPT-2, 124M parameters, on Shakespeare in 20 steps; for a GPU or TPU."""
     return from_openai(
         "gpt2",
         config="finetune-shakespeare",
@@ -180,12 +180,11 @@ def finetune_shakespeare() -> TrainConfig:
         log_interval=1,
         # Low and constant: the weights are already good.
         optim=OptimConfig(learning_rate=3e-5, min_lr=3e-5, decay_lr=False),
-        compute=ComputeConfig(loss_chunks=8),
     )
 
 
-def eval_gpt2(name: str = "gpt2") -> TrainConfig:
-    """Evaluate OpenAI's GPT-2, 124M parameters, on OpenWebText. nanoGPT measures 3.12."""
+def eval_gpt2(name: str) -> TrainConfig:
+    """Evaluation of OpenAI's weights on the validation split of OpenWebText."""
     return from_openai(
         name,
         config=f"eval-{name}",
@@ -193,27 +192,11 @@ def eval_gpt2(name: str = "gpt2") -> TrainConfig:
         batch_size=8,
         eval_iters=500,
         eval_only=True,
-        compute=ComputeConfig(loss_chunks=8),
     )
 
 
-def eval_gpt2_medium() -> TrainConfig:
-    """Evaluate GPT-2 medium, 354M parameters. nanoGPT measures 2.84."""
-    return eval_gpt2("gpt2-medium")
-
-
-def eval_gpt2_large() -> TrainConfig:
-    """Evaluate GPT-2 large, 773M parameters. nanoGPT measures 2.67."""
-    return eval_gpt2("gpt2-large")
-
-
-def eval_gpt2_xl() -> TrainConfig:
-    """Evaluate GPT-2 XL, 1556M parameters. nanoGPT measures 2.54."""
-    return eval_gpt2("gpt2-xl")
-
-
 def lecture(
-    name: Architecture, learning_rate=1e-3, max_iters=5000, batch_size=32, **shape: Any
+    model: Architecture, name="", learning_rate=1e-3, max_iters=5000, batch_size=32, **shape: Any
 ) -> TrainConfig:
     """A model of "Let's build GPT" with the lecture's own hyperparameters.
 
@@ -222,12 +205,12 @@ def lecture(
     """
     defaults: dict[str, Any] = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 8}
     return TrainConfig(
-        config=f"lecture-{name}",
+        config=f"lecture-{name or model}",
         batch_size=batch_size,
         max_iters=max_iters,
         eval_interval=500,
         log_interval=50,
-        model=ModelConfig(architecture=name, bias=True, **defaults | shape),
+        model=ModelConfig(architecture=model, bias=True, **defaults | shape),
         optim=OptimConfig(
             learning_rate=learning_rate,
             min_lr=learning_rate,
@@ -240,62 +223,30 @@ def lecture(
     )
 
 
-def lecture_bigram() -> TrainConfig:
-    """Lecture: predict a character from the last one. 4,225 parameters; loss 2.49 in seconds."""
-    return lecture("bigram", learning_rate=1e-2, max_iters=3000)
-
-
-def lecture_head() -> TrainConfig:
-    """Lecture: one head of self-attention. 7,553 parameters; loss 2.41 in seconds."""
-    return lecture("head")
-
-
-def lecture_multihead() -> TrainConfig:
-    """Lecture: four smaller heads instead. 7,553 parameters; loss 2.28 in seconds."""
-    return lecture("multihead", n_head=4)
-
-
-def lecture_feedforward() -> TrainConfig:
-    """Lecture: plus a feed-forward layer. 8,609 parameters; loss 2.24 in seconds."""
-    return lecture("feedforward", n_head=4)
-
-
-def lecture_deep() -> TrainConfig:
-    """Lecture: three such blocks, which do worse at first. 16,865 parameters; seconds."""
-    return lecture("deep", n_head=4, n_layer=3)
-
-
-def lecture_residual() -> TrainConfig:
-    """Lecture: plus residual connections. 41,921 parameters; loss 2.08 in seconds."""
-    return lecture("residual", n_head=4, n_layer=3)
-
-
-def lecture_layernorm() -> TrainConfig:
-    """Lecture: plus LayerNorm. 42,369 parameters; loss 2.06 in seconds."""
-    return lecture("layernorm", n_head=4, n_layer=3)
-
-
-def lecture_scaled() -> TrainConfig:
-    """Lecture: the same, scaled up. 10.79M parameters; loss 1.48 on a GPU or TPU."""
-    shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
-    config = lecture("layernorm", learning_rate=3e-4, batch_size=64, **shape)
-    return dataclasses.replace(config, config="lecture-scaled")
-
-
-def lecture_colab() -> TrainConfig:
-    """The lecture's Colab: 0.21M parameters; loss 1.82 in a minute on 2 CPU cores."""
-    config = lecture("layernorm", batch_size=16, n_layer=4, n_head=4, n_embd=64, block_size=32)
-    return dataclasses.replace(config, config="lecture-colab")
-
-
-LECTURE = (
-    (lecture_bigram, lecture_head, lecture_multihead, lecture_feedforward, lecture_deep)
-    + (lecture_residual, lecture_layernorm, lecture_colab, lecture_scaled)
-)  # fmt: skip
-_GPT2 = (gpt2, gpt2_medium, gpt2_large, gpt2_xl)
-_PRETRAINED = (finetune_shakespeare, eval_gpt2, eval_gpt2_medium, eval_gpt2_large, eval_gpt2_xl)
-_ALL = (tiny, small, small_fast, shakespeare, shakespeare_fast, *_GPT2, *_PRETRAINED, *LECTURE)
-PRESETS = {preset.__name__.replace("_", "-"): preset for preset in _ALL}
+_COLAB = {"batch_size": 16, "n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 32}
+_SCALED = {"batch_size": 64, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "tiny": tiny,
+    "small": small,
+    "small-fast": small_fast,
+    "shakespeare": shakespeare,
+    "shakespeare-fast": shakespeare_fast,
+    **{name: partial(gpt2, name) for name in GPT2_SHAPES},
+    "finetune-shakespeare": finetune_shakespeare,
+    **{f"eval-{name}": partial(eval_gpt2, name) for name in GPT2_SHAPES},
+    "lecture-bigram": partial(lecture, "bigram", learning_rate=1e-2, max_iters=3000),
+    "lecture-head": partial(lecture, "head"),
+    "lecture-multihead": partial(lecture, "multihead", n_head=4),
+    "lecture-feedforward": partial(lecture, "feedforward", n_head=4),
+    "lecture-deep": partial(lecture, "deep", n_head=4, n_layer=3),
+    "lecture-residual": partial(lecture, "residual", n_head=4, n_layer=3),
+    "lecture-layernorm": partial(lecture, "layernorm", n_head=4, n_layer=3),
+    "lecture-colab": partial(lecture, "layernorm", "colab", **_COLAB),
+    "lecture-scaled": partial(
+        lecture, "layernorm", "scaled", learning_rate=3e-4, dropout=0.2, **_SCALED
+    ),
+}
+LECTURE = tuple(preset for name, preset in PRESETS.items() if name.startswith("lecture-"))
 # Fields that pretrained weights determine.
 WEIGHTS_FIELDS = {
     "architecture", "n_layer", "n_head", "n_embd", "bias", "known_tokens", *GPT2_PARTS,
@@ -333,7 +284,7 @@ def parse_train_config(
             f"{where}there is no preset {preset!r}.{did_you_mean(preset, PRESETS)} Presets are "
             f"{', '.join(PRESETS)}; --config also takes a JSON file"
         )
-    presets = "\n".join(f"  {key:20} {preset.__doc__}" for key, preset in PRESETS.items())
+    presets = "\n".join(f"  {key:20} {ABOUT[key]}" for key in PRESETS)
     default = cls(**vars(PRESETS[preset]()))
     config = configure(default, settings, f"{about}\n\nPresets:\n{presets}")
     if config.init_from != SCRATCH and (given := flags.keys() & WEIGHTS_FIELDS):

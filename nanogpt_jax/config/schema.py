@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses that check their fields, and their flat form.
 
 Each field belongs to the part of the program that uses it (`config.model.n_layer`); flags and JSON
-files are flat and use nanoGPT's names (`n_layer`). The text under a field is its entry in --help.
+files are flat and use nanoGPT's names (`n_layer`). The comment beside a field, or above it with #:,
+is its entry in --help.
 """
 
 import dataclasses
@@ -20,7 +21,6 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 MAX_INT = 2**30  # steps and tokens are counted in int32 on the device; the sum of two must fit
 MAX_FLOAT = 3e38  # anything larger is infinite in float32
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
 # Ranges of whole numbers other than 1 to MAX_INT. The limits on shapes are beyond any GPT: they
 # bound what a config.json from somewhere else can request.
 RANGES = {
@@ -35,16 +35,25 @@ RANGES = {
     "max_new_tokens": (-1, MAX_INT),
     **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
 }
-FREE_TEXTS = {"start", "stop"}  # every other text field is a name, usually of a file
+BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
+FRACTIONS = {"cooldown", "top_p"}
+FREE_TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
+NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
 TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # the axes that split a batch's rows
+SCRATCH = "scratch"  # the init_from of random weights
+MAX_PAGE_TOKENS = 5000  # in one text of the page (--web), so that no visitor occupies it for long
+Architecture = Literal[
+    "gpt", "bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm"
+]
+LECTURE_MODELS = typing.get_args(Architecture)[1:]  # in the order of "Let's build GPT"
 
 
-def check_fields(config: Any) -> None:
-    """Check the type and range of every field of a configuration.
-
-    Raises:
-        InputError: see `check_value`.
-    """
+def check_fields(config: "DataclassInstance") -> None:
+    """Check every field of a configuration with `check_value`."""
     for name, hint in typing.get_type_hints(type(config)).items():
         check_value(name, hint, getattr(config, name))
 
@@ -74,6 +83,12 @@ def _violated(name: str, hint: Any, value: Any) -> str | None:
         return f"at least {low}" if value < low else f"at most {high}" if value > high else None
     if kind is float and not 0 <= value <= MAX_FLOAT:
         return "finite and at least 0"
+    if name in BELOW_ONE and value >= 1:
+        return "at least 0 and below 1"
+    if name in FRACTIONS and not 0 < value <= 1:
+        return "above 0 and at most 1"
+    if name in NEVER_EMPTY and not value:
+        return "a text of at least one character"
     if kind is str and name not in FREE_TEXTS and not _is_path(value):
         return "a name that a file can have"
     return None
@@ -93,62 +108,38 @@ def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
         raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
 
 
-SCRATCH = "scratch"  # the init_from of random weights
-
-MAX_PAGE_TOKENS = 5000  # in one text of the page (--web), so that no visitor occupies it for long
-
-Architecture = Literal[
-    "gpt", "bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm"
-]
-LECTURE_MODELS = typing.get_args(Architecture)[1:]  # in the order of "Let's build GPT"
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The model: GPT-2 by default, with newer parts to choose from."""
 
-    architecture: Architecture = "gpt"
-    """GPT-2's architecture, or one of the models of "Let's build GPT"."""
-    block_size: int = 1024
-    """Context length in tokens."""
+    architecture: Architecture = "gpt"  # GPT-2's, or a model of "Let's build GPT"
+    block_size: int = 1024  # context length in tokens
+    #: rows of the token embedding; padding to a multiple of 64 is faster on GPU and TPU; None: the
+    #: tokenizer's vocabulary
     vocab_size: int | None = None
-    """Rows of the token embedding. Padding the vocabulary to a multiple of 64 is faster on GPU and
-    TPU. None: the tokenizer's vocabulary."""
+    #: tokens that exist in a padded vocabulary (the model never predicts the others); None: as in
+    #: the dataset, or all
     known_tokens: int | None = None
-    """Tokens that exist in a padded vocabulary; the model never predicts the others. None: the
-    dataset's, or all of vocab_size."""
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads in each block."""
-    n_embd: int = 768
-    """Width of the residual stream; a multiple of n_head."""
-    dropout: float = 0.0
-    """Dropout rate: 0 for pretraining, 0.1 or more against overfitting."""
-    bias: bool = False
-    """Biases in Dense and LayerNorm, as in GPT-2. False is a little better and faster."""
+    n_layer: int = 12  # Transformer blocks
+    n_head: int = 12  # attention heads in each block
+    n_embd: int = 768  # width of the residual stream; a multiple of n_head
+    dropout: float = 0.0  # dropout rate: 0 for pretraining, 0.1 or more against overfitting
+    bias: bool = False  # biases in Dense and LayerNorm, like GPT-2; False: a bit better and faster
+    #: the MLP's activation: exact GELU (nanoGPT), its tanh approximation (OpenAI's GPT-2), squared
+    #: ReLU, or SwiGLU with a hidden layer 8/3 n_embd wide, for the same number of parameters
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
-    """The MLP's activation: exact GELU (nanoGPT), its tanh approximation (OpenAI's GPT-2), squared
-    ReLU, or SwiGLU with a hidden layer 8/3 n_embd wide, for the same number of parameters."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """Learned position embeddings, or rotary embeddings (RoPE)."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """LayerNorm, or RMSNorm without parameters."""
-    qk_norm: bool = False
-    """Apply RMSNorm to each head's queries and keys, which keeps attention scores bounded."""
-    tied_head: bool = True
-    """Share the token embedding with the output head."""
-    zero_init: bool = False
-    """Initialize residual projections, and an untied head, to zero."""
-    logit_cap: float = 0.0
-    """Cap logits smoothly (tanh) at this value; 0: no cap."""
+    positions: Literal["learned", "rotary"] = "learned"  # position embeddings; rotary: RoPE
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores
+    tied_head: bool = True  # share the token embedding with the output head
+    zero_init: bool = False  # start residual projections, and an untied head, at zero
+    logit_cap: float = 0.0  # cap logits smoothly (tanh) at this value; 0: no cap
 
     def __post_init__(self):
         check_fields(self)
         if self.known_tokens is not None:
             ok = self.known_tokens <= (self.vocab_size or self.known_tokens)
             _require(ok, self, "known_tokens", f"from 1 to vocab_size={self.vocab_size}")
-        _require(self.dropout < 1, self, "dropout", "at least 0 and below 1")
         divides = self.n_embd % self.n_head == 0
         _require(divides, self, "n_embd", f"a multiple of n_head={self.n_head}")
         if self.positions == "rotary":  # rotates pairs of features
@@ -159,15 +150,15 @@ class ModelConfig:
 
     def _check_lecture_model(self) -> None:
         """Refuse settings that a model of the lecture would ignore."""
-        name = self.architecture
+        model = self.architecture
         # Its activation is always ReLU, whatever the field says.
         required = {"bias": True, "known_tokens": None, **GPT2_PARTS}
-        required |= {} if name == "layernorm" else {"dropout": 0.0}
-        required |= {} if name in ("deep", "residual", "layernorm") else {"n_layer": 1}
-        required |= {"n_head": 1} if name in ("bigram", "head") else {}
-        for field_name, value in required.items():
-            requirement = f"{value} for the lecture's {name} model, as in --config lecture-{name}"
-            _require(getattr(self, field_name) == value, self, field_name, requirement)
+        required |= {} if model == "layernorm" else {"dropout": 0.0}
+        required |= {} if model in ("deep", "residual", "layernorm") else {"n_layer": 1}
+        required |= {"n_head": 1} if model in ("bigram", "head") else {}
+        for name, value in required.items():
+            requirement = f"{value} for the lecture's {model} model, as in --config lecture-{model}"
+            _require(getattr(self, name) == value, self, name, requirement)
 
 
 # GPT-2's choice of each part that has newer alternatives: the defaults above.
@@ -190,44 +181,27 @@ def mlp_in_features(config: ModelConfig) -> int:
 class OptimConfig:
     """The optimizer and the learning rate schedule."""
 
+    #: AdamW, or Muon for the matrices of the blocks with Nesterov AdamW for everything else
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the matrices of the blocks with Nesterov AdamW for everything else."""
-    learning_rate: float = 6e-4
-    """Peak learning rate, reached after warm-up. Muon's updates are scaled to the size of AdamW's,
-    so one rate serves both."""
-    muon_momentum: float = 0.95
-    """Muon's momentum; lower suits short runs."""
+    learning_rate: float = (
+        6e-4  # peak learning rate, after warm-up; one value serves AdamW and Muon
+    )
+    muon_momentum: float = 0.95  # Muon's momentum; lower suits short runs
+    #: decay from learning_rate to min_lr: cosine, or warm-up-stable-decay (wsd), which stays
+    #: constant and then falls linearly
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Decay from learning_rate to min_lr: cosine, or warm-up-stable-decay (wsd), which stays
-    constant and then falls linearly."""
-    cooldown: float = 0.4
-    """With wsd, the fraction of the steps after warm-up in which the rate falls."""
-    min_lr: float = 6e-5
-    """Final learning rate; a tenth of learning_rate is a good choice."""
-    warmup_iters: int = 2000
-    """Steps of linear warm-up."""
-    lr_decay_iters: int | None = None
-    """Step at which the rate reaches min_lr. None: max_iters."""
-    decay_lr: bool = True
-    """False: keep learning_rate constant, without warm-up."""
-    weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings; biases and norms have none."""
-    beta1: float = 0.9
-    """AdamW's decay rate of the mean gradient."""
-    beta2: float = 0.95
-    """AdamW's decay rate of the mean squared gradient; higher suits batches with few tokens."""
-    grad_clip: float = 1.0
-    """Clip the gradient's global norm to this value; 0: no clipping."""
+    cooldown: float = 0.4  # with wsd, the fraction of steps after warm-up in which the rate falls
+    min_lr: float = 6e-5  # final learning rate; a tenth of learning_rate is a good choice
+    warmup_iters: int = 2000  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # step at which the rate reaches min_lr; None: max_iters
+    decay_lr: bool = True  # False: keep learning_rate constant, without warm-up
+    weight_decay: float = 0.1  # decay of matrices and embeddings; biases and norms have none
+    beta1: float = 0.9  # AdamW's decay rate of the mean gradient
+    beta2: float = 0.95  # AdamW's decay rate of the mean squared gradient; higher for small batches
+    grad_clip: float = 1.0  # clip the gradient's global norm to this value; 0: no clipping
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("beta1", "beta2", "muon_momentum"):
-            _require(getattr(self, name) < 1, self, name, "at least 0 and below 1")
-        _require(0 < self.cooldown <= 1, self, "cooldown", "above 0 and at most 1")
-
-
-MESH_AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")  # the axes that split a batch's rows
 
 
 def mesh_sizes(text: str) -> tuple[int, int, int]:
@@ -258,21 +232,19 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
 class ComputeConfig:
     """How the devices compute it. The results are the same up to rounding."""
 
+    #: type of activations and matrix products; parameters, optimizer and loss stay in float32;
+    #: auto: bfloat16 if the chip supports it, else float32; float16 scales the loss by itself
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of activations and matrix products; parameters, optimizer and loss stay in float32.
-    auto: bfloat16 where the chip supports it, else float32. float16 scales the loss by itself."""
+    #: attention kernel: xla (any device), cudnn (NVIDIA), splash (TPU); auto: the fastest that the
+    #: chip and the model allow
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel: xla (any device), cudnn (NVIDIA), splash (TPU). auto: the fastest that chip
-    and model allow."""
-    remat: bool = False
-    """Recompute activations in the backward pass: a third more work for a fraction of the
-    memory."""
-    loss_chunks: int = 1
-    """Compute logits in this many pieces of the context; more pieces take less memory. A divisor of
-    block_size."""
+    remat: bool = False  # recompute activations in the backward pass: slower, but far less memory
+    loss_chunks: int = (
+        1  # compute logits in this many pieces (a divisor of block_size): less memory
+    )
+    #: devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that remain); empty: data
+    #: parallelism over as many devices as divide batch_size
     mesh: str = ""
-    """Devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that remain). Empty: data
-    parallelism over as many devices as divide batch_size."""
 
     def __post_init__(self):
         check_fields(self)
@@ -283,76 +255,47 @@ class ComputeConfig:
 class TrainConfig:
     """Everything that a training run can be told."""
 
-    config: str = "small"
-    """A preset, or a JSON file of these fields; the file may name the preset it starts from as
-    "config" (default: small)."""
-    out_dir: str | None = None
-    """Folder of the run. None: out/CONFIG, or out/CONFIG-DATASET for a dataset of your own."""
+    config: str = "small"  # a preset, or a JSON file of these fields
+    out_dir: str | None = None  # folder of the run; None: out/CONFIG, with the name of your dataset
+    #: shakespeare_char, shakespeare (GPT-2 tokens), pydocs, openwebtext or fineweb-edu; a text,
+    #: JSONL or parquet file, or a folder of them; or a folder with train.bin and val.bin; None:
+    #: shakespeare_char, or Python's own documentation if it cannot be downloaded
     dataset: str | None = None
-    """shakespeare_char, shakespeare (GPT-2 tokens), pydocs, openwebtext or fineweb-edu; a text,
-    JSONL or parquet file, or a folder of them; or a folder with train.bin and val.bin. None:
-    shakespeare_char, or Python's own documentation if it cannot be downloaded."""
-    data_dir: str = "data"
-    """Folder of prepared datasets."""
+    data_dir: str = "data"  # folder of prepared datasets
+    #: char, gpt2, bpe (trained on your text, with vocab_size tokens) or a tokenizer.json; None:
+    #: as the dataset or init_from needs; for your own files, char for text, gpt2 for the rest
     tokenizer: str | None = None
-    """char, gpt2, bpe (trained on your text, with vocab_size tokens) or a tokenizer.json. None:
-    what the dataset or init_from uses; for your own files, char for text, gpt2 for JSONL and
-    parquet."""
+    #: initial weights: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face
+    #: GPT-2 folder, which determine the model's shape; a smaller block_size crops them
     init_from: str = SCRATCH
-    """Initial weights: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face
-    GPT-2 folder. They determine the model's shape; a smaller block_size crops them."""
-    batch_size: int = 12
-    """Sequences in a micro-batch, over all devices."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches in an update."""
-    max_iters: int = 2000
-    """Updates in the whole run."""
-    eval_interval: int = 250
-    """Updates between evaluations; each one saves a checkpoint."""
-    eval_first: bool = True
-    """Also evaluate before the first update."""
-    eval_iters: int = 0
-    """Batches in an evaluation, always the same ones; 0: the whole validation split."""
-    log_interval: int = 10
-    """Updates between lines of metrics.jsonl."""
+    batch_size: int = 12  # sequences in a micro-batch, over all devices
+    gradient_accumulation_steps: int = 1  # micro-batches in an update
+    max_iters: int = 2000  # updates in the whole run
+    eval_interval: int = 250  # updates between evaluations; each one saves a checkpoint
+    eval_first: bool = True  # also evaluate before the first update
+    eval_iters: int = 0  # batches in an evaluation, always the same; 0: the whole validation split
+    log_interval: int = 10  # updates between lines of metrics.jsonl
+    #: evaluate the run's newest checkpoint, or init_from if there is no run, and exit
     eval_only: bool = False
-    """Evaluate the run's newest checkpoint, or init_from if there is no run, and exit."""
-    seed: int = 1337
-    """Seed of the initial weights, batches and dropout."""
-    tensorboard: bool = False
-    """Also log to OUT_DIR/tensorboard; needs pip install 'nanogpt-jax[tensorboard]'."""
-    wandb: bool = False
-    """Also log to Weights & Biases; needs pip install 'nanogpt-jax[wandb]'."""
-    overwrite: bool = False
-    """Delete the run in out_dir and start over."""
-    compile_cache: str = ""
-    """Folder that keeps compiled functions for the next start; off: none. Empty: your cache
-    folder."""
+    seed: int = 1337  # seed of the initial weights, batches and dropout
+    tensorboard: bool = False  # also log to OUT_DIR/tensorboard; needs the extra tensorboard
+    wandb: bool = False  # also log to Weights & Biases; needs the extra wandb
+    overwrite: bool = False  # delete the run in out_dir and start over
+    compile_cache: str = ""  # folder for compiled functions; off: none; empty: your cache folder
+    #: compile for TPUs that are not attached, like v5e:4x4, report whether the run fits, and exit
     compile_for: str = ""
-    """Compile for TPUs that are not attached, like v5e:4x4, report whether it fits, and exit."""
+    #: with several processes: HOST:PORT of the first one, or auto on a Cloud TPU pod; empty: a
+    #: single process, or what Slurm says
     coordinator_address: str = ""
-    """With several processes: HOST:PORT of the first one, or auto on a Cloud TPU pod. Empty: a
-    single process, or what Slurm says."""
-    num_processes: int = 0
-    """With several processes: how many; 0: JAX finds out."""
-    process_id: int = -1
-    """With several processes: the number of this one, from 0; -1: JAX finds out."""
-    heartbeat_timeout_s: int = 100
-    """With several processes: seconds without a sign of life after which all stop."""
+    num_processes: int = 0  # with several processes: how many; 0: JAX finds out
+    process_id: int = -1  # with several processes: the number of this one; -1: JAX finds out
+    heartbeat_timeout_s: int = 100  # with several processes: all stop if one is silent for so long
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self):
         check_fields(self)
-        for name, requirement in {
-            "out_dir": "the path of a folder",
-            "data_dir": "the path of a folder",
-            "dataset": "a name or a path",
-            "tokenizer": "char, gpt2, bpe or a path",
-            "init_from": "scratch, the name of a GPT-2 or a folder",
-        }.items():
-            _require(getattr(self, name) != "", self, name, requirement)
         _refuse_resume(self.init_from)
         if self.tokens_per_iter > MAX_INT:
             raise InputError(
@@ -371,7 +314,7 @@ class TrainConfig:
         port = re.fullmatch(r".+:(\d{1,5})", address)
         ok = address in ("", "auto") or (port is not None and 1 <= int(port[1]) <= 65535)
         _require(ok, self, "coordinator_address", "HOST:PORT or auto")
-        given = address not in ("", "auto"), self.num_processes > 0, self.process_id >= 0
+        given = port is not None, self.num_processes > 0, self.process_id >= 0
         if any(given) and not all(given):
             raise InputError(
                 "coordinator_address, num_processes and process_id must be given together, like "
@@ -391,61 +334,43 @@ class TrainConfig:
 class SampleConfig:
     """What to generate, and how."""
 
-    out_dir: str | None = None
-    """Folder of the run. None: the newest run under out/."""
+    out_dir: str | None = None  # folder of the run; None: the newest run under out/
+    #: sample from these weights instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
+    #: Hugging Face GPT-2 folder
     init_from: str | None = None
-    """Sample from these weights instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
-    Hugging Face GPT-2 folder."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """The checkpoint with the lowest validation loss, or the newest."""
-    start: str | None = None
-    """The prompt; FILE:path reads a file, - reads standard input. None: a newline."""
-    num_samples: int = 10
-    """Samples to draw."""
-    max_new_tokens: int = 500
-    """Tokens in each sample; -1 with --stream: no limit, until Ctrl-C."""
-    temperature: float = 0.8
-    """Below 1 is safer, above 1 is wilder; 0: always the most likely token."""
-    top_k: int = 200
-    """Sample from the k most likely tokens; 0: from all."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens that together have this probability; 1: from all."""
-    seed: int = 1337
-    """Random seed. The n-th sample is the same however many are drawn."""
-    stop: str | None = None
-    """End a sample before the first occurrence of this text."""
-    stream: bool = False
-    """Print text as it is generated, one sample after the other."""
+    checkpoint: Literal["best", "latest"] = "best"  # best: the lowest validation loss
+    start: str | None = None  # prompt; FILE:path reads a file, - standard input; None: a newline
+    num_samples: int = 10  # samples to draw
+    max_new_tokens: int = 500  # tokens in each sample; -1 with --stream: no limit, until Ctrl-C
+    temperature: float = 0.8  # below 1 is safer, above 1 is wilder; 0: always the likeliest token
+    top_k: int = 200  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens with this total probability; 1: from all
+    seed: int = 1337  # the n-th sample of a seed is the same however many are drawn
+    stop: str | None = None  # end a sample before the first occurrence of this text
+    stream: bool = False  # print text as it is generated, one sample after the other
+    #: past block_size, recompute the last block_size tokens for every token, as nanoGPT does
+    #: (slow); False: keep the last half of the window and continue from there
     exact_window: bool = False
-    """Past block_size, recompute the last block_size tokens for every token, as nanoGPT does
-    (slow). False: keep the last half of the window and continue from there."""
+    #: as in training; auto: bfloat16 if the chip supports it, else float32
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """As in training. auto: bfloat16 where the chip supports it, else float32."""
-    compile_cache: str = ""
-    """Folder that keeps compiled functions for the next start; off: none. Empty: your cache
-    folder."""
+    compile_cache: str = ""  # folder for compiled functions; off: none; empty: your cache folder
+    #: open a web page instead: live text, next-token probabilities, attention, the loss curve
     web: bool = False
-    """Open a web page instead: live text, next-token probabilities, attention, the loss curve."""
+    #: with --web: the address to listen on; 0.0.0.0 lets anyone who can reach this machine in
     host: str = "127.0.0.1"
-    """With --web: the address to listen on; 0.0.0.0 lets anyone who can reach this machine in."""
-    port: int = 7860
-    """With --web: the port; 0: any free one."""
+    port: int = 7860  # with --web: the port; 0: any free one
 
     def __post_init__(self):
         check_fields(self)
         _refuse_resume(self.init_from)
-        _require(self.out_dir != "", self, "out_dir", "the path of a folder")
         ok = self.init_from is None or self.out_dir is None
         _require(ok, self, "init_from", "left out if out_dir names a run")
         ok = self.max_new_tokens >= 1 or (self.max_new_tokens == -1 and self.stream)
         _require(ok, self, "max_new_tokens", "at least 1, or -1 together with --stream")
         ok = not self.web or 1 <= self.max_new_tokens <= MAX_PAGE_TOKENS
         _require(ok, self, "max_new_tokens", f"from 1 to {MAX_PAGE_TOKENS} with --web")
-        _require(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
-        _require(self.stop != "", self, "stop", "a text of at least one character")
         ok = self.stop is None or not self.web
         _require(ok, self, "stop", "left out with --web, whose page has a stop button")
-        _require(self.host != "", self, "host", "an address, like 127.0.0.1")
 
 
 def _refuse_resume(init_from: str | None) -> None:

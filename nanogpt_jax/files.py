@@ -11,7 +11,7 @@ import filelock
 
 from nanogpt_jax.errors import InputError, first_line
 
-LOCK = ".lock"  # the file in a folder that is locked
+LOCK = ".in_use.lock"  # in a folder that is locked
 MAX_JSON_BYTES = 2**24  # parsed, a file takes twenty times its size
 HUB_TIMEOUT_S = 10
 

@@ -12,7 +12,6 @@ from nanogpt_jax.config import (
     parse_args,
     parse_train_config,
     presets,
-    replace_fields,
     to_flat_dict,
 )
 from nanogpt_jax.config.cli import NANOGPT_FLAGS, read_settings

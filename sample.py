@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nanogpt_jax
 from nanogpt_jax import web
-from nanogpt_jax.config import SampleConfig, parse_args, split_settings
+from nanogpt_jax.config import SampleConfig, parse_args
 from nanogpt_jax.errors import InputError, reading, run_command, visible
 
 SEPARATOR = "-" * 15
@@ -18,9 +18,7 @@ SEPARATOR = "-" * 15
 
 def main(argv: list[str]) -> int:
     """Validate the request before importing JAX; then load the model and generate."""
-    config = parse_args(
-        SampleConfig, split_settings(argv, SampleConfig), SampleConfig(), __doc__ or ""
-    )
+    config = parse_args(SampleConfig, argv, __doc__)
     folder = None if config.out_dir is None else Path(config.out_dir)
     source = nanogpt_jax.find(config.init_from or folder)
     config = dataclasses.replace(config, start=read_start(config.start))

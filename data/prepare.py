@@ -1,53 +1,48 @@
-"""Prepare a dataset ahead of training: python data/prepare.py DATASET [--flag value ...]
+"""Prepare a dataset: python data/prepare.py DATASET [--flag value ...]
 
-DATASET is shakespeare_char, shakespeare (with GPT-2's tokens), pydocs, openwebtext, fineweb-edu,
-or a path: a text file, a JSONL or parquet file with a text in each line or row, a folder of them.
+DATASET is shakespeare_char, shakespeare (GPT-2 tokens), pydocs, openwebtext, fineweb-edu, or the
+path of a text file, a JSONL or parquet file with a text in each line or row, or a folder of them.
 
-train.py does this by itself where it takes no hours; run it alone to look at the numbers, or to
-prepare on a machine that has a network for one that has none. It can be stopped at any moment,
-and goes on where it was.
+train.py prepares small datasets by itself. Prepare large ones first, or on a machine with a network
+for one without. If it is interrupted, run the same command again to continue.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt_jax.config import check_fields, check_value
-from nanogpt_jax.config import cli as command_line
+from nanogpt_jax.config import check_fields, parse_args, split_words
 from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError, run_command
 
 
 @dataclass(frozen=True)
 class Flags:
-    """How it is prepared."""
+    """How to prepare it."""
 
+    #: char, gpt2, bpe (trained on your text) or a tokenizer.json; None: char for text, gpt2 for
+    #: shakespeare, the large corpora, JSONL and parquet
     tokenizer: str | None = None
-    """char, gpt2, bpe (trained on the text) or a tokenizer.json; None: char for texts, gpt2 for
-    shakespeare, the large corpora, JSONL and parquet."""
-    vocab_size: int | None = None
-    """Tokens of bpe; None: 4096."""
-    shard_tokens: int = corpora.SHARD_TOKENS
-    """Most tokens of a file."""
-    data_dir: str = str(Path(__file__).parent)
-    """Where it will lie, each dataset in a folder of its own."""
+    vocab_size: int | None = None  # with bpe, the number of tokens; None: 4096
+    shard_tokens: int = corpora.SHARD_TOKENS  # tokens in one file, at most
+    data_dir: str = str(Path(__file__).parent)  # folder of prepared datasets
 
     def __post_init__(self):
         check_fields(self)
         if self.vocab_size is not None and self.tokenizer != "bpe":
-            raise InputError("vocab_size is that of --tokenizer bpe: give both, or leave it out")
+            raise InputError(
+                f"vocab_size must be left out without --tokenizer bpe, got {self.vocab_size}"
+            )
 
 
 def main(argv: list[str]) -> None:
-    """Prepare the one dataset that is named."""
-    datasets = [argv.pop(0)] if argv and not argv[0].startswith("-") else []
-    if not datasets and not {"-h", "--help"} & {*argv}:
+    """Prepare one dataset."""
+    datasets, argv = split_words(argv, "the dataset")
+    flags = parse_args(Flags, argv, __doc__)
+    if len(datasets) != 1:
         raise InputError(
-            f"one dataset must be named, first of all: {', '.join(corpora.NAMES)} or a path"
+            f"exactly one dataset must be named, before any flag, got {len(datasets)}: name one of "
+            f"{', '.join(corpora.NAMES)}, or a path"
         )
-    flags = command_line.parse_args(
-        Flags, command_line.split_settings(argv, Flags), Flags(), __doc__
-    )
-    check_value("the dataset", str, datasets[0])
     folder = corpora.prepare(
         datasets[0],
         Path(flags.data_dir),

@@ -1,23 +1,46 @@
-"""What is told in one line, wrong input or a fault, and how a command answers it."""
+"""User-facing errors, each one line, and the exit codes of the commands."""
 
 import contextlib
 import difflib
 import errno
+import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
-MOST_CHARS = 2000  # of a message, which may quote a whole file
-# What a terminal obeys or a reader takes for the end of a line, and halves of characters.
+MAX_CHARS = 2000  # of a message, which may quote a whole file
+# Characters that a terminal obeys or that end a line, and halves of surrogate pairs.
 CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+# Errors of the disk, not of this program.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+# What JAX's backends report when another process of the run has died.
+PEER_DIED = re.compile(
+    r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer|DEADLINE_EXCEEDED"
+)
+
+
+class UserError(Exception):
+    """An error that is printed as one line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        line, half = visible(super().__str__()), MAX_CHARS // 2
+        return line if len(line) <= MAX_CHARS else f"{line[:half]} ... {line[-half:]}"
+
+
+class InputError(UserError, ValueError):
+    """Wrong input: the message names requirement, value and remedy."""
+
+
+class RunError(UserError, RuntimeError):
+    """A failure during a run whose input was right: the message says what to do."""
 
 
 def visible(text: str, keep: str = "") -> str:
-    """Return a text with its control characters as escapes, like \\x1b, but for those to keep."""
+    """Return a text with control characters escaped, like \\x1b, except those to keep."""
 
     def escape(found: re.Match) -> str:
         return found[0] if found[0] in keep else ascii(found[0])[1:-1]
@@ -25,121 +48,96 @@ def visible(text: str, keep: str = "") -> str:
     return CONTROLS.sub(escape, text)
 
 
-class UserError(Exception):
-    """What is told in one line, whatever it quotes of a flag, a file or another library."""
-
-    def __str__(self) -> str:
-        line, most = visible(super().__str__()), MOST_CHARS
-        return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error message."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-class InputError(UserError, ValueError):
-    """Wrong input: what was required, what came, what to do."""
-
-
-class RunError(UserError, RuntimeError):
-    """What befell a run whose input was right, and what to do."""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean X?" with the closest of `known`, or "" if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 @contextlib.contextmanager
 def reading(path, requirement: str) -> Iterator[None]:
-    """Answer whatever goes wrong while a file is read and understood with one line.
+    """Turn any error while a file is read and parsed into one line.
 
     Args:
         requirement: what the file must be, like "a JSON file".
 
     Raises:
-        InputError: naming the file, and what went wrong.
+        InputError: naming the file and the reason.
     """
     try:
         yield
-    except InputError:
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    # A foreign file can bring any of them about; a panic of Rust's is no Exception.
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
-            raise
+    except BaseException as error:  # a panic in Rust code is not an Exception
         reason = str(error) or type(error).__name__
         raise InputError(f"{path}: must be {requirement}, but {reason}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """Return what an error of another library says, in a line."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return " Did you mean X?" with the closest of `known`, or "" where nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-# Of a file that was opened, or could have been a moment ago: no error of this program.
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-
-# What JAX's backends say when another process of the run is gone.
-PEER_DIED = re.compile(
-    r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer|DEADLINE_EXCEEDED"
-)
-
-
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command's `main(argv)` and exit: 0 done, 2 wrong input, 1 a fault.
+    """Run `main(argv)` and exit: 0 done, 2 wrong input, 1 other errors, 128 + signal.
 
-    Either in one line; only what nobody foresaw, an error of this program, shows its traceback.
+    An expected error is printed as one line. Only a bug shows a traceback.
     """
-    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows could not take every character
-        # By lines also into a file: a signal that ends the process at once loses none.
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # UTF-8 also in a Windows pipe; line by line, so that a kill loses no output.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main(sys.argv[1:]) or 0)
-    except InputError as error:
-        _leave(2, f"error: {error}")
-    except RunError as error:
-        _leave(1, f"error: {error}", at_once=True)  # in an orderly exit Orbax tells of it again
-    except KeyboardInterrupt:
-        # SIGINT; an orderly exit crashes where JAX still compiles in a thread.
-        _leave(128 + 2, "", at_once=True)
-    except BrokenPipeError:  # the reader left, as in `python sample.py --stream | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(128 + 13)  # SIGPIPE
-    except Exception as error:
-        # The class differs between versions of JAX, the text does not.
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            _leave(
-                1,
-                "error: the memory does not suffice. In training take a smaller --batch_size with "
-                "more --gradient_accumulation_steps, --remat, a larger --loss_chunks, or a --dtype "
-                "of 16 bits; in sampling fewer --num_samples or --stream",
-            )
-        elif isinstance(error, OSError) and error.errno in DISK_FAULTS:
-            where = f": {error.filename}" if error.filename else ""
-            _leave(1, f"error: a file cannot be read or written ({error.strerror}{where})")
-        elif _is_one_of_several() and PEER_DIED.search(str(error)):
-            _leave(
-                1,
-                "error: another process of this run is gone. Start all of them again: they go on "
-                f"from the newest checkpoint ({first_line(error)})",
-            )
-        elif _is_one_of_several():
-            _leave(1, traceback.format_exc())
-        else:
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _exit_code_and_message(error)
+        several = _is_one_of_several()
+        if message is None and not several:
             raise
+        if isinstance(error, BrokenPipeError):  # or Python's own flush at exit would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            print(traceback.format_exc() if message is None else message, file=sys.stderr)
+        if several or isinstance(error, RunError | KeyboardInterrupt):
+            # An orderly exit would wait for the other processes, repeat Orbax's error, or crash
+            # in a thread that is still compiling.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+
+
+def _exit_code_and_message(error: BaseException) -> tuple[int, str | None]:
+    """Return how a command ends after an error; a bug has no message."""
+    if isinstance(error, UserError):
+        return 2 if isinstance(error, InputError) else 1, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + 2, ""  # SIGINT
+    if isinstance(error, BrokenPipeError):  # the reader left: `python sample.py --stream | head`
+        return 128 + 13, ""  # SIGPIPE
+    # JAX's error class differs between versions, the text does not.
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return 1, (
+            "error: out of memory. In training, use a smaller --batch_size with more "
+            "--gradient_accumulation_steps, --remat, more --loss_chunks, or a 16-bit --dtype; in "
+            "sampling, fewer --num_samples or --stream"
+        )
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        where = f": {error.filename}" if error.filename else ""
+        return 1, (
+            f"error: a file cannot be read or written ({error.strerror}{where}): free some space "
+            "or use another disk"
+        )
+    if _is_one_of_several() and PEER_DIED.search(str(error)):
+        return 1, (
+            "error: another process of this run has died. Restart all of them: they resume from "
+            f"the newest checkpoint ({first_line(error)})"
+        )
+    return 1, None
 
 
 def _is_one_of_several() -> bool:
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
-
-
-def _leave(code: int, message: str | None = None, at_once: bool = False) -> None:
-    if message is not None:
-        print(message, file=sys.stderr)
-    if at_once or _is_one_of_several():
-        # An orderly exit would wait for the other processes, and they for this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

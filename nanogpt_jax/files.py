@@ -1,63 +1,69 @@
-"""Files that are written as a whole or not at all, and folders that one process has. No JAX."""
+"""Atomic file writes, locks on folders, and checks of a path before anything is created."""
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from nanogpt_jax.errors import InputError, first_line
 
-LONGEST_NAME = 255  # bytes, in all usual file systems
+LOCK = ".in_use.lock"  # in a folder that is locked
+MAX_JSON_BYTES = 2**24  # parsed, a file takes twenty times its size
 HUB_TIMEOUT_S = 10
-MOST_JSON_BYTES = 2**24  # what Python makes of a file takes twenty times its size
 
 
-def read_text(path: Path, most_bytes: int) -> str:
-    """Return the text of a file that is not large.
+def read_text(path: Path, max_bytes: int) -> str:
+    """Return the text of a file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not in UTF-8, or larger than most_bytes.
+        ValueError: it is not UTF-8, or larger than max_bytes.
     """
     with Path(path).open("rb") as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"it is larger than {most_bytes >> 20} MiB")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes >> 20} MiB")
     return content.decode("utf-8")
 
 
-def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """Return what a JSON file holds; raises as `read_text` and `loads` do."""
-    return loads(read_text(path, most_bytes))
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Return the content of a JSON file; raises as `read_text` and `loads` do."""
+    return loads(read_text(path, max_bytes))
 
 
 def loads(text: str) -> Any:
-    """Return what a JSON text says, each name in it once.
+    """Parse JSON strictly, unlike Python's own `json.loads`.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: invalid JSON, a repeated name, NaN or Infinity, or too much nesting.
     """
 
-    def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name comes twice in it")
-        return found
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("it contains a name twice")
+        return content
 
-    def refuse(word: str) -> None:  # Python would read them
-        raise ValueError(f"{word} is no JSON")
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not valid JSON")
 
     try:
-        return json.loads(text, object_pairs_hook=named_once, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=without_repeats, parse_constant=refuse)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under another name first, so that no half of it is ever taken for the whole."""
+    """Write a file under a temporary name and rename it, so that readers never see half of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -72,18 +78,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def delete_partials(folder: Path) -> None:
-    """Delete what processes that were killed left of files which they wrote as a whole."""
+    """Delete the temporary files that killed processes left behind."""
     for path in folder.glob("*.partial"):
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file as a whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
 def sync_folder(folder: Path) -> None:
-    """Bring names onto the disk, where the system can."""
+    """Flush new names in a folder to the disk, if the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -94,77 +95,89 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, if_taken: Callable[[], None]) -> Iterator[None]:
-    """Keep other processes from a folder that is there; do nothing where there are no locks.
+    """Make a folder and keep other processes out of it; afterwards remove it if it is empty.
+
+    The system frees the lock of a process that dies. On a file system without locks, do nothing.
 
     Args:
-        if_taken: called where another process has it, which is then waited for, unless this raises.
+        if_taken: called if another process has the lock; wait for it unless this raises.
     """
+    lock = filelock.FileLock(folder / LOCK)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if_taken()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _acquire(lock, folder, if_taken)
         yield
     finally:
-        os.close(descriptor)
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # on Windows, release() removes the file
+                (folder / LOCK).unlink()
+            lock.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _acquire(lock: filelock.BaseFileLock, folder: Path, if_taken: Callable[[], None]) -> None:
+    wait = False
+    while not lock.is_locked:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=wait)
+        except filelock.Timeout:
+            if_taken()
+            wait = True
+        except FileNotFoundError:  # the process before this one has just removed the folder
+            continue
+        except (OSError, NotImplementedError):  # no locks here
+            return
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a folder can be made or written, without making it.
+    """Check that a run's folder can be created or written, without creating it.
 
     Raises:
-        InputError: see `check_place`; its place is read-only; or Orbax cannot work there.
+        InputError: see `check_place`; it is read-only; or Orbax cannot work there.
     """
     existing = check_place(folder, "out_dir")
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise InputError(f"out_dir must be writable, but {existing} is not")
+        raise InputError(f"out_dir must be writable, but {existing} is not: name another --out_dir")
     path = str(folder.absolute())
-    if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that are no text
+    if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that are not text
         raise InputError(
-            f"out_dir must be UTF-8, but is {path} (with PYTHONUTF8=1 in front Python reads what "
-            "another locale does not)"
+            f"out_dir must be UTF-8, but is {path}: rename it, or put PYTHONUTF8=1 in front, with "
+            "which Python reads UTF-8 in any locale"
         )
     if any(character in path for character in "*?["):
-        # Orbax looks for what it saved by the whole path as a pattern, and would not find it.
-        raise InputError(f"out_dir must have no * ? or [ in its whole path, but is {path}")
+        # Orbax uses the whole path as a pattern to find what it saved, and would not find it.
+        raise InputError(
+            f"out_dir must have no * ? or [ in its whole path, but is {path}: name another"
+        )
 
 
 def check_place(folder: Path, name: str) -> Path:
-    """Return the deepest place that is there on the way to a folder.
+    """Return the deepest existing folder on the way to a folder.
 
     Args:
         name: the field that names the folder, for the message.
 
     Raises:
-        InputError: it is a file, lies below one, or no folder can have such a path.
+        InputError: it is a file, is inside one, or no folder can have such a path.
     """
     place = folder.absolute()
     try:
-        if max(len(os.fsencode(part)) for part in place.parts) > LONGEST_NAME:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(place / "/".join(5 * [50 * "_"]))  # room for what will lie in it
+            os.lstat(place / "/".join(5 * [50 * "_"]))  # room for the files that it will contain
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} must be the path of a folder, but {folder}: {reason}") from None
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        what = "a file" if place.exists() else "a link to nowhere"
-        raise InputError(f"{name} must be a folder, but {place} is {what}")
+        what = "a file" if place.exists() else "a broken link"
+        raise InputError(f"{name} must be a folder, but {place} is {what}: name another")
     return place
 
 
 def download_from_hub(repository: str, file: str, remedy: str, flag: str) -> Path:
-    """Return the local path of a file of the Hugging Face Hub, downloading it if it is not cached.
+    """Return the local path of a file of the Hugging Face Hub, downloading it unless it is cached.
 
     Args:
         repository: like "openai-community/gpt2".
@@ -185,7 +198,7 @@ def download_from_hub(repository: str, file: str, remedy: str, flag: str) -> Pat
         huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
         huggingface_hub.utils.logging.set_verbosity_error()
         return Path(huggingface_hub.hf_hub_download(repository, file))
-    except Exception as error:  # its type differs between versions of the library and its clients
+    except Exception as error:  # the type depends on the versions of the library and its clients
         reason = first_line(error).rstrip(".")
         raise InputError(
             f"{file} could not be downloaded ({reason}): {remedy} from "

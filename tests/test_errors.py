@@ -1,4 +1,4 @@
-"""How a command ends: one line and an exit code for what is foreseen, a traceback for the rest."""
+"""How a command ends: one line and an exit code for expected errors, a traceback for bugs."""
 
 import errno
 import os
@@ -7,43 +7,107 @@ import sys
 
 import pytest
 
+from nanogpt_jax import errors
+from nanogpt_jax.errors import InputError, RunError, run_command
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl")
 ENDS = [
-    ("InputError('n must be 1, got 2')", 2, "error: n must be 1, got 2"),
-    ("RunError('the run ended')", 1, "error: the run ended"),
-    ("MemoryError()", 1, "error: the memory does not suffice. In training take a smaller --batch_"),
-    # The classes of JAX's own differ between versions; the text does not.
-    ("RuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 1, "error: the memory does not suffice."),
+    (InputError("n must be 1, got 2"), 2, "error: n must be 1, got 2\n"),
+    (InputError("n must be 1,\ngot 2\x1b"), 2, "error: n must be 1,\\ngot 2\\x1b\n"),
+    (RunError("the run ended"), 1, "error: the run ended\n"),
+    (MemoryError(), 1, "error: out of memory. In training, use a smaller --batch_size with more "),
+    # The classes of JAX's own errors differ between versions; the text does not.
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1, "error: out of memory. In training"),
     (
-        f"OSError({errno.ENOSPC}, 'No space left on device', 'out/metrics.jsonl')",
+        NO_SPACE,
         1,
-        "error: a file cannot be read or written (No space left on device: out/metrics.jsonl)",
+        "error: a file cannot be read or written (No space left on device: out/metrics.jsonl): "
+        "free some space or use another disk\n",
     ),
-    ("KeyboardInterrupt()", 130, ""),
+    (KeyboardInterrupt(), 130, "\n"),
 ]
 
 
-def end_of(error):
+@pytest.fixture
+def end_of(monkeypatch, capsys):
+    """Return (exit code, standard error) of a command that raises an error or returns a code."""
+
+    def end(outcome):
+        def main(argv):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        # Ending at once would end the tests.
+        monkeypatch.setattr(errors.os, "_exit", sys.exit)
+        with pytest.raises(SystemExit) as stop:
+            run_command(main)
+        out, err = capsys.readouterr()
+        assert out == ""
+        return stop.value.code, err
+
+    return end
+
+
+@pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=[repr(error) for error, _, _ in ENDS])
+def test_an_expected_error_ends_in_one_line(end_of, error, code, line):
+    returned, told = end_of(error)
+    assert returned == code
+    assert told.startswith(line)
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", [None, 0, 143])
+def test_without_an_error_a_command_ends_with_its_own_code(end_of, code):
+    assert end_of(code) == (code or 0, "")
+
+
+def test_a_bug_is_raised_as_it_is():
+    def main(argv):
+        raise KeyError("n_layer")
+
+    with pytest.raises(KeyError):
+        run_command(main)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("Gloo: connection closed by peer"),
+            "error: another process of this run has ",
+        ),
+        (KeyError("n_layer"), "Traceback (most recent call last)"),
+    ],
+)
+def test_one_of_several_processes_ends_at_once(end_of, monkeypatch, error, told):
+    """An orderly exit would wait for the others, and they for this one."""
+    monkeypatch.setattr(errors, "_is_one_of_several", lambda: True)
+    code, err = end_of(error)
+    assert code == 1
+    assert err.startswith(told)
+
+
+def test_a_reader_that_leaves_early_sees_no_error():
+    """As in `python sample.py --stream | head`: like any program that SIGPIPE ends."""
     script = (
-        "from nanogpt_jax.errors import RunError, InputError, run_command\n"
-        f"def main(argv): raise {error}\n"
+        "from nanogpt_jax.errors import run_command\n"
+        "def main(argv):\n"
+        "    while True: print('text')\n"
         "run_command(main)"
     )
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=False
-    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + 13
 
 
-@pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=[error for error, _, _ in ENDS])
-def test_what_is_foreseen_ends_in_one_line(error, code, line):
-    done = end_of(error)
-    assert done.returncode == code
-    assert done.stderr.startswith(line)
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stdout == ""
-
-
-def test_an_error_of_the_program_shows_where_it_happened():
-    done = end_of("KeyError('n_layer')")
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "KeyError: 'n_layer'" in done.stderr
+def test_a_long_message_keeps_its_ends():
+    line = str(InputError("a" + 5000 * "x" + "b"))
+    assert len(line) < 2100
+    assert line.startswith("ax")
+    assert line.endswith("xb")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_jax.bench import published as references
-from nanogpt_jax.config import TrainConfig, lecture_scaled, parse_train_config, with_vocab_size
+from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, with_vocab_size
 from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.hardware import chips
@@ -220,7 +220,7 @@ def reference_lines() -> list[str]:
 
 def lecture_lines() -> list[str]:
     """Return what the lecture's last run needs, and what 15 minutes of an A100 could have done."""
-    config = with_vocab_size(lecture_scaled())
+    config = with_vocab_size(PRESETS["lecture-scaled"]())
     # The lecture estimates its losses on 200 random batches of either split, every 500 steps.
     config = dataclasses.replace(config, eval_iters=400)
     flops = run_flops(config, 2**62)

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, split_settings
+from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, split_flags
 from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.run import plots as report
@@ -70,7 +70,7 @@ class Lap:
 
 def main(argv: list[str]) -> None:
     """Race, print a line for each run and the medians, and draw the curves."""
-    settings = split_settings(argv, RaceConfig)
+    settings = split_flags(argv, RaceConfig)
     name = settings.get("race", RaceConfig.race)
     twin = name + TWIN
     if twin not in PRESETS:

@@ -1,18 +1,22 @@
-"""What a user can request: the configuration, its presets, and the command line. No JAX."""
+"""What a user can ask for: configurations, presets, the command line. Needs no JAX or NumPy."""
 
-from nanogpt_jax.config.cli import parse_args, read_settings, split_settings
+# ruff: noqa: F401 (what other packages import)
+
+from nanogpt_jax.config.cli import parse_args, split_flags, split_words
 from nanogpt_jax.config.presets import (
     GPT2_SHAPES,
     LECTURE,
+    MODERN,
     PRESETS,
     parse_train_config,
     with_vocab_size,
 )
 from nanogpt_jax.config.schema import (
-    GPT2,
+    GPT2_PARTS,
+    LECTURE_MODELS,
+    MAX_FLOAT,
     MAX_PAGE_TOKENS,
     MESH_AXES,
-    MOST_FLOAT,
     RANGES,
     ROW_AXES,
     SCRATCH,
@@ -27,35 +31,6 @@ from nanogpt_jax.config.schema import (
     hidden_size,
     mesh_sizes,
     mlp_in_features,
+    replace_fields,
     to_flat_dict,
 )
-
-__all__ = [
-    "GPT2",
-    "GPT2_SHAPES",
-    "LECTURE",
-    "MAX_PAGE_TOKENS",
-    "MESH_AXES",
-    "MOST_FLOAT",
-    "PRESETS",
-    "RANGES",
-    "ROW_AXES",
-    "SCRATCH",
-    "ComputeConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "SampleConfig",
-    "TrainConfig",
-    "check_fields",
-    "check_value",
-    "field_types",
-    "hidden_size",
-    "mesh_sizes",
-    "mlp_in_features",
-    "parse_args",
-    "parse_train_config",
-    "read_settings",
-    "split_settings",
-    "to_flat_dict",
-    "with_vocab_size",
-]

@@ -1,71 +1,69 @@
-"""The command line and JSON files as configurations. No JAX.
+"""Turn the command line and JSON files into configurations.
 
-Flags carry nanoGPT's names, in any of its forms: `--n_layer 6`, `--batch_size=32`, `--bias`. A
-flag, or a field of a JSON file, is first a setting: its name and its value as text.
+Both become settings first, a dict from field name to text: `--n_layer 6`, `--n-layer=6` and
+{"n_layer": 6} are the same setting. `configure` turns the texts into values; the dataclasses check
+them.
 """
 
 import contextlib
-import io
-import re
 import sys
+import typing
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType
+from typing import Any
 
 from nanogpt_jax import files
-from nanogpt_jax.config.schema import field_types
+from nanogpt_jax.config.schema import Config, check_value, field_types, replace_fields
 from nanogpt_jax.errors import InputError, did_you_mean, reading
 
-Config = TypeVar("Config")
-
-
-# What a run's config.json says of the machine that it ran on and of that one start. None of it is
-# a reader's: a compiled program is code, and another's out_dir with overwrite deletes a run.
-OF_A_START = {
+# nanoGPT's flags that do not exist here, and what to do instead.
+NANOGPT_FLAGS = {
+    "device": "JAX finds the GPU or TPU by itself; put JAX_PLATFORMS=cpu in front to use the CPU",
+    "compile": "not needed, JAX always compiles",
+    "backend": "not needed, all devices are used; several hosts join with --coordinator_address",
+    "always_save_checkpoint": "not needed, the newest and the best checkpoint are always kept",
+    "wandb_log": "use --wandb; metrics.jsonl in the run's folder has the same numbers",
+    "wandb_project": "put WANDB_PROJECT=name in front; the default is nanogpt_jax",
+    "wandb_run_name": "not needed, --out_dir names the run",
+}
+NANOGPT_CONFIG = (
+    "nanoGPT's config/train_shakespeare_char.py is --config shakespeare here (for a GPU), and its "
+    "command for CPUs is --config small."
+)
+# What a run's config.json says about the machine and about a single start. Nobody else's start
+# should repeat it: compiled functions are code, and out_dir with overwrite deletes a run.
+START_FIELDS = {
     "out_dir", "overwrite", "compile_cache", "compile_for", "coordinator_address", "num_processes",
     "process_id",
 }  # fmt: skip
 
 
-def read_settings(path: Path, cls: type) -> dict[str, str]:
-    """Read a JSON file of flat fields as settings for `parse_args`.
+def parse_args(cls: type[Config], argv: list[str], about: str | None) -> Config:
+    """Return the configuration that a command line asks for; --help prints help and exits.
 
-    Of a run's own config.json, which may be a stranger's, `OF_A_START` is left out: its folder is
-    where it lies, and what it brings is not run.
+    Args:
+        about: what --help prints above the flags.
 
     Raises:
-        InputError: no such file, not a JSON object, or a field that `cls` does not have.
+        InputError: an unknown flag, a missing value, or a value that its field refuses.
     """
-    with reading(path, "a JSON file"):
-        loaded = files.read_json(path)
-    if not isinstance(loaded, dict):
-        raise InputError(f'{path}: must hold one JSON object, like {{"n_layer": 4}}')
-    if loaded.pop("made_with", None) is not None:
-        loaded = {name: value for name, value in loaded.items() if name not in OF_A_START}
-        if str(loaded.get("config")).endswith(".json"):  # every field of that file stands here
-            del loaded["config"]
-    for name, value in loaded.items():
-        if name not in field_types(cls):
-            hint = did_you_mean(name, field_types(cls))
-            raise InputError(f"{path}: there is no field {name!r}.{hint}")
-        if isinstance(value, list | dict):
-            raise InputError(f"{path}: {name} must be a single value, got {value!r}")
-    return {name: str(value) for name, value in loaded.items()}
+    return configure(cls(), split_flags(argv, cls), about)
 
 
-# What nanoGPT's users type and what answers it here, where the answer is not the same flag.
-NANOGPT_FLAGS = {
-    "device": "JAX finds the GPU or TPU by itself; JAX_PLATFORMS=cpu in front forces the CPU",
-    "compile": "leave it out: JAX always compiles",
-    "backend": "leave it out: all devices are used; several machines join by --coordinator_address",
-    "always_save_checkpoint": "leave it out: the newest and the best checkpoint are always kept",
-    "wandb_log": "--wandb here; and metrics.jsonl in the run's folder has all figures",
-    "wandb_project": "WANDB_PROJECT=name in front names it, nanogpt_jax if nothing does",
-    "wandb_run_name": "leave it out: --out_dir names a run",
-}
+def split_words(argv: list[str], what: str) -> tuple[list[str], list[str]]:
+    """Split a command line before its first flag into words, like folders, and flags.
+
+    Raises:
+        InputError: a word that no file can have as its name; `what` says what it stands for.
+    """
+    n_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    for word in argv[:n_words]:
+        check_value(what, str, word)
+    return argv[:n_words], argv[n_words:]
 
 
-def split_settings(argv: list[str], cls: type) -> dict[str, str]:
-    """Split `--key value`, `--key=value` and bare `--flag` into settings; dashes as underscores.
+def split_flags(argv: list[str], cls: type) -> dict[str, str]:
+    """Split a command line into settings, with "help" among them if it is asked for.
 
     Raises:
         InputError: an unknown flag (with its near matches), or one without its value.
@@ -77,11 +75,7 @@ def split_settings(argv: list[str], cls: type) -> dict[str, str]:
             settings["help"] = ""
             continue
         if not word.startswith("--") or word == "--":
-            hint = (
-                " nanoGPT's config/train_shakespeare_char.py is --config shakespeare here (it "
-                "wants a GPU), and its command for CPUs, with all its flags, --config small."
-            )
-            hint = hint if word.endswith(".py") else ""
+            hint = f" {NANOGPT_CONFIG}" if word.endswith(".py") else ""
             raise InputError(f"{word!r} is not a flag; flags look like --n_layer 6.{hint}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -89,52 +83,72 @@ def split_settings(argv: list[str], cls: type) -> dict[str, str]:
             hint = f" nanoGPT's flag: {NANOGPT_FLAGS[name]}." if name in NANOGPT_FLAGS else ""
             hint = hint or did_you_mean(name, known)
             raise InputError(f"there is no flag --{name}.{hint} (--help lists them)")
-        if not equals:
-            bare = not rest or rest[0].startswith("--")
-            if bare and known[name] is not bool:
-                raise InputError(f"--{name} needs a value, like --{name}=...")
-            value = "True" if bare else rest.pop(0)
-        is_bool = known[name] is bool and value.lower() in ("true", "false")
-        settings[name] = value.capitalize() if is_bool else value
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not equals and known[name] is bool:
+            value = "True"
+        elif not equals:
+            raise InputError(f"--{name} needs a value, like --{name}=...")
+        settings[name] = value
     return settings
 
 
-def parse_args(cls: type[Config], settings: dict[str, str], default: Config, about: str) -> Config:
-    """Build a configuration from settings on top of `default`; tyro parses types and prints help.
+def read_settings(path: Path, cls: type) -> dict[str, str]:
+    """Read settings from a JSON file of flat fields.
 
-    Args:
-        settings: flat field -> value as text; with "help" among them, help is printed (exit 0).
-        about: what the help says above the flags.
+    A run's config.json is read without its `START_FIELDS`.
 
     Raises:
-        InputError: a value that is not of the field's type, or that validation refuses.
+        InputError: no such file, not a JSON object, or a field that `cls` does not have.
     """
-    import tyro  # only a command line needs it
+    with reading(path, "a JSON file"):
+        loaded = files.read_json(path)
+    if not isinstance(loaded, dict):
+        raise InputError(f'{path}: must contain one JSON object, like {{"n_layer": 4}}')
+    if loaded.pop("made_with", None) is not None:
+        loaded = {name: value for name, value in loaded.items() if name not in START_FIELDS}
+        if str(loaded.get("config")).endswith(".json"):  # every field of that file is here too
+            del loaded["config"]
+    for name, value in loaded.items():
+        if name not in field_types(cls):
+            hint = did_you_mean(name, field_types(cls))
+            raise InputError(f"{path}: there is no field {name!r}.{hint}")
+        if isinstance(value, list | dict):
+            raise InputError(f"{path}: {name} must be a single value, got {value!r}")
+    return {name: str(value) for name, value in loaded.items()}
 
-    argv = [f"--{name}={value}" for name, value in settings.items() if name != "help"]
-    argv += ["--help"] if "help" in settings else []
-    markers = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                cls,
-                prog=Path(sys.argv[0]).name,
-                description=about,
-                args=argv,
-                default=default,
-                use_underscores=True,
-                config=markers,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box: keep the sentence above the box's first rule.
-        lines = [line.strip("│╭╮╰╯─ ") for line in complaint.getvalue().splitlines()]
-        lines = ["" if set(line) <= {"-"} else line for line in lines]  # the rule, in ASCII
-        sentence = " ".join(lines[1:]).strip().split("  ")[0]
-        sentence = re.sub(r"^Error parsing (\w+: )?", "", sentence)  # our own classes' names
-        wrong_type = r": (invalid literal for int|could not convert string to float).*: (?='.*'$)"
-        kind = "whole number" if "for int" in sentence else "number"
-        sentence = re.sub(wrong_type, f" must be a {kind}, got ", sentence)
-        raise InputError(sentence or "the flags cannot be understood") from None
+
+def configure(default: Config, settings: dict[str, str], about: str | None) -> Config:
+    """Return `default` with settings applied, or print the help that they ask for and exit.
+
+    Raises:
+        InputError: a value that its field refuses.
+    """
+    if "help" in settings:
+        import tyro  # only for help, which shows the comments of the fields
+
+        tyro.cli(
+            type(default),
+            prog=Path(sys.argv[0]).name,
+            description=about,
+            args=["--help"],
+            default=default,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+        )
+    types = field_types(type(default))
+    values = {name: _parse(types[name], text) for name, text in settings.items()}
+    return replace_fields(default, values)
+
+
+def _parse(hint: Any, text: str) -> Any:
+    """Return a text as a value of a field's type; if it is none, the field will refuse the text."""
+    kind, *others = typing.get_args(hint) or (hint,)
+    if text == "None" and NoneType in others:
+        return None
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

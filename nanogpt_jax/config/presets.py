@@ -1,34 +1,71 @@
-"""Named configurations: `python train.py --config NAME`. Each says what to expect of it.
-
-Measured figures, with machine and versions, stand in the README's Results.
-"""
+"""Named configurations: `python train.py --config NAME`."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from nanogpt_jax.config.cli import parse_args, read_settings, split_settings
+from nanogpt_jax.config.cli import configure, read_settings, split_flags
 from nanogpt_jax.config.schema import (
-    GPT2,
+    GPT2_PARTS,
     SCRATCH,
+    Architecture,
     ComputeConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    replace_fields,
 )
 from nanogpt_jax.errors import InputError, did_you_mean
 
-# OpenAI's four, so that a shape is known without a network. Source: Radford et al., "Language
-# models are unsupervised multitask learners", 2019, table 2; heads from the files themselves.
-GPT2_SHAPES = {
+# Each preset's line in --help. Losses are validation losses measured here unless it says otherwise.
+ABOUT = {
+    "tiny": "smoke test: 0.03M parameters, 60 steps; a few seconds on any CPU; generates noise",
+    "small": "nanoGPT's CPU recipe: 0.80M parameters, 2000 steps; loss 1.90, a minute on 2 cores",
+    "small-fast": "the same loss in a tenth of the time: 0.11M parameters, 320 steps; loss 1.87",
+    "shakespeare": "nanoGPT's baby GPT: 10.65M parameters, 5000 steps; loss 1.47 on a GPU or TPU",
+    "shakespeare-fast": "the same loss sooner: 7.38M parameters, 1500 steps; GPU or TPU",
+    "gpt2": "nanoGPT's GPT-2: 124M parameters, 600,000 steps; its loss: 2.85, 4 days on 8 A100s",
+    "gpt2-medium": "the same recipe for the shape of GPT-2 medium: 354M parameters",
+    "gpt2-large": "the same recipe for the shape of GPT-2 large: 772M parameters",
+    "gpt2-xl": "the same recipe for the shape of GPT-2 XL: 1555M parameters",
+    "finetune-shakespeare": "finetune OpenAI's GPT-2, 124M parameters, in 20 steps; GPU or TPU",
+    "eval-gpt2": "evaluate OpenAI's GPT-2, 124M parameters, on OpenWebText; nanoGPT's loss: 3.12",
+    "eval-gpt2-medium": "evaluate GPT-2 medium, 354M parameters; nanoGPT's loss: 2.84",
+    "eval-gpt2-large": "evaluate GPT-2 large, 773M parameters; nanoGPT's loss: 2.67",
+    "eval-gpt2-xl": "evaluate GPT-2 XL, 1556M parameters; nanoGPT's loss: 2.54",
+    "lecture-bigram": "the lecture's bigram model: 4,225 parameters; loss 2.49, seconds on a CPU",
+    "lecture-head": "one head of self-attention: 7,553 parameters; loss 2.39, seconds on a CPU",
+    "lecture-multihead": "four smaller heads: 7,553 parameters; loss 2.28, seconds on a CPU",
+    "lecture-feedforward": "with a feed-forward layer: 8,609 parameters; loss 2.26, seconds on CPU",
+    "lecture-deep": "three such blocks, worse at first: 16,865 parameters; loss 2.30",
+    "lecture-residual": "with residual connections: 41,921 parameters; loss 2.09, seconds on a CPU",
+    "lecture-layernorm": "with LayerNorm: 42,369 parameters; loss 2.08, seconds on a CPU",
+    "lecture-colab": "the lecture's Colab: 0.21M parameters; loss 1.80, a minute on 2 cores",
+    "lecture-scaled": "its last model: 10.79M parameters; the lecture's loss: 1.48; GPU or TPU",
+}
+
+# Source: Radford et al., "Language models are unsupervised multitask learners", 2019, table 2;
+# n_head from the files on the Hugging Face Hub.
+GPT2_SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
+# Newer than GPT-2, and better; nanogpt_jax/README.md says what each part contributes.
+MODERN: dict[str, Any] = {
+    "activation": "swiglu",
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "tied_head": False,
+    "zero_init": True,
+}
 
 
 def tiny() -> TrainConfig:
-    """Smoke test: 0.03M parameters, 60 steps, a few seconds on any CPU. Writes noise."""
     return TrainConfig(
         config="tiny",
         batch_size=8,
@@ -41,44 +78,31 @@ def tiny() -> TrainConfig:
 
 
 def small() -> TrainConfig:
-    """nanoGPT's CPU recipe: 0.80M parameters, 2000 steps. Loss 1.90; a minute on 2 CPU cores."""
     return TrainConfig(
         config="small",
         batch_size=12,
         max_iters=2000,
         eval_interval=250,
         model=ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128),
-        # beta2 is above the usual 0.95 because a step sees only 768 tokens
+        # beta2 is above the usual 0.95 because a batch has only 768 tokens
         optim=OptimConfig(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99),
     )
 
 
-# What is newer than GPT-2 and pays: the README's "The same loss, sooner" has each part's share.
-MODERN = {
-    "activation": "swiglu",
-    "positions": "rotary",
-    "norm": "rmsnorm",
-    "qk_norm": True,
-    "tied_head": False,
-    "zero_init": True,
-}
-
-
 def small_fast() -> TrainConfig:
-    """To small's loss in a tenth of its time: 0.11M parameters, 320 steps. Loss 1.87; seconds."""
     return TrainConfig(
         config="small-fast",
         batch_size=12,
         max_iters=320,
         eval_interval=320,
         eval_first=False,  # an evaluation takes as long as 40 steps
-        # An eighth of small's parameters: more of them learn more from a step, but not in a second.
+        # An eighth of small's parameters: a larger model learns more per step, less per second.
         model=ModelConfig(block_size=64, n_layer=2, n_head=2, n_embd=64, **MODERN),
         optim=OptimConfig(
             optimizer="muon",
             learning_rate=0.02,
-            muon_momentum=0.85,  # below the usual 0.95, since there are few steps
-            # A straight line down from the first step to the last.
+            muon_momentum=0.85,  # below the usual 0.95 because there are few steps
+            # Linear decay from the first step to the last.
             schedule="wsd",
             cooldown=1.0,
             min_lr=0.0,
@@ -90,7 +114,6 @@ def small_fast() -> TrainConfig:
 
 
 def shakespeare() -> TrainConfig:
-    """nanoGPT's baby GPT: 10.65M parameters, 5000 steps. Loss 1.47; wants a GPU or TPU."""
     return TrainConfig(
         config="shakespeare",
         batch_size=64,
@@ -102,7 +125,6 @@ def shakespeare() -> TrainConfig:
 
 
 def shakespeare_fast() -> TrainConfig:
-    """To shakespeare's loss sooner: 7.38M parameters, 1500 steps. Not timed yet; wants a GPU."""
     fast = small_fast()
     return dataclasses.replace(
         fast,
@@ -111,118 +133,84 @@ def shakespeare_fast() -> TrainConfig:
         max_iters=1500,
         eval_interval=250,
         eval_first=True,
-        # Chosen by proxy, on a CPU: a sixteenth of the size, of the text and of the tokens read,
-        # so that the text is seen as often. There 0.2 was the best dropout, a narrower model no
-        # worse than one of shakespeare's width, and a half of the rate with more momentum better.
+        # Tuned on a CPU at a sixteenth of the model, the text and the training tokens, so that the
+        # text is read equally often: dropout 0.2 was best, this width no worse than shakespeare's,
+        # and half of small-fast's rate with more momentum better.
         model=ModelConfig(block_size=256, n_layer=6, n_head=5, n_embd=320, dropout=0.2, **MODERN),
         optim=dataclasses.replace(fast.optim, learning_rate=0.01, muon_momentum=0.95),
     )
 
 
-def gpt2(name: str = "gpt2") -> TrainConfig:
-    """nanoGPT's GPT-2 recipe: 124M parameters, 0.5M tokens a step, 600,000 steps on OpenWebText."""
+def gpt2(name: str) -> TrainConfig:
+    """nanoGPT's recipe for GPT-2 on OpenWebText, in one of its four shapes."""
     return TrainConfig(
         config=name,
         dataset="openwebtext",
-        batch_size=16,  # 480 sequences an update, as nanoGPT's 40 x 12, and can be shared by 16
+        batch_size=16,  # 480 sequences per update, nanoGPT's 40 x 12, but 16 devices can share them
         gradient_accumulation_steps=30,
         max_iters=600_000,
         eval_interval=1000,
         eval_iters=200,
-        model=ModelConfig(
-            vocab_size=50304,  # GPT-2's 50257, padded to a multiple of 64: faster on GPU and TPU
-            block_size=1024,
-            **GPT2_SHAPES[name],
-        ),
+        # GPT-2's vocabulary of 50257 is padded to a multiple of 64: faster on GPU and TPU.
+        model=ModelConfig(vocab_size=50304, block_size=1024, **GPT2_SHAPES[name]),
         optim=OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95),
-        compute=ComputeConfig(loss_chunks=8),  # the logits of a batch would take 3.3 GB
+        compute=ComputeConfig(loss_chunks=8),  # all logits of a micro-batch would take 3.3 GB
     )
 
 
-def gpt2_medium() -> TrainConfig:
-    """The shape of GPT-2 medium, 354M parameters, in nanoGPT's GPT-2 recipe."""
-    return gpt2("gpt2-medium")
-
-
-def gpt2_large() -> TrainConfig:
-    """The shape of GPT-2 large, 772M parameters, in nanoGPT's GPT-2 recipe."""
-    return gpt2("gpt2-large")
-
-
-def gpt2_xl() -> TrainConfig:
-    """The shape of GPT-2 XL, 1555M parameters, in nanoGPT's GPT-2 recipe."""
-    return gpt2("gpt2-xl")
-
-
-def of_pretrained(name: str, **fields) -> TrainConfig:
-    """Begin with OpenAI's weights, which bring their tokenizer; rows are padded for speed."""
+def from_openai(name: str, **fields) -> TrainConfig:
+    """Start from OpenAI's weights and tokenizer, the vocabulary padded for speed."""
     return TrainConfig(
         init_from=name,
         model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **GPT2_SHAPES[name]),
+        compute=ComputeConfig(loss_chunks=8),
         **fields,
     )
 
 
 def finetune_shakespeare() -> TrainConfig:
-    """OpenAI's GPT-2, 124M parameters, finetuned on Shakespeare in 20 steps, as nanoGPT does."""
-    return of_pretrained(
+    return from_openai(
         "gpt2",
         config="finetune-shakespeare",
         dataset="shakespeare",
         batch_size=1,
-        gradient_accumulation_steps=32,  # 32,768 tokens an update: Shakespeare has nine of these
+        gradient_accumulation_steps=32,  # 32,768 tokens per update; Shakespeare has 9 times as many
         max_iters=20,
         eval_interval=5,
         log_interval=1,
-        # small and constant: the weights are good already
+        # Low and constant: the weights are already good.
         optim=OptimConfig(learning_rate=3e-5, min_lr=3e-5, decay_lr=False),
-        compute=ComputeConfig(loss_chunks=8),
     )
 
 
-def eval_gpt2(name: str = "gpt2") -> TrainConfig:
-    """OpenAI's GPT-2, 124M parameters, on OpenWebText's validation split. Loss 3.12."""
-    return of_pretrained(
+def eval_gpt2(name: str) -> TrainConfig:
+    """Evaluation of OpenAI's weights on the validation split of OpenWebText."""
+    return from_openai(
         name,
         config=f"eval-{name}",
         dataset="openwebtext",
         batch_size=8,
         eval_iters=500,
         eval_only=True,
-        compute=ComputeConfig(loss_chunks=8),
     )
 
 
-def eval_gpt2_medium() -> TrainConfig:
-    """The same of GPT-2 medium, 354M parameters. Loss 2.84."""
-    return eval_gpt2("gpt2-medium")
+def lecture(
+    model: Architecture, name="", learning_rate=1e-3, max_iters=5000, batch_size=32, **shape: Any
+) -> TrainConfig:
+    """A model of "Let's build GPT" with the lecture's own hyperparameters.
 
-
-def eval_gpt2_large() -> TrainConfig:
-    """The same of GPT-2 large, 773M parameters. Loss 2.67."""
-    return eval_gpt2("gpt2-large")
-
-
-def eval_gpt2_xl() -> TrainConfig:
-    """The same of GPT-2 XL, 1556M parameters. Loss 2.54."""
-    return eval_gpt2("gpt2-xl")
-
-
-def lecture(rung: str, learning_rate=1e-3, max_iters=5000, **changes) -> TrainConfig:
-    """A step of "Let's build GPT", with the lecture's own hyperparameters.
-
-    Only that AdamW's decay leaves out biases and LayerNorm's scales, as in all presets: the
-    lecture's PyTorch default decays them too, which over 5000 steps shrinks them by a twentieth.
+    One difference: biases and LayerNorm scales have no weight decay, as in all presets. PyTorch's
+    default, which the lecture uses, shrinks them by a twentieth over 5000 steps.
     """
-    shape = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 8} | changes
-    batch_size = shape.pop("batch_size", 32)
+    defaults: dict[str, Any] = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 8}
     return TrainConfig(
-        config=f"lecture-{rung}",
+        config=f"lecture-{name or model}",
         batch_size=batch_size,
         max_iters=max_iters,
         eval_interval=500,
         log_interval=50,
-        model=ModelConfig(**{"architecture": rung, "bias": True} | shape),
+        model=ModelConfig(architecture=model, bias=True, **defaults | shape),
         optim=OptimConfig(
             learning_rate=learning_rate,
             min_lr=learning_rate,
@@ -235,71 +223,40 @@ def lecture(rung: str, learning_rate=1e-3, max_iters=5000, **changes) -> TrainCo
     )
 
 
-def lecture_bigram() -> TrainConfig:
-    """Lecture: the next character from the last one alone. 4,225 parameters. Loss 2.49."""
-    return lecture("bigram", learning_rate=1e-2, max_iters=3000)
-
-
-def lecture_head() -> TrainConfig:
-    """Lecture: one head of self-attention, 32 wide, context 8. 7,553 parameters. Loss 2.41."""
-    return lecture("head")
-
-
-def lecture_multihead() -> TrainConfig:
-    """Lecture: four heads of 8 in its place. 7,553 parameters. Loss 2.28."""
-    return lecture("multihead", n_head=4)
-
-
-def lecture_feedforward() -> TrainConfig:
-    """Lecture: and a feed-forward layer. 8,609 parameters. Loss 2.24."""
-    return lecture("feedforward", n_head=4)
-
-
-def lecture_deep() -> TrainConfig:
-    """Lecture, in passing: three of these on each other do worse. 16,865 parameters."""
-    return lecture("deep", n_head=4, n_layer=3)
-
-
-def lecture_residual() -> TrainConfig:
-    """Lecture: three blocks, with a way around each part. 41,921 parameters. Loss 2.08."""
-    return lecture("residual", n_head=4, n_layer=3)
-
-
-def lecture_layernorm() -> TrainConfig:
-    """Lecture: and LayerNorm. 42,369 parameters. Loss 2.06."""
-    return lecture("layernorm", n_head=4, n_layer=3)
-
-
-def lecture_scaled() -> TrainConfig:
-    """Lecture: all of it scaled up. 10.79M parameters. Loss 1.48; wants a GPU or TPU."""
-    shape = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
-    rung = lecture("layernorm", learning_rate=3e-4, batch_size=64, **shape)
-    return dataclasses.replace(rung, config="lecture-scaled")
-
-
-def lecture_colab() -> TrainConfig:
-    """Lecture's Colab: 64 wide, context 32. 0.21M parameters. Loss 1.82; a minute on a CPU."""
-    rung = lecture("layernorm", batch_size=16, n_layer=4, n_head=4, n_embd=64, block_size=32)
-    return dataclasses.replace(rung, config="lecture-colab")
-
-
-LECTURE = (
-    (lecture_bigram, lecture_head, lecture_multihead, lecture_feedforward, lecture_deep)
-    + (lecture_residual, lecture_layernorm, lecture_colab, lecture_scaled)
-)  # fmt: skip
-_GPT2 = (gpt2, gpt2_medium, gpt2_large, gpt2_xl)
-_PRETRAINED = (finetune_shakespeare, eval_gpt2, eval_gpt2_medium, eval_gpt2_large, eval_gpt2_xl)
-_ALL = (tiny, small, small_fast, shakespeare, shakespeare_fast, *_GPT2, *_PRETRAINED, *LECTURE)
-# What pretrained weights say themselves.
-OF_WEIGHTS = {"architecture", "n_layer", "n_head", "n_embd", "bias", "known_tokens", *GPT2}
-PRESETS = {preset.__name__.replace("_", "-"): preset for preset in _ALL}
+_COLAB = {"batch_size": 16, "n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 32}
+_SCALED = {"batch_size": 64, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "tiny": tiny,
+    "small": small,
+    "small-fast": small_fast,
+    "shakespeare": shakespeare,
+    "shakespeare-fast": shakespeare_fast,
+    **{name: partial(gpt2, name) for name in GPT2_SHAPES},
+    "finetune-shakespeare": finetune_shakespeare,
+    **{f"eval-{name}": partial(eval_gpt2, name) for name in GPT2_SHAPES},
+    "lecture-bigram": partial(lecture, "bigram", learning_rate=1e-2, max_iters=3000),
+    "lecture-head": partial(lecture, "head"),
+    "lecture-multihead": partial(lecture, "multihead", n_head=4),
+    "lecture-feedforward": partial(lecture, "feedforward", n_head=4),
+    "lecture-deep": partial(lecture, "deep", n_head=4, n_layer=3),
+    "lecture-residual": partial(lecture, "residual", n_head=4, n_layer=3),
+    "lecture-layernorm": partial(lecture, "layernorm", n_head=4, n_layer=3),
+    "lecture-colab": partial(lecture, "layernorm", "colab", **_COLAB),
+    "lecture-scaled": partial(
+        lecture, "layernorm", "scaled", learning_rate=3e-4, dropout=0.2, **_SCALED
+    ),
+}
+LECTURE = tuple(preset for name, preset in PRESETS.items() if name.startswith("lecture-"))
+# Fields that pretrained weights determine.
+WEIGHTS_FIELDS = {
+    "architecture", "n_layer", "n_head", "n_embd", "bias", "known_tokens", *GPT2_PARTS,
+}  # fmt: skip
 
 
 def with_vocab_size(config: TrainConfig) -> TrainConfig:
-    """Return a configuration for use without its dataset: vocab_size is tiny Shakespeare's 65,
-    where the dataset would say it."""
-    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 65)
-    return dataclasses.replace(config, model=model)
+    """Return a configuration for use without its dataset: vocab_size is tiny Shakespeare's 65 if
+    the dataset would determine it."""
+    return replace_fields(config, {"vocab_size": config.model.vocab_size or 65})
 
 
 def parse_train_config(
@@ -307,36 +264,30 @@ def parse_train_config(
 ) -> TrainConfig:
     """Return the configuration of `--config NAME|FILE.json [--any_field value ...]`.
 
+    Flags override the file, and the file overrides the preset that it names.
+
     Args:
-        cls: TrainConfig, or a class that adds a command's own fields to it.
+        cls: TrainConfig, or a subclass with a command's own fields.
 
     Raises:
-        InputError: an unknown preset, flag or field, or a value that cannot be.
+        InputError: an unknown preset, flag or field, or a value that its field refuses.
     """
-    settings = split_settings(argv, cls)
-    name = settings.get("config", TrainConfig.config)
-    default = PRESETS[TrainConfig.config]()
-    if name in PRESETS:
-        default = PRESETS[name]()
-    elif name.endswith(".json"):
-        # Fields that the file leaves out come from the preset it names, if it names one.
+    flags = split_flags(argv, cls)
+    settings, name = flags, flags.get("config", TrainConfig.config)
+    preset, where = name, ""
+    if name not in PRESETS and name.endswith(".json"):
         from_file = read_settings(Path(name), TrainConfig)
-        base = from_file.pop("config", None)
-        if base in PRESETS:
-            default = PRESETS[base]()
-        elif base is not None:
-            hint = did_you_mean(base, PRESETS)
-            raise InputError(f"{name}: config must be a preset, but there is no {base!r}.{hint}")
-        settings = from_file | settings
-    else:
-        known = f"presets are {', '.join(PRESETS)}"
-        hint = did_you_mean(name, PRESETS)
-        raise InputError(f"there is no preset or JSON file {name!r}: {known}.{hint}")
-    presets = "\n".join(f"  {key:20} {preset.__doc__}" for key, preset in PRESETS.items())
-    default = cls(**vars(default))
-    config = parse_args(cls, settings, default, f"{about}\n\nPresets:\n{presets}")
-    given = split_settings(argv, cls).keys() & OF_WEIGHTS
-    if given and config.init_from != SCRATCH:
-        flags = ", ".join(f"--{name}" for name in sorted(given))
-        raise InputError(f"the weights of {config.init_from} bring {flags}: leave it out")
+        preset, where = from_file.pop("config", TrainConfig.config), f"{name}: "
+        settings = from_file | flags
+    if preset not in PRESETS:
+        raise InputError(
+            f"{where}there is no preset {preset!r}.{did_you_mean(preset, PRESETS)} Presets are "
+            f"{', '.join(PRESETS)}; --config also takes a JSON file"
+        )
+    presets = "\n".join(f"  {key:20} {ABOUT[key]}" for key in PRESETS)
+    default = cls(**vars(PRESETS[preset]()))
+    config = configure(default, settings, f"{about}\n\nPresets:\n{presets}")
+    if config.init_from != SCRATCH and (given := flags.keys() & WEIGHTS_FIELDS):
+        names = ", ".join(f"--{name}" for name in sorted(given))
+        raise InputError(f"the weights of {config.init_from} determine {names}: leave it out")
     return config

@@ -1,7 +1,8 @@
-"""Configuration: frozen dataclasses, validated once, and their flat form. No JAX.
+"""Configuration: frozen dataclasses that check their fields, and their flat form.
 
-Fields live in the part of the program that uses them (`config.model.n_layer`); flags and JSON are
-flat and carry nanoGPT's names (`n_layer`).
+Each field belongs to the part of the program that uses it (`config.model.n_layer`); flags and JSON
+files are flat and use nanoGPT's names (`n_layer`). The comment beside a field, or above it with #:,
+is its entry in --help.
 """
 
 import dataclasses
@@ -9,21 +10,19 @@ import os
 import re
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nanogpt_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
-    if not ok:
-        raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
+Config = TypeVar("Config", bound="DataclassInstance")
 
-
-MOST = 2**30  # what counts steps and tokens on the device is an int32, and sums of two are too
-MOST_FLOAT = 3e38  # more is infinite in float32
-MOST_BYTES = 255, 4000  # of a part of a path, and of all of it
-# The whole numbers that a field can be, where they are not from 1 to MOST. Those of a shape are
-# beyond any GPT: a stranger's file shall not keep the machine busy.
+MAX_INT = 2**30  # steps and tokens are counted in int32 on the device; the sum of two must fit
+MAX_FLOAT = 3e38  # anything larger is infinite in float32
+# Ranges of whole numbers other than 1 to MAX_INT. The limits on shapes are beyond any GPT: they
+# bound what a config.json from somewhere else can request.
 RANGES = {
     "n_layer": (1, 2**10),
     "n_head": (1, 2**10),
@@ -32,250 +31,220 @@ RANGES = {
     "vocab_size": (1, 2**24),
     "seed": (0, 2**32 - 1),
     "port": (0, 2**16 - 1),
-    "process_id": (-1, MOST),
-    "max_new_tokens": (-1, MOST),
-    **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MOST)),
+    "process_id": (-1, MAX_INT),
+    "max_new_tokens": (-1, MAX_INT),
+    **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
 }
-TEXTS = {"start", "stop"}  # all other fields of text name something, a file as a rule
-IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
+FRACTIONS = {"cooldown", "top_p"}
+FREE_TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
+NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
+TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
+
+MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # the axes that split a batch's rows
+SCRATCH = "scratch"  # the init_from of random weights
+MAX_PAGE_TOKENS = 5000  # in one text of the page (--web), so that no visitor occupies it for long
+Architecture = Literal[
+    "gpt", "bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm"
+]
+LECTURE_MODELS = typing.get_args(Architecture)[1:]  # in the order of "Let's build GPT"
 
 
-def check_fields(config: Any) -> None:
-    """Check each field of a configuration as `check_value` does."""
+def check_fields(config: "DataclassInstance") -> None:
+    """Check every field of a configuration with `check_value`."""
     for name, hint in typing.get_type_hints(type(config)).items():
         check_value(name, hint, getattr(config, name))
 
 
 def check_value(name: str, hint: Any, value: Any) -> None:
-    """Check a field by its type alone, whatever else it must be.
-
-    A whole number lies in its range, a number is at least 0 and finite in float32, and a text is
-    one that the system can take for a name.
+    """Check one value against the type and range of its field.
 
     Raises:
-        InputError: naming the field.
+        InputError: naming field, requirement and value.
     """
+    if requirement := _violated(name, hint, value):
+        raise InputError(f"{name} must be {requirement}, got {value!r}")
 
-    def require(ok: bool, requirement: str) -> None:
-        if not ok:
-            raise InputError(f"{name} must be {requirement}, got {value!r}")
 
-    kinds = typing.get_args(hint) or (hint,)
+def _violated(name: str, hint: Any, value: Any) -> str | None:
+    """Return the requirement that a value does not meet, None if it meets all."""
     if typing.get_origin(hint) is Literal:
-        require(isinstance(value, str) and value in kinds, f"one of {', '.join(kinds)}")
-        return
-    if value is None and type(None) in kinds:
-        return
-    kind = kinds[0]
-    accepted = (int, float) if kind is float else kind
-    is_of_kind = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    require(is_of_kind, IN_WORDS.get(kind, f"a {kind.__name__}"))
+        choices = typing.get_args(hint)
+        return None if value in choices else f"one of {', '.join(choices)}"
+    kind, *or_none = typing.get_args(hint) or (hint,)
+    if or_none and value is None:
+        return None
+    if type(value) not in ((int, float) if kind is float else (kind,)):
+        return TYPES_IN_WORDS.get(kind, kind.__name__)
     if kind is int:
-        least, most = RANGES.get(name, (1, MOST))
-        require(value >= least, f"at least {least}")
-        require(value <= most, f"at most {most}")
-    elif kind is float:
-        require(0 <= value <= MOST_FLOAT, "finite and at least 0")
-    elif kind is str and name not in TEXTS:
-        require(_is_name(value), "a name that a file can have")
+        low, high = RANGES.get(name, (1, MAX_INT))
+        return f"at least {low}" if value < low else f"at most {high}" if value > high else None
+    if kind is float and not 0 <= value <= MAX_FLOAT:
+        return "finite and at least 0"
+    if name in BELOW_ONE and value >= 1:
+        return "at least 0 and below 1"
+    if name in FRACTIONS and not 0 < value <= 1:
+        return "above 0 and at most 1"
+    if name in NEVER_EMPTY and not value:
+        return "a text of at least one character"
+    if kind is str and name not in FREE_TEXTS and not _is_path(value):
+        return "a name that a file can have"
+    return None
 
 
-def _is_name(text: str) -> bool:
+def _is_path(text: str) -> bool:
     try:
-        name = os.fsencode(text.replace(os.sep, "/"))
-    except UnicodeEncodeError:  # half a character
+        path = os.fsencode(text.replace(os.sep, "/"))
+    except UnicodeEncodeError:  # half of a surrogate pair
         return False
-    longest, total = MOST_BYTES
-    return b"\0" not in name and len(name) <= total and max(map(len, name.split(b"/"))) <= longest
+    longest = max(map(len, path.split(b"/")))
+    return b"\0" not in path and len(path) <= MAX_PATH_BYTES and longest <= MAX_NAME_BYTES
 
 
-SCRATCH = "scratch"  # in place of the name of weights: random ones
-
-MAX_PAGE_TOKENS = 5000  # that the page of --web writes at once: nobody shall hold it for long
-
-# The steps of the lecture "Let's build GPT", each a model of its own in rungs.py.
-RUNGS = ("bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm")
+def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
+    if not ok:
+        raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the GPT: GPT-2's, and of what is newer a choice of each part."""
+    """The model: GPT-2 by default, with newer parts to choose from."""
 
-    architecture: Literal["gpt", *RUNGS] = "gpt"
-    """GPT-2's, or a step of "Let's build GPT": see rungs.py."""
-    block_size: int = 1024
-    """Context length in tokens."""
+    architecture: Architecture = "gpt"  # GPT-2's, or a model of "Let's build GPT"
+    block_size: int = 1024  # context length in tokens
+    #: rows of the token embedding; padding to a multiple of 64 is faster on GPU and TPU; None: the
+    #: tokenizer's vocabulary
     vocab_size: int | None = None
-    """Rows of the token embedding; None: as many as there are tokens. More are padding: a multiple
-    of 64 is faster on GPU and TPU."""
+    #: tokens that exist in a padded vocabulary (the model never predicts the others); None: as in
+    #: the dataset, or all
     known_tokens: int | None = None
-    """Tokens that exist, where vocab_size is padded: the rest is never predicted, whatever its
-    weights; None: what the dataset says, else all."""
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads in each block."""
-    n_embd: int = 768
-    """Width of the residual stream; a multiple of n_head."""
-    dropout: float = 0.0
-    """Rate of dropout; 0 is good for pretraining, 0.1 and more against overfitting."""
-    bias: bool = False
-    """Biases in Dense and LayerNorm, as GPT-2 has; False is a little better and faster."""
+    n_layer: int = 12  # Transformer blocks
+    n_head: int = 12  # attention heads in each block
+    n_embd: int = 768  # width of the residual stream; a multiple of n_head
+    dropout: float = 0.0  # dropout rate: 0 for pretraining, 0.1 or more against overfitting
+    bias: bool = False  # biases in Dense and LayerNorm, like GPT-2; False: a bit better and faster
+    #: the MLP's activation: exact GELU (nanoGPT), its tanh approximation (OpenAI's GPT-2), squared
+    #: ReLU, or SwiGLU with a hidden layer 8/3 n_embd wide, for the same number of parameters
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
-    """Of the MLP: exact GELU (nanoGPT), its tanh approximation (OpenAI's GPT-2 weights), ReLU
-    squared, or SwiGLU, whose hidden layer is 8/3 n_embd wide for as many weights."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """A learned embedding of each position, or queries and keys turned by theirs."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """LayerNorm, or RMSNorm without parameters."""
-    qk_norm: bool = False
-    """RMSNorm of each head's queries and keys, so that no score runs away."""
-    tied_head: bool = True
-    """The head's weights are the token embedding's; False: it has its own."""
-    zero_init: bool = False
-    """What adds to the stream, and a head of its own, begins at 0, not at random."""
-    logit_cap: float = 0.0
-    """Largest logit, approached by a tanh; 0: no cap."""
+    positions: Literal["learned", "rotary"] = "learned"  # position embeddings; rotary: RoPE
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores
+    tied_head: bool = True  # share the token embedding with the output head
+    zero_init: bool = False  # start residual projections, and an untied head, at zero
+    logit_cap: float = 0.0  # cap logits smoothly (tanh) at this value; 0: no cap
 
     def __post_init__(self):
         check_fields(self)
         if self.known_tokens is not None:
-            most = self.vocab_size or self.known_tokens
-            within = f"from 1 to vocab_size={self.vocab_size}"
-            _require(self.known_tokens <= most, self, "known_tokens", within)
-        _require(self.dropout < 1, self, "dropout", "at least 0 and below 1")
-        divides = f"a multiple of n_head={self.n_head}"
-        _require(self.n_embd % self.n_head == 0, self, "n_embd", divides)
-        if self.positions == "rotary":  # features of a head turn in pairs
-            divides = f"a multiple of 2 n_head={2 * self.n_head}"
-            _require(self.n_embd % (2 * self.n_head) == 0, self, "n_embd", divides)
+            ok = self.known_tokens <= (self.vocab_size or self.known_tokens)
+            _require(ok, self, "known_tokens", f"from 1 to vocab_size={self.vocab_size}")
+        divides = self.n_embd % self.n_head == 0
+        _require(divides, self, "n_embd", f"a multiple of n_head={self.n_head}")
+        if self.positions == "rotary":  # rotates pairs of features
+            divides = self.n_embd % (2 * self.n_head) == 0
+            _require(divides, self, "n_embd", f"a multiple of 2 n_head={2 * self.n_head}")
         if self.architecture != "gpt":
-            self._check_rung()
+            self._check_lecture_model()
 
-    def _check_rung(self) -> None:
-        """Refuse what a step of the lecture does not have, rather than ignore it."""
-        rung = self.architecture
-        # Its activation is in truth ReLU, always; and its head knows no padding.
-        only = {"bias": True, "known_tokens": None, **GPT2}
-        only |= {} if rung == "layernorm" else {"dropout": 0.0}
-        only |= {} if rung in ("deep", "residual", "layernorm") else {"n_layer": 1}
-        only |= {"n_head": 1} if rung in ("bigram", "head") else {}
-        for name, value in only.items():
-            ok = getattr(self, name) == value
-            preset = f"as --config lecture-{rung} has it"
-            _require(ok, self, name, f"{value} in the lecture's {rung}, {preset}")
+    def _check_lecture_model(self) -> None:
+        """Refuse settings that a model of the lecture would ignore."""
+        model = self.architecture
+        # Its activation is always ReLU, whatever the field says.
+        required = {"bias": True, "known_tokens": None, **GPT2_PARTS}
+        required |= {} if model == "layernorm" else {"dropout": 0.0}
+        required |= {} if model in ("deep", "residual", "layernorm") else {"n_layer": 1}
+        required |= {"n_head": 1} if model in ("bigram", "head") else {}
+        for name, value in required.items():
+            requirement = f"{value} for the lecture's {model} model, as in --config lecture-{model}"
+            _require(getattr(self, name) == value, self, name, requirement)
 
 
-# What a GPT-2 is beside its size: the defaults above.
+# GPT-2's choice of each part that has newer alternatives: the defaults above.
 _PARTS = "activation", "positions", "norm", "qk_norm", "tied_head", "zero_init", "logit_cap"
-GPT2 = {name: getattr(ModelConfig, name) for name in _PARTS}
-
-
-def mlp_in_features(config: ModelConfig) -> int:
-    """Return the features that the MLP's first layer makes: the hidden ones and SwiGLU's gates."""
-    return hidden_size(config) * (2 if config.activation == "swiglu" else 1)
+GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS}
 
 
 def hidden_size(config: ModelConfig) -> int:
-    """Return the features of the MLP's hidden layer; SwiGLU's has a gate for each besides."""
+    """Return the width of the MLP's hidden layer."""
     D = config.n_embd
     return max(1, D // 3) * 8 if config.activation == "swiglu" else 4 * D
 
 
+def mlp_in_features(config: ModelConfig) -> int:
+    """Return the output features of the MLP's first layer: the hidden ones, and SwiGLU's gates."""
+    return hidden_size(config) * (2 if config.activation == "swiglu" else 1)
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and the learning rate's schedule."""
+    """The optimizer and the learning rate schedule."""
 
+    #: AdamW, or Muon for the matrices of the blocks with Nesterov AdamW for everything else
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the matrices of the blocks and AdamW, with Nesterov's momentum, for the
-    rest."""
-    learning_rate: float = 6e-4
-    """Highest learning rate, reached after warm-up. Muon's updates are scaled to AdamW's size, so
-    one rate serves for both."""
-    muon_momentum: float = 0.95
-    """Muon's decay of the gradient's mean; lower for a short run."""
+    learning_rate: float = (
+        6e-4  # peak learning rate, after warm-up; one value serves AdamW and Muon
+    )
+    muon_momentum: float = 0.95  # Muon's momentum; lower suits short runs
+    #: decay from learning_rate to min_lr: cosine, or warm-up-stable-decay (wsd), which stays
+    #: constant and then falls linearly
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """The way from learning_rate to min_lr: a cosine, or warm-up, stable, decay: a constant, then a
-    straight line."""
-    cooldown: float = 0.4
-    """Share of the steps after warm-up that this line takes."""
-    min_lr: float = 6e-5
-    """Learning rate after the decay; a tenth of learning_rate is a good choice."""
-    warmup_iters: int = 2000
-    """Steps of linear warm-up."""
-    lr_decay_iters: int | None = None
-    """Step at which min_lr is reached; None: max_iters."""
-    decay_lr: bool = True
-    """False: learning_rate throughout, without warm-up."""
-    weight_decay: float = 0.1
-    """Decay of every parameter of rank 2 and more, embeddings included; of no other."""
-    beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
-    beta2: float = 0.95
-    """AdamW's decay of the gradient's square; higher where a batch has few tokens."""
-    grad_clip: float = 1.0
-    """Largest global norm of the gradient; 0: no clipping."""
+    cooldown: float = 0.4  # with wsd, the fraction of steps after warm-up in which the rate falls
+    min_lr: float = 6e-5  # final learning rate; a tenth of learning_rate is a good choice
+    warmup_iters: int = 2000  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # step at which the rate reaches min_lr; None: max_iters
+    decay_lr: bool = True  # False: keep learning_rate constant, without warm-up
+    weight_decay: float = 0.1  # decay of matrices and embeddings; biases and norms have none
+    beta1: float = 0.9  # AdamW's decay rate of the mean gradient
+    beta2: float = 0.95  # AdamW's decay rate of the mean squared gradient; higher for small batches
+    grad_clip: float = 1.0  # clip the gradient's global norm to this value; 0: no clipping
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("beta1", "beta2", "muon_momentum"):
-            _require(getattr(self, name) < 1, self, name, "at least 0 and below 1")
-        _require(0 < self.cooldown <= 1, self, "cooldown", "above 0 and at most 1")
-
-
-def _refuse_resume(init_from: str | None) -> None:
-    if init_from == "resume":  # nanoGPT's
-        raise InputError("init_from=resume: leave it out, the run in out_dir is taken by itself")
-
-
-MESH_AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")  # those over which a batch's rows are shared out
 
 
 def mesh_sizes(text: str) -> tuple[int, int, int]:
     """Return the sizes of the axes data, fsdp and tensor of a mesh like "data=2,fsdp=4".
 
-    An axis left out is 1; but data is -1, all devices that the others leave, where neither it nor
-    another -1 is given.
+    An omitted axis has size 1, but data takes all remaining devices (-1) unless another axis does.
 
     Raises:
-        InputError: another axis, a size that is no whole number, or more than one -1.
+        InputError: an unknown or repeated axis, a size that is not a whole number, or two -1.
     """
     sizes = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
             raise InputError(
-                f"mesh must look like data=-1,fsdp=1,tensor=1, each axis a number of devices, -1 "
-                f"for all that are left, but {part!r} came"
+                "mesh must give each axis a number of devices, or -1 for all that remain, like "
+                f"data=-1,fsdp=1,tensor=1, got {part!r}"
             )
         sizes[axis] = int(size)
-    rest = 1 if -1 in sizes.values() else -1
-    sizes = (sizes.get("data", rest), sizes.get("fsdp", 1), sizes.get("tensor", 1))
-    if sizes.count(-1) > 1:
-        raise InputError(f"mesh can have one -1, for all devices that are left, but {text!r} came")
-    return sizes
+    remaining = 1 if -1 in sizes.values() else -1
+    data, fsdp, tensor = sizes.get("data", remaining), sizes.get("fsdp", 1), sizes.get("tensor", 1)
+    if (data, fsdp, tensor).count(-1) > 1:
+        raise InputError(f"mesh must have at most one -1 (all remaining devices), got {text!r}")
+    return data, fsdp, tensor
 
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How it is computed. What is computed stays the same, but for rounding."""
+    """How the devices compute it. The results are the same up to rounding."""
 
+    #: type of activations and matrix products; parameters, optimizer and loss stay in float32;
+    #: auto: bfloat16 if the chip supports it, else float32; float16 scales the loss by itself
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of activations and of matrix products; auto: bfloat16 where the chip has it, else
-    float32. Parameters, optimizer and loss are float32; float16 scales its loss by itself."""
+    #: attention kernel: xla (any device), cudnn (NVIDIA), splash (TPU); auto: the fastest that the
+    #: chip and the model allow
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Kernel of attention: cuDNN's for NVIDIA, the splash kernel for TPU, plain XLA for all; auto:
-    what the chip and the model allow."""
-    remat: bool = False
-    """Keep only each block's input and compute the rest again in the backward pass: a third more
-    work, a fraction of the memory."""
-    loss_chunks: int = 1
-    """Pieces of the context whose logits exist at a time; more spare memory where the vocabulary
-    is large. A divisor of block_size."""
+    remat: bool = False  # recompute activations in the backward pass: slower, but far less memory
+    loss_chunks: int = (
+        1  # compute logits in this many pieces (a divisor of block_size): less memory
+    )
+    #: devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that remain); empty: data
+    #: parallelism over as many devices as divide batch_size
     mesh: str = ""
-    """Devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that are left); empty: data
-    over all devices, or as many as batch_size can be divided by."""
 
     def __post_init__(self):
         check_fields(self)
@@ -284,99 +253,74 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that a training run is asked for."""
+    """Everything that a training run can be told."""
 
-    config: str = "small"
-    """A preset, or a JSON file of these fields; what it leaves out comes from the preset that it
-    names as config, else from small."""
-    out_dir: str | None = None
-    """Folder of the run; None: out/CONFIG, or out/CONFIG-DATASET for your own text."""
+    config: str = "small"  # a preset, or a JSON file of these fields
+    out_dir: str | None = None  # folder of the run; None: out/CONFIG, with the name of your dataset
+    #: shakespeare_char, shakespeare (GPT-2 tokens), pydocs, openwebtext or fineweb-edu; a text,
+    #: JSONL or parquet file, or a folder of them; or a folder with train.bin and val.bin; None:
+    #: shakespeare_char, or Python's own documentation if it cannot be downloaded
     dataset: str | None = None
-    """shakespeare_char, shakespeare (in GPT-2's tokens), pydocs, openwebtext, fineweb-edu; a text,
-    JSONL or parquet file or a folder of them; a folder with train.bin and val.bin; None:
-    shakespeare_char, or Python's own manual where it cannot be downloaded."""
-    data_dir: str = "data"
-    """Where prepared datasets lie."""
+    data_dir: str = "data"  # folder of prepared datasets
+    #: char, gpt2, bpe (trained on your text, with vocab_size tokens) or a tokenizer.json; None:
+    #: as the dataset or init_from needs; for your own files, char for text, gpt2 for the rest
     tokenizer: str | None = None
-    """How a text becomes tokens: char, gpt2, bpe (trained on the text, of vocab_size tokens), or a
-    tokenizer.json; None: as the dataset has it or init_from needs it, else char of texts and gpt2
-    of JSONL and parquet."""
+    #: initial weights: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face
+    #: GPT-2 folder, which determine the model's shape; a smaller block_size crops them
     init_from: str = SCRATCH
-    """The weights to begin with: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
-    folder with a GPT-2 of Hugging Face's (config.json, model.safetensors). They bring their shape;
-    a smaller block_size crops them."""
-    batch_size: int = 12
-    """Sequences in a micro-batch; all devices share them."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches in an update."""
-    max_iters: int = 2000
-    """Updates in the whole run."""
-    eval_interval: int = 250
-    """Updates from one evaluation and checkpoint to the next."""
-    eval_first: bool = True
-    """Evaluate before the first update too."""
-    eval_iters: int = 0
-    """Batches of an evaluation, at fixed places; 0: the whole validation split, exactly."""
-    log_interval: int = 10
-    """Updates from one line of metrics.jsonl to the next."""
+    batch_size: int = 12  # sequences in a micro-batch, over all devices
+    gradient_accumulation_steps: int = 1  # micro-batches in an update
+    max_iters: int = 2000  # updates in the whole run
+    eval_interval: int = 250  # updates between evaluations; each one saves a checkpoint
+    eval_first: bool = True  # also evaluate before the first update
+    eval_iters: int = 0  # batches in an evaluation, always the same; 0: the whole validation split
+    log_interval: int = 10  # updates between lines of metrics.jsonl
+    #: evaluate the run's newest checkpoint, or init_from if there is no run, and exit
     eval_only: bool = False
-    """Evaluate the run's newest checkpoint, or without a run what init_from names, and exit."""
-    seed: int = 1337
-    """Seed of weights, batches and dropout."""
-    tensorboard: bool = False
-    """Also log to out_dir/tensorboard; needs the extra tensorboard."""
-    wandb: bool = False
-    """Also log to Weights & Biases; needs the extra wandb."""
-    overwrite: bool = False
-    """Delete the run that lies in out_dir and start anew."""
-    compile_cache: str = ""
-    """Folder of compiled programs, for the next start; off: none; empty: one in your home."""
+    seed: int = 1337  # seed of the initial weights, batches and dropout
+    tensorboard: bool = False  # also log to OUT_DIR/tensorboard; needs the extra tensorboard
+    wandb: bool = False  # also log to Weights & Biases; needs the extra wandb
+    overwrite: bool = False  # delete the run in out_dir and start over
+    compile_cache: str = ""  # folder for compiled functions; off: none; empty: your cache folder
+    #: compile for TPUs that are not attached, like v5e:4x4, report whether the run fits, and exit
     compile_for: str = ""
-    """Compile the step for TPUs that are not there, like v5e:4x4, and say whether it fits."""
+    #: with several processes: HOST:PORT of the first one, or auto on a Cloud TPU pod; empty: a
+    #: single process, or what Slurm says
     coordinator_address: str = ""
-    """Of several processes: HOST:PORT of the first, the same for all, or auto on a Cloud TPU pod;
-    empty: one process, or as Slurm says."""
-    num_processes: int = 0
-    """Of several processes: how many; 0: found by JAX."""
-    process_id: int = -1
-    """Of several processes: which one this is, from 0; -1: found by JAX."""
-    heartbeat_timeout_s: int = 100
-    """Of several processes: seconds of silence after which one counts as dead, and all stop."""
+    num_processes: int = 0  # with several processes: how many; 0: JAX finds out
+    process_id: int = -1  # with several processes: the number of this one; -1: JAX finds out
+    heartbeat_timeout_s: int = 100  # with several processes: all stop if one is silent for so long
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self):
         check_fields(self)
-        _require(self.out_dir != "", self, "out_dir", "the path of a folder")
-        _require(self.data_dir != "", self, "data_dir", "the path of a folder")
-        _require(self.dataset != "", self, "dataset", "a name or a path")
-        _require(self.tokenizer != "", self, "tokenizer", "char, gpt2, bpe or a path")
-        _require(
-            self.init_from != "", self, "init_from", "scratch, the name of a GPT-2 or a folder"
-        )
         _refuse_resume(self.init_from)
-        if self.tokens_per_iter > MOST:
+        if self.tokens_per_iter > MAX_INT:
             raise InputError(
-                f"batch_size x gradient_accumulation_steps x block_size must be at most {MOST} "
-                f"tokens, got {self.tokens_per_iter}"
+                "batch_size x gradient_accumulation_steps x block_size must be at most "
+                f"{MAX_INT} tokens, got {self.tokens_per_iter}"
             )
         divides = self.model.block_size % self.compute.loss_chunks == 0
-        block = f"a divisor of block_size={self.model.block_size}"
-        _require(divides, self.compute, "loss_chunks", block)
+        divisor = f"a divisor of block_size={self.model.block_size}"
+        _require(divides, self.compute, "loss_chunks", divisor)
+        ok = self.optim.optimizer == "adamw" or self.model.architecture == "gpt"
+        _require(ok, self.optim, "optimizer", "adamw for a model of the lecture")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
         address = self.coordinator_address
         port = re.fullmatch(r".+:(\d{1,5})", address)
-        ok = address in ("", "auto") or (port and 1 <= int(port[1]) <= 65535)
-        _require(bool(ok), self, "coordinator_address", "HOST:PORT or auto")
-        given = address not in ("", "auto"), self.num_processes > 0, self.process_id >= 0
+        ok = address in ("", "auto") or (port is not None and 1 <= int(port[1]) <= 65535)
+        _require(ok, self, "coordinator_address", "HOST:PORT or auto")
+        given = port is not None, self.num_processes > 0, self.process_id >= 0
         if any(given) and not all(given):
             raise InputError(
                 "coordinator_address, num_processes and process_id must be given together, like "
-                "--coordinator_address 10.0.0.1:8476 --num_processes 2 --process_id 0, or none of "
-                "them, where JAX finds them by itself (Slurm, TPU pods)"
+                "--coordinator_address 10.0.0.1:8476 --num_processes 2 --process_id 0; leave all "
+                "three out on Slurm and TPU pods, where JAX finds them"
             )
-        ok = self.optim.optimizer == "adamw" or self.model.architecture == "gpt"
-        _require(ok, self.optim, "optimizer", "adamw for a step of the lecture")
         ok = self.process_id < max(1, self.num_processes)
         _require(ok, self, "process_id", f"below num_processes={self.num_processes}")
 
@@ -388,76 +332,75 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What text to write, and how."""
+    """What to generate, and how."""
 
-    out_dir: str | None = None
-    """Folder of the run; None: the newest under out/."""
+    out_dir: str | None = None  # folder of the run; None: the newest run under out/
+    #: sample from these weights instead of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a
+    #: Hugging Face GPT-2 folder
     init_from: str | None = None
-    """In place of a run: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a GPT-2 of
-    Hugging Face's."""
-    checkpoint: Literal["best", "latest"] = "best"
-    """The checkpoint of lowest validation loss, or the newest."""
-    start: str | None = None
-    """Text to go on from; FILE:path reads a file, - standard input; None: a line break."""
-    num_samples: int = 10
-    """Samples to draw, all at once."""
-    max_new_tokens: int = 500
-    """Tokens in each; -1 with --stream: on without end, until Ctrl-C."""
-    temperature: float = 0.8
-    """Below 1 safer, above 1 wilder; 0: always the likeliest token."""
-    top_k: int = 200
-    """Draw from the k likeliest tokens only; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability; 1: from all."""
-    seed: int = 1337
-    """Sample number n of a seed is the same text however many are drawn."""
-    stop: str | None = None
-    """End a sample before the first occurrence of this text."""
-    stream: bool = False
-    """Show the text as it is made, one sample after the other."""
+    checkpoint: Literal["best", "latest"] = "best"  # best: the lowest validation loss
+    start: str | None = None  # prompt; FILE:path reads a file, - standard input; None: a newline
+    num_samples: int = 10  # samples to draw
+    max_new_tokens: int = 500  # tokens in each sample; -1 with --stream: no limit, until Ctrl-C
+    temperature: float = 0.8  # below 1 is safer, above 1 is wilder; 0: always the likeliest token
+    top_k: int = 200  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens with this total probability; 1: from all
+    seed: int = 1337  # the n-th sample of a seed is the same however many are drawn
+    stop: str | None = None  # end a sample before the first occurrence of this text
+    stream: bool = False  # print text as it is generated, one sample after the other
+    #: past block_size, recompute the last block_size tokens for every token, as nanoGPT does
+    #: (slow); False: keep the last half of the window and continue from there
     exact_window: bool = False
-    """nanoGPT's rule past block_size: see all of the last block_size tokens again for each token
-    (slow), where the default keeps the last half of the window and goes on from there."""
+    #: as in training; auto: bfloat16 if the chip supports it, else float32
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """As in training; auto: bfloat16 where the chip has it, else float32."""
-    compile_cache: str = ""
-    """Folder of compiled programs, for the next start; off: none; empty: one in your home."""
+    compile_cache: str = ""  # folder for compiled functions; off: none; empty: your cache folder
+    #: open a web page instead: live text, next-token probabilities, attention, the loss curve
     web: bool = False
-    """Open a page to play on instead: text as it is made, forecasts, attention, the loss."""
+    #: with --web: the address to listen on; 0.0.0.0 lets anyone who can reach this machine in
     host: str = "127.0.0.1"
-    """With --web: the address to listen at; 0.0.0.0: anybody who reaches this machine may play."""
-    port: int = 7860
-    """With --web: its port; 0: a free one."""
+    port: int = 7860  # with --web: the port; 0: any free one
 
     def __post_init__(self):
         check_fields(self)
         _refuse_resume(self.init_from)
-        _require(self.out_dir != "", self, "out_dir", "the path of a folder")
         ok = self.init_from is None or self.out_dir is None
-        _require(ok, self, "init_from", "left out where out_dir names a run")
-        endless = self.max_new_tokens == -1 and self.stream
-        ok = self.max_new_tokens >= 1 or endless
+        _require(ok, self, "init_from", "left out if out_dir names a run")
+        ok = self.max_new_tokens >= 1 or (self.max_new_tokens == -1 and self.stream)
         _require(ok, self, "max_new_tokens", "at least 1, or -1 together with --stream")
         ok = not self.web or 1 <= self.max_new_tokens <= MAX_PAGE_TOKENS
         _require(ok, self, "max_new_tokens", f"from 1 to {MAX_PAGE_TOKENS} with --web")
-        _require(0 < self.top_p <= 1, self, "top_p", "above 0 and at most 1")
-        _require(self.stop != "", self, "stop", "a text of at least one character")
         ok = self.stop is None or not self.web
-        _require(ok, self, "stop", "left out with --web, whose page has a button for it")
-        _require(self.host != "", self, "host", "an address, like 127.0.0.1")
+        _require(ok, self, "stop", "left out with --web, whose page has a stop button")
+
+
+def _refuse_resume(init_from: str | None) -> None:
+    if init_from == "resume":  # nanoGPT's way to resume
+        raise InputError("init_from=resume: not needed, a run in out_dir resumes automatically")
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Return every flat field name of a configuration class with its type, nested ones included."""
-    found = {}
+    """Return the type of each flat field of a configuration class, nested ones included."""
+    flat = {}
     for name, hint in typing.get_type_hints(cls).items():
-        found |= field_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}
-    return found
+        is_nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        flat |= field_types(hint) if is_nested else {name: hint}
+    return flat
 
 
 def to_flat_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration as one flat dict, nested parts merged in: what config.json holds."""
+    """Return a configuration as one flat dict, nested parts merged: what config.json contains."""
     flat = {}
     for name, value in vars(config).items():
         flat |= to_flat_dict(value) if dataclasses.is_dataclass(value) else {name: value}
     return flat
+
+
+def replace_fields(config: Config, values: dict[str, Any]) -> Config:
+    """Return a configuration with flat fields replaced, in whichever part they are."""
+    changes = {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changes[name] = replace_fields(value, values)
+        elif name in values:
+            changes[name] = values[name]
+    return dataclasses.replace(config, **changes)

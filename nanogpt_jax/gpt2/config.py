@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt_jax.config import GPT2, GPT2_SHAPES, RANGES, SCRATCH, ModelConfig, TrainConfig
+from nanogpt_jax.config import GPT2_PARTS, GPT2_SHAPES, RANGES, SCRATCH, ModelConfig, TrainConfig
 from nanogpt_jax.corpora import tokenizer as tokenizers
 from nanogpt_jax.corpora.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
 from nanogpt_jax.errors import InputError, reading
@@ -194,7 +194,7 @@ def check_exportable(config: ModelConfig, run: Path) -> None:
             f"{run}: `transformers` has no model like the lecture's {config.architecture}: export "
             "a run whose architecture is gpt"
         )
-    for name, value in GPT2.items():
+    for name, value in GPT2_PARTS.items():
         allowed = [*ACTIVATIONS.values()] if name == "activation" else [value]
         if getattr(config, name) not in allowed and name != "zero_init":  # only the start differs
             raise InputError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nanogpt_jax.config import ModelConfig, check_fields, check_value, parse_args, split_settings
+from nanogpt_jax.config import ModelConfig, check_fields, parse_args, split_words
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import config as gpt2_config
 from nanogpt_jax.gpt2 import hub, weights
@@ -82,16 +82,13 @@ class ExportConfig:
 
 def main(argv: list[str]) -> None:
     """Export a run; validate the request before importing JAX."""
-    n_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    words, settings = argv[:n_words], split_settings(argv[n_words:], ExportConfig)
-    config = parse_args(ExportConfig, settings, ExportConfig(), __doc__ or "")
+    words, flags = split_words(argv, "a folder")
+    config = parse_args(ExportConfig, flags, __doc__)
     if len(words) != 2:
         raise InputError(
             f"export takes a run's folder and a new folder, got {len(words)} words, like: "
             "python -m nanogpt_jax export out/small small-gpt"
         )
-    for word in words:
-        check_value("a folder", str, word)
     export(Path(words[0]), Path(words[1]), config.checkpoint)
 
 

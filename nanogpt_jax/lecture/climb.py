@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from nanogpt_jax import data, decoding, steps
 from nanogpt_jax import mesh as meshes
-from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args, split_settings
+from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args
 from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.corpora.catalog import Corpus
 from nanogpt_jax.errors import InputError, run_command
@@ -85,8 +85,7 @@ class Climbed(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Train the rungs one after the other, and show what each brought."""
-    settings = split_settings(argv, LectureConfig)
-    asked = parse_args(LectureConfig, settings, LectureConfig(), __doc__)
+    asked = parse_args(LectureConfig, argv, __doc__)
     folder = Path(asked.out_dir)
     check_writable(folder)
     startup.use_compile_cache(asked.compile_cache)

@@ -164,11 +164,7 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
 
     with files.locked(folder, refuse):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # nothing was written: leave nothing behind
-                folder.rmdir()
+        yield
 
 
 def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:

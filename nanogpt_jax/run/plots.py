@@ -15,12 +15,11 @@ import numpy as np
 
 from nanogpt_jax import files
 from nanogpt_jax.config import (
-    MOST_FLOAT,
+    MAX_FLOAT,
     TrainConfig,
     check_fields,
-    check_value,
     parse_args,
-    split_settings,
+    split_words,
     to_flat_dict,
 )
 from nanogpt_jax.corpora import bits_per_byte
@@ -45,17 +44,14 @@ class ReportConfig:
 
 def main(argv: list[str]) -> None:
     """Print a line for each run, and draw them."""
-    n_folders = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    folders = [Path(word) for word in argv[:n_folders]]
-    settings = split_settings(argv[n_folders:], ReportConfig)
-    config = parse_args(ReportConfig, settings, ReportConfig(), __doc__)
+    words, flags = split_words(argv, "the folder of a run")
+    folders = [Path(word) for word in words]
+    config = parse_args(ReportConfig, flags, __doc__)
     if not folders:
         raise InputError(
             "the folder of at least one run must be given, like "
-            "python -m nanogpt_jax.run.plots out/small"
+            "python -m nanogpt_jax report out/small"
         )
-    for word in argv[:n_folders]:
-        check_value("the folder of a run", str, word)
     if len(folders) > 1:  # out/* has other things too
         others = [folder for folder in folders if not (folder / METRICS).exists()]
         folders = [folder for folder in folders if folder not in others] or folders
@@ -104,7 +100,7 @@ def _row(line: bytes) -> dict | None:
         for name in {"step", "elapsed_s", "tokens_per_s", *row}:
             number = row[name]
             is_number = isinstance(number, int if name == "step" else int | float)
-            if not is_number or isinstance(number, bool) or not abs(number) <= MOST_FLOAT:
+            if not is_number or isinstance(number, bool) or not abs(number) <= MAX_FLOAT:
                 return None
         return row
     except (ValueError, KeyError, TypeError):

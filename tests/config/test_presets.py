@@ -4,6 +4,7 @@ import re
 import pytest
 
 from nanogpt_jax.config import MODERN, PRESETS, parse_train_config, to_flat_dict, with_vocab_size
+from nanogpt_jax.config.presets import ABOUT
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware.flops import n_params, n_params_as_told
 
@@ -131,7 +132,7 @@ def test_a_preset_carries_its_own_name(name):
 def test_the_number_of_parameters_in_the_help_is_the_one_its_model_is_known_by(name):
     """nanoGPT leaves the position embedding out, the lecture does not."""
     n_params = n_params_as_told(with_vocab_size(PRESETS[name]()).model)
-    doc = PRESETS[name].__doc__
+    doc = ABOUT[name]
     if exact := re.search(r"(\d+,\d+) parameters", doc):
         assert exact[1] == f"{n_params:,}"
         return
@@ -185,7 +186,7 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
 def test_a_flag_that_the_weights_decide_is_refused(flag, value):
     """It would be ignored, silently."""
     argv = ["--config=tiny", "--init_from=gpt2", f"--{flag}={value}"]
-    with pytest.raises(InputError, match=f"the weights of gpt2 bring --{flag}: leave it out"):
+    with pytest.raises(InputError, match=f"the weights of gpt2 determine --{flag}: leave it out"):
         parse_train_config(argv)
 
 

@@ -8,7 +8,14 @@ import pytest
 from conftest import layers_of
 
 from nanogpt_jax import steps
-from nanogpt_jax.config import MODERN, PRESETS, RUNGS, ComputeConfig, ModelConfig, with_vocab_size
+from nanogpt_jax.config import (
+    LECTURE_MODELS,
+    MODERN,
+    PRESETS,
+    ComputeConfig,
+    ModelConfig,
+    with_vocab_size,
+)
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware.flops import (
     check_memory,
@@ -66,7 +73,7 @@ def test_parameter_counts_are_those_of_an_initialised_gpt(shape, newer, bias):
     assert n_params(config) == counted.total()
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", LECTURE_MODELS)
 def test_a_rung_of_the_lecture_has_the_parameters_that_are_counted(rung):
     config = ModelConfig(block_size=5, vocab_size=7, n_embd=6, **layers_of(rung))
     made = jax.eval_shape(partial(steps.init_params, make_model(config)), jax.random.key(0))
@@ -179,7 +186,7 @@ def test_shakespeares_step_takes_the_flops_xla_counts():
     assert train_flops_per_token(config) == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize("rung", sorted({*RUNGS} - {"bigram"}))
+@pytest.mark.parametrize("rung", sorted({*LECTURE_MODELS} - {"bigram"}))
 def test_a_rungs_step_takes_the_flops_xla_counts(rung):
     config = ModelConfig(block_size=128, vocab_size=512, n_embd=1024, **layers_of(rung, 1))
     counted = compiled_gradient(config, 1).cost_analysis()["flops"] / config.block_size

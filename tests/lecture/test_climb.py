@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_jax.config import presets
+from nanogpt_jax.config import LECTURE, PRESETS
 from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.lecture import climb as lecture
@@ -20,7 +20,7 @@ WITHIN = 0.03
 
 @pytest.fixture
 def two_rungs(monkeypatch):
-    monkeypatch.setattr(lecture, "LECTURE", (presets.lecture_bigram, presets.lecture_head))
+    monkeypatch.setattr(lecture, "LECTURE", LECTURE[:2])
 
 
 def climb(tmp_path, book, capsys, *argv):
@@ -48,7 +48,7 @@ def test_a_rung_learns_just_what_train_py_learns(tmp_path, book, capsys, run):
     """The same weights, batches and steps: a learner may take either."""
     folder = corpora.prepare(str(book), tmp_path / "data", 9)
     corpus = corpora.open_corpus(folder, 9)
-    config = lecture.shortened(presets.lecture_head(), lecture.LectureConfig(most_iters=120))
+    config = lecture.shortened(PRESETS["lecture-head"](), lecture.LectureConfig(most_iters=120))
     rung = lecture.climb(config, corpus, lambda n_steps: None)
     result = run(
         "train.py", "--config=lecture-head", "--max_iters=120", "--eval_interval=12",
@@ -72,7 +72,7 @@ def test_interrupted_it_shows_what_was_climbed(tmp_path, book, capsys, two_rungs
     def interrupt():
         raise KeyboardInterrupt
 
-    rung = presets.lecture_bigram()
+    rung = PRESETS["lecture-bigram"]()
     monkeypatch.setattr(lecture, "LECTURE", (lambda: rung, lambda: rung))
     real, calls = lecture.climb, []
     monkeypatch.setattr(
@@ -85,7 +85,7 @@ def test_interrupted_it_shows_what_was_climbed(tmp_path, book, capsys, two_rungs
 
 
 def test_the_lectures_losses_stand_beside_those_of_its_own_text_only():
-    rung = lecture.Climbed(presets.lecture_head(), [0], [4.0], 4.0, {}, "", 1.0)
+    rung = lecture.Climbed(PRESETS["lecture-head"](), [0], [4.0], 4.0, {}, "", 1.0)
     on_shakespeare = rung._replace(published=lecture.PUBLISHED["lecture-head"])
     vocab = dataclasses.replace(rung.config.model, vocab_size=65)
     config = dataclasses.replace(rung.config, model=vocab)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt_jax import corpora
 from nanogpt_jax.config import ComputeConfig, ModelConfig, SampleConfig, parse_args, split_settings
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.corpora.tokenizer import Tokenizer
+from nanogpt_jax.corpora import Tokenizer
 from nanogpt_jax.errors import InputError, reading, run_command, visible
 from nanogpt_jax.gpt2 import config as huggingface
 from nanogpt_jax.gpt2 import convert as pretrained
@@ -32,15 +32,15 @@ def main(argv: list[str]) -> int:
     config = parse_args(SampleConfig, settings, SampleConfig(), __doc__)
     if config.init_from:
         folder, model_config = None, huggingface.read_config(config.init_from)
-        tokenizer = tokenizers.read(hub.find(config.init_from, hub.TOKENIZER))
+        tokenizer = corpora.read_tokenizer(hub.find(config.init_from, hub.TOKENIZER))
     else:
         folder = Path(config.out_dir) if config.out_dir else run_folder.newest()
         model_config = run_folder.read_model_config(folder)
-        tokenizer = tokenizers.load(folder)
+        tokenizer = corpora.load_tokenizer(folder)
         if tokenizer is None:
             raise InputError(
-                f"{folder} has no {tokenizers.FILE_NAME}: its .bin files came without their text, "
-                "so its tokens cannot be read"
+                f"{folder} has no {corpora.TOKENIZER_FILE}: its .bin files came without their "
+                "text, so its tokens cannot be read"
             )
     start = read_start(config.start)
     if start == "":

@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 
 import nanogpt_jax
+from nanogpt_jax import corpora
 from nanogpt_jax.bench import cost as accounting
 from nanogpt_jax.config import PRESETS, SCRATCH, ModelConfig, TrainConfig, parse_train_config
-from nanogpt_jax.corpora import catalog as corpora
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.corpora.catalog import Corpus
+from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
 from nanogpt_jax.errors import InputError, RunError, run_command
 from nanogpt_jax.gpt2 import config as huggingface
@@ -170,7 +169,7 @@ def train(
         made_with |= {"device": devices.describe(mesh), "compute": how}
         run_folder.begin(folder, config, corpus.fingerprint, made_with)
         if corpus.tokenizer:
-            tokenizers.save(corpus.tokenizer, folder)
+            corpora.save_tokenizer(corpus.tokenizer, folder)
     processes.wait("begun")
     if not config.eval_only:
         run_folder.wait_until_seen(folder)

@@ -11,9 +11,9 @@ and goes on where it was.
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt_jax import corpora
 from nanogpt_jax.config import check_fields, check_value
 from nanogpt_jax.config import cli as command_line
-from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError, run_command
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from nanogpt_jax.attention import KVCache, init_cache
-from nanogpt_jax.corpora.tokenizer import Tokenizer
+from nanogpt_jax.corpora import Tokenizer
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.model import GPT
 

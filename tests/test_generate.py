@@ -10,7 +10,7 @@ import pytest
 
 from nanogpt_jax import generate, steps
 from nanogpt_jax.config import MODERN, ModelConfig
-from nanogpt_jax.corpora.tokenizer import CharTokenizer
+from nanogpt_jax.corpora import CharTokenizer
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.generate import Sampling
 from nanogpt_jax.model import GPT

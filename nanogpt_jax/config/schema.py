@@ -228,6 +228,8 @@ def _refuse_resume(init_from: str | None) -> None:
         raise InputError("init_from=resume: leave it out, the run in out_dir is taken by itself")
 
 
+SPLITS = ("train", "val")
+
 MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # those over which a batch's rows are shared out
 

@@ -1,8 +1,7 @@
-"""Fetch tiny Shakespeare from its mirrors, and check that it is the text. No JAX."""
+"""Download tiny Shakespeare from one of its mirrors and verify its checksum."""
 
 import hashlib
 import http.client
-import urllib.request
 from pathlib import Path
 
 from nanogpt_jax.errors import InputError
@@ -17,7 +16,7 @@ TIMEOUT_S = 10
 
 
 class Unavailable(InputError):
-    """A corpus that exists, but cannot be downloaded from here, for `reason`."""
+    """A corpus that exists but cannot be downloaded from here, for `reason`."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -28,23 +27,25 @@ def tiny_shakespeare(path: Path) -> bytes:
     """Return the text from the first mirror that has it.
 
     Args:
-        path: where the text will lie; the message says to save it there by hand.
+        path: where the text will be stored, for the message.
 
     Raises:
-        Unavailable: no mirror has it, or none can be reached.
+        Unavailable: no mirror can be reached, or none has the right text.
     """
-    reasons = {}  # a dict, to say one reason once
+    import urllib.request  # slow to import
+
+    reasons = []
     for url in SHAKESPEARE_URLS:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
                 content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons[str(getattr(error, "reason", error))] = url
+            reasons.append(str(getattr(error, "reason", error)))
             continue
         if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
             return content
-        reasons[f"{url} sent another text, its sha256 differs"] = url
-    reason = "; ".join(reasons)
+        reasons.append(f"{url} sent a different text: its sha256 differs")
+    reason = "; ".join(dict.fromkeys(reasons))  # each reason once
     raise Unavailable(
         f"tiny Shakespeare could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as "
         f"{path}",

@@ -11,9 +11,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from nanogpt_jax import corpora
 from nanogpt_jax.config import GPT2, GPT2_SHAPES, RANGES, ModelConfig
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.corpora.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+from nanogpt_jax.corpora import END_OF_TEXT, BPETokenizer, Tokenizer
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import read_json
 from nanogpt_jax.gpt2 import hub
@@ -153,7 +153,7 @@ def check_tokenizer(source: str, tokenizer: Tokenizer | None, asked: str | None)
             f"{source} has no {hub.TOKENIZER}, so the tokens that its weights know are not known: "
             "put the one that belongs to them there, or name it with --tokenizer"
         )
-    if tokenizer.token_bytes != tokenizers.read(Path(theirs)).token_bytes:
+    if tokenizer.token_bytes != corpora.read_tokenizer(Path(theirs)).token_bytes:
         raise InputError(
             f"dataset must be of the tokens that the weights of {source} know, but has others: "
             f"leave --tokenizer out, and name the text itself"

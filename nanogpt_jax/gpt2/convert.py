@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from nanogpt_jax import corpora
 from nanogpt_jax.config import ModelConfig, check_fields, check_value, parse_args, split_settings
-from nanogpt_jax.corpora import tokenizer as tokenizers
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.gpt2 import config as huggingface
 from nanogpt_jax.gpt2 import hub, weights
@@ -109,7 +109,7 @@ def export(run: Path, folder: Path, checkpoint: str = "best") -> None:
     huggingface.check_is_gpt2(config, run)
     if not run_folder.has_checkpoint(run):
         raise InputError(f"{run} has no checkpoint yet: train it first")
-    tokenizer = tokenizers.load(run)
+    tokenizer = corpora.load_tokenizer(run)
     known = replace(config, vocab_size=config.known_tokens or config.vocab_size)
     files = huggingface.config_files(known, tokenizer)
     written = [folder / name for name in (hub.WEIGHTS, *files)]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanogpt_jax import files
+from nanogpt_jax import corpora, files
 from nanogpt_jax.config import (
     ComputeConfig,
     ModelConfig,
@@ -25,7 +25,6 @@ from nanogpt_jax.config import (
     field_types,
     to_flat_dict,
 )
-from nanogpt_jax.corpora import tokenizer
 from nanogpt_jax.errors import InputError, reading
 
 OUT = Path("out")
@@ -192,7 +191,7 @@ def delete(folder: Path) -> None:
         read_config(folder)  # other programs write a config.json too
         for name in (CHECKPOINTS, TENSORBOARD, WANDB):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (METRICS, PICTURE, tokenizer.FILE_NAME, CONFIG):
+        for name in (METRICS, PICTURE, corpora.TOKENIZER_FILE, CONFIG):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from nanogpt_jax import files
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.corpora.tokenizer import bits_per_byte
+from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware.flops import train_flops_per_token
 from nanogpt_jax.optim import learning_rate_schedule

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanogpt_jax import generate
 from nanogpt_jax.config import SampleConfig
-from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer
+from nanogpt_jax.corpora import CharTokenizer, Tokenizer
 from nanogpt_jax.web.inspection import read_text
 
 

@@ -9,7 +9,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -22,12 +21,7 @@ from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogp
 from nanogpt_jax.corpora.documents import HUB, Hub, JsonLines, Parquet, Source
 from nanogpt_jax.corpora.shards import PROGRESS, SHARD_TOKENS
 from nanogpt_jax.corpora.text import Texts
-from nanogpt_jax.corpora.tokenizer import (
-    TOKENIZER_FILE,
-    TokenizerSpec,
-    load_tokenizer,
-    save_tokenizer,
-)
+from nanogpt_jax.corpora.tokenizer import TokenizerSpec, load_tokenizer, save_tokenizer
 from nanogpt_jax.errors import InputError, did_you_mean
 
 SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS = "shakespeare_char", "shakespeare", "pydocs"
@@ -58,11 +52,9 @@ def load(
         InputError: the corpus cannot be prepared here, is damaged, or too short for block_size.
     """
     min_tokens, vocab_size = config.model.block_size + 1, config.model.vocab_size
-    requested = config.tokenizer or tokenizer
-    work = partial(
-        resolve, config.dataset, Path(config.data_dir), min_tokens, requested, vocab_size
-    )
-    corpus = open_corpus(processes.first_alone(work, "prepared"), min_tokens, vocab_size)
+    request = config.dataset, Path(config.data_dir), min_tokens, config.tokenizer or tokenizer
+    folder = processes.first_alone(lambda: resolve(*request, vocab_size), "prepared")
+    corpus = open_corpus(folder, min_tokens, vocab_size)
     return corpus, dataclasses.replace(config, model=with_vocabulary(config.model, corpus))
 
 
@@ -70,32 +62,18 @@ def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     """Return a model's shape with the vocabulary of a corpus, its padding marked as such."""
     known = corpus.known_tokens or model.known_tokens
     is_padded = known and known < corpus.vocab_size and model.architecture == "gpt"
-    return dataclasses.replace(
-        model, vocab_size=corpus.vocab_size, known_tokens=known if is_padded else None
-    )
+    known = known if is_padded else None
+    return dataclasses.replace(model, vocab_size=corpus.vocab_size, known_tokens=known)
 
 
 def resolve(
-    dataset: str | None,
-    data_dir: Path,
-    min_tokens: int,
-    tokenizer: str | None = None,
-    vocab_size: int | None = None,
-) -> Path:
+    dataset: str | None, data_dir: Path, min_tokens: int,
+    tokenizer: str | None = None, vocab_size: int | None = None,
+) -> Path:  # fmt: skip
     """Return the folder of a dataset, prepared first unless that takes hours.
 
     Only if no dataset is named and nothing can be downloaded, Python's own manual replaces tiny
-    Shakespeare, with a notice.
-
-    Args:
-        dataset: a name, a path, or None for the default.
-        min_tokens: what each split must have; nothing is written for a shorter text.
-        tokenizer: char, gpt2, bpe or a tokenizer.json; None: the dataset's usual one.
-        vocab_size: of bpe.
-
-    Raises:
-        InputError: the name is unknown, or the text is unreadable, empty, too short or too large.
-        download.Unavailable: a named dataset cannot be downloaded.
+    Shakespeare, with a notice. See `prepare`.
     """
     if dataset in HUB:
         folder = _named_folder(dataset, Path(data_dir), _spec(dataset, tokenizer, vocab_size))
@@ -140,19 +118,23 @@ def _how_to_prepare(
 
 
 def prepare(
-    dataset: str,
-    data_dir: Path,
-    min_tokens: int = 1,
-    tokenizer: str | None = None,
-    vocab_size: int | None = None,
-    shard_tokens: int = SHARD_TOKENS,
-    is_training: bool = False,
-) -> Path:
-    """Prepare a dataset, however long it takes, and return its folder; see `resolve`.
+    dataset: str, data_dir: Path, min_tokens: int = 1,
+    tokenizer: str | None = None, vocab_size: int | None = None,
+    shard_tokens: int = SHARD_TOKENS, is_training: bool = False,
+) -> Path:  # fmt: skip
+    """Prepare a dataset, however long it takes, and return its folder.
 
     Args:
+        dataset: a name or a path.
+        min_tokens: what each split must have; nothing is written for a shorter text.
+        tokenizer: char, gpt2, bpe or a tokenizer.json; None: the dataset's usual one.
+        vocab_size: of bpe.
         shard_tokens: the most tokens in a file.
         is_training: refuse what takes long.
+
+    Raises:
+        InputError: the name is unknown, or the text is unreadable, empty or too short.
+        download.Unavailable: the dataset cannot be downloaded.
     """
     data_dir = Path(data_dir)
     files.check_place(data_dir, "data_dir")
@@ -220,11 +202,7 @@ def _named_source(name: str, data_dir: Path) -> Source:
 
 
 def find_source(path: Path) -> Source:
-    """Return the source of a file, or of all files of one kind in a folder, by their names.
-
-    Raises:
-        InputError: the folder has no such files, or several kinds.
-    """
+    """Return the source of a file, or of all files of one kind in a folder, by their names."""
     if path.is_file():
         kind = next((KINDS[end] for end in KINDS if path.name.endswith(end)), Texts)
         return kind(str(path), [path])
@@ -238,8 +216,7 @@ def find_source(path: Path) -> Source:
     if len(found) > 1:
         counts = " and ".join(f"{len(paths)} {end}" for end, paths in found.items())
         raise InputError(
-            f"{path}: must have files of one kind, but has {counts}: pass one file, or a folder "
-            "with one kind"
+            f"{path}: must have files of one kind, but has {counts}: pass one file, or move a kind"
         )
     ((end, paths),) = found.items()
     return KINDS[end](str(path), paths)
@@ -267,7 +244,7 @@ def _add_tokenizer(folder: Path, requested: str, vocab_size: int | None) -> None
     if spec.vocab_size is not None:
         raise InputError(
             f"{folder}: bpe must be trained on a text, but the folder has none; pass the "
-            f"{TOKENIZER_FILE} that the token files were made with"
+            "tokenizer.json that the token files were made with"
         )
     try:
         made = spec.make()

@@ -1,6 +1,7 @@
 """Open a prepared folder, made here, by nanoGPT or by anything else, and check it."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,22 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_jax.config import SPLITS
-from nanogpt_jax.corpora import shards
+from nanogpt_jax.corpora import shards, tokens
 from nanogpt_jax.corpora.text import read_pieces
-from nanogpt_jax.corpora.tokenizer import (
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    token_lengths,
-)
-from nanogpt_jax.corpora.tokens import (
-    TokenFiles,
-    Tokens,
-    check_size,
-    map_files,
-    open_tokens,
-    pieces_of,
-)
+from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, token_lengths
 from nanogpt_jax.errors import InputError
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's, padded
@@ -34,7 +22,7 @@ class Corpus:
     """Token ids of both splits, checked, and what is needed to decode them."""
 
     name: str
-    splits: dict[str, Tokens]  # "train" and "val", each of shape (n_tokens,)
+    splits: dict[str, tokens.Tokens]  # "train" and "val", each of shape (n_tokens,)
     vocab_size: int  # rows that a model needs, padding included
     tokenizer: Tokenizer | None  # None: `.bin` files without one; training needs none
     fingerprint: str  # of all token ids: a run never resumes on a different text
@@ -46,7 +34,7 @@ class Corpus:
         if self.tokenizer is None:
             return None
         lengths, val = token_lengths(self.tokenizer), self.splits["val"]
-        return sum(int(lengths[piece].sum()) for piece in pieces_of(val)) / len(val)
+        return sum(int(lengths[piece].sum()) for piece in tokens.pieces_of(val)) / len(val)
 
 
 def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) -> Corpus:
@@ -68,9 +56,9 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
     known = tokenizer.vocab_size if tokenizer else meta.get("vocab_size")
     counted = None
     if known is None and (folder / "meta.pkl").exists() and vocab_size is None:
-        parts = map_files(_non_empty(paths["train"] + paths["val"]), dtype)
-        largest = max((int(piece.max()) for part in parts for piece in pieces_of(part)), default=0)
-        counted = largest + 1
+        parts = tokens.map_files(paths["train"] + paths["val"], dtype)
+        ids = (piece for part in parts for piece in tokens.pieces_of(part))
+        counted = 1 + max((int(piece.max()) for piece in ids), default=0)
         print(
             f"{folder}: meta.pkl is not read, since a pickle can run any code. The vocabulary "
             f"size is taken to be {counted}, the largest id + 1; to sample text, put the "
@@ -81,12 +69,13 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
         raise InputError(
             f"vocab_size must be at least {known} for {folder}, got {size}: drop --vocab_size"
         )
-    splits, crcs = {}, []
+    splits, fingerprint = {}, ""
     for split in SPLITS:
-        trusted = meta["splits"][split]["crc32"] if "splits" in meta else None
-        splits[split], crc = open_tokens(paths[split], dtype, known or size, min_tokens, trusted)
-        crcs.append(crc)
-    fingerprint = "".join(f"{crc:08x}" for crc in crcs)
+        expected = meta["splits"][split]["crc32"] if "splits" in meta else None
+        splits[split], crc32 = tokens.open_tokens(
+            paths[split], dtype, known or size, min_tokens, expected
+        )
+        fingerprint += f"{crc32:08x}"
     return Corpus(folder.name, splits, size, tokenizer, fingerprint, known)
 
 
@@ -94,20 +83,14 @@ def _check_sizes(folder: Path, split: str, meta: dict, dtype: str) -> list[Path]
     """Return a split's files; refuse missing, cut off or differing ones."""
     paths = []
     for file in shards.files_of(folder, split, meta):
-        path = folder / file["name"]
-        n_tokens = check_size(path, dtype)
-        expected = file.get("tokens", n_tokens)
-        if n_tokens != expected:
+        paths.append(folder / file["name"])
+        n_tokens = tokens.check_size(paths[-1], dtype)
+        if n_tokens != file.get("tokens", n_tokens):
             raise InputError(
-                f"{path}: must have {expected} tokens, as meta.json says, but has {n_tokens}: "
-                "delete the folder and prepare it again"
+                f"{paths[-1]}: must have {file['tokens']} tokens, as meta.json says, but has "
+                f"{n_tokens}: delete the folder and prepare it again"
             )
-        paths.append(path)
     return paths
-
-
-def _non_empty(paths: list[Path]) -> list[Path]:
-    return [path for path in paths if path.exists() and path.stat().st_size]
 
 
 def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
@@ -119,16 +102,18 @@ def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
         chars = {char for text, _ in read_pieces(file, str(source)) for char in set(text)}
         tokenizer = CharTokenizer("".join(sorted(chars)))
         files = [file for split in SPLITS for file in shards.files_of(folder, split, {})]
-        parts = map_files(_non_empty([folder / file["name"] for file in files]), dtype)
-        is_same = bool(chars and parts)
-        if is_same:
-            tokens, at = TokenFiles([], parts, 0, is_checked=True), 0
-            for text, _ in read_pieces(file, str(source)):
-                is_same = is_same and np.array_equal(
-                    tokens[at : at + len(text)], tokenizer.encode(text)
-                )
-                at += len(text)
-            is_same = is_same and at == len(tokens)
-    if not is_same:
-        print(f"{folder}: train.bin was not made from input.txt's characters", file=sys.stderr)
-    return tokenizer if is_same else None
+        parts = tokens.map_files([folder / file["name"] for file in files], dtype)
+        texts = (text for text, _ in read_pieces(file, str(source)))
+        if chars and parts and _is_encoded(parts, texts, tokenizer):
+            return tokenizer
+    print(f"{folder}: train.bin was not made from input.txt's characters", file=sys.stderr)
+    return None
+
+
+def _is_encoded(parts: list[np.ndarray], texts: Iterable[str], tokenizer: CharTokenizer) -> bool:
+    ids, at = tokens.TokenFiles([], parts, 0, is_checked=True), 0
+    for text in texts:
+        if not np.array_equal(ids[at : at + len(text)], tokenizer.encode(text)):
+            return False
+        at += len(text)
+    return at == len(ids)

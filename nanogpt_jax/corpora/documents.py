@@ -3,7 +3,6 @@
 A document is its text; an empty or missing one is skipped.
 """
 
-import contextlib
 import gzip
 import hashlib
 import importlib
@@ -14,16 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nanogpt_jax.corpora.text import (
-    MAX_VAL_CHARS,
-    PIECE_BYTES,
-    Piece,
-    Texts,
-    cut_text,
-    hash_of,
-    size_of,
-    stat_of,
-)
+from nanogpt_jax.corpora import text as sources
+from nanogpt_jax.corpora.text import MAX_VAL_CHARS, PIECE_BYTES, Piece, Texts, cut_text
 from nanogpt_jax.errors import InputError, first_line, reading
 
 TIMEOUT_S = 10
@@ -34,31 +25,12 @@ Document: TypeAlias = tuple[str, int, Callable[[], dict]]
 class Documents:
     """Documents in a fixed order; each `every`-th one is for validation."""
 
-    name: str
-    size: int  # what `Piece.done` counts up to, in `unit`
-    text_bytes: int
     unit = "B"
     every, max_val_chars = 10, MAX_VAL_CHARS
     split_in_words = "every 10th document, until they have 10 million characters, is for validation"
 
-    def stat(self) -> str | None:
-        """Return a hash that changes with the source."""
-        raise NotImplementedError
-
-    def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
-        """Return what identifies the source's content, and its distinct `chars` if wanted.
-
-        Args:
-            advance: called with how much of `size` has been read.
-        """
-        raise NotImplementedError
-
     def read(self, source_info: dict, where: dict | None) -> Iterator[Document]:
-        """Yield the documents after a position.
-
-        Args:
-            source_info: what `scan` returned.
-        """
+        """Yield the documents after a position."""
         raise NotImplementedError
 
     def pieces(self, source_info: dict, position: dict | None = None) -> Iterator[Piece]:
@@ -88,27 +60,21 @@ class Documents:
 
 
 class _Files(Documents):
-    """Documents of one or several files.
-
-    Args:
-        name: what messages call it.
-        files: in their order.
-    """
+    """Documents of one or several files, in their order."""
 
     growth = 1  # bytes of text per byte of file, about
-    requirement = ""
+    requirement = "a file with a text in each document"
 
     def __init__(self, name: str, files: list[Path]):
         self.name, self._files = name, files
-        self._sizes = [size_of(file) for file in files]
+        self._sizes = sources.sizes_of(files)
         self.size = sum(self._sizes)
         self.text_bytes = self.size * self.growth
 
     def stat(self) -> str:
-        return stat_of(self._files)
+        return sources.stat_of(self._files)
 
     def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
-        """Read everything once; return its `sha256`, `sizes` of files and distinct `chars`."""
         digest, done = hashlib.sha256(), 0
         for path in self._files:
             with reading(path, self.requirement), path.open("rb") as file:
@@ -116,7 +82,7 @@ class _Files(Documents):
                     digest.update(content)
                     done += len(content)
                     advance(done)
-        found = {"sha256": digest.hexdigest(), "sizes": hash_of(self._sizes)}
+        found = {"sha256": digest.hexdigest(), "sizes": sources.hash_of(self._sizes)}
         if wants_chars:
             chars = {"\n"}  # the separator
             for text, done, _ in self.read(found, None):
@@ -152,11 +118,8 @@ class JsonLines(_Files):
 
     def _read_file(self, path: Path, at: list[int] | None):
         offset, number = at or (0, 0)
-        is_packed = path.suffix == ".gz"
-        with (
-            path.open("rb") as stored,
-            gzip.GzipFile(fileobj=stored) if is_packed else contextlib.nullcontext(stored) as lines,
-        ):
+        with path.open("rb") as stored:
+            lines = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
             lines.seek(offset)  # a .gz is unpacked again up to there, at about 200 MB/s
             for line in lines:
                 offset, number = offset + len(line), number + 1
@@ -169,16 +132,12 @@ def _text_of(line: bytes, place: str) -> str:
         text = json.loads(line)["text"]
         if not isinstance(text, str):
             raise TypeError
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{place}: must have whole characters, but has a lone surrogate, a \\ud... without its "
-            "other half: remove it"
-        ) from None
+        text.encode()  # fails for a lone surrogate, a \\ud... without its other half
     except (ValueError, KeyError, TypeError, RecursionError):
         shown = line[:60].decode("utf-8", "replace").strip()
         raise InputError(
-            f'{place}: must be like {{"text": "..."}}, but is {shown}: rewrite or remove this line'
+            f'{place}: must be like {{"text": "..."}} in whole characters, but is {shown}: correct '
+            "or remove this line"
         ) from None
     return text
 
@@ -200,16 +159,12 @@ class Parquet(_Files):
                 )
             first_group, n_skipped = at or (0, 0)
             for group in range(first_group, file.num_row_groups):
-                row = 0
                 done = path.stat().st_size * (group + 1) // file.num_row_groups
-                for batch in file.iter_batches(64, row_groups=[group], columns=["text"]):
-                    if group == first_group and row + len(batch) <= n_skipped:
-                        row += len(batch)
-                        continue
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        if group > first_group or row > n_skipped:
-                            yield text, done, (group, row)
+                batches = file.iter_batches(64, row_groups=[group], columns=["text"])
+                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                for row, text in enumerate(texts, 1):
+                    if group > first_group or row > n_skipped:
+                        yield text, done, (group, row)
 
 
 @dataclass(frozen=True)
@@ -234,11 +189,7 @@ class Hub(Documents):
         return json.dumps([self.repository, self.settings])
 
     def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
-        """Return the newest `revision`: all documents come from it, even after a restart.
-
-        Raises:
-            InputError: characters are wanted, which would take a download of everything.
-        """
+        """Return the newest `revision`: all documents come from it, even after a restart."""
         del advance
         if wants_chars:
             raise InputError(
@@ -260,14 +211,14 @@ class Hub(Documents):
     def read(self, source_info: dict, where: dict | None) -> Iterator[Document]:
         datasets = import_extra("datasets")
         _silence(datasets)
-        begin = where or {"documents": 0, "state": None}
-        n = n_before = begin["documents"]
+        where = where or {"documents": 0, "state": None}
+        n = n_before = where["documents"]
         try:
             rows = datasets.load_dataset(
                 self.repository, **self.settings | source_info, split="train", streaming=True
             ).select_columns(["text"])
-            if begin["state"]:
-                rows.load_state_dict(begin["state"])
+            if where["state"]:
+                rows.load_state_dict(where["state"])
             for n, row in enumerate(rows, n_before + 1):
                 yield row["text"], n, lambda n=n: {"documents": n, "state": rows.state_dict()}
         except Exception as error:  # its classes differ between versions
@@ -309,15 +260,11 @@ FINEWEB_EDU = Hub(
     download_bytes=27_000_000_000,
 )
 HUB = {corpus.name: corpus for corpus in (OPENWEBTEXT, FINEWEB_EDU)}
-Source: TypeAlias = Texts | Documents
+Source: TypeAlias = Texts | JsonLines | Parquet | Hub
 
 
 def import_extra(module: str) -> Any:
-    """Import a module of the extra `corpora`.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """Import a module of the extra `corpora`."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -1,7 +1,6 @@
 """Download tiny Shakespeare from one of its mirrors and verify its checksum."""
 
 import hashlib
-import http.client
 from pathlib import Path
 
 from nanogpt_jax.errors import InputError
@@ -24,15 +23,13 @@ class Unavailable(InputError):
 
 
 def tiny_shakespeare(path: Path) -> bytes:
-    """Return the text from the first mirror that has it.
+    """Return the text from the first mirror that has it, or raise Unavailable.
 
     Args:
         path: where the text will be stored, for the message.
-
-    Raises:
-        Unavailable: no mirror can be reached, or none has the right text.
     """
-    import urllib.request  # slow to import
+    import http.client  # slow to import, like the next
+    import urllib.request
 
     reasons = []
     for url in SHAKESPEARE_URLS:
@@ -46,8 +43,5 @@ def tiny_shakespeare(path: Path) -> bytes:
             return content
         reasons.append(f"{url} sent a different text: its sha256 differs")
     reason = "; ".join(dict.fromkeys(reasons))  # each reason once
-    raise Unavailable(
-        f"tiny Shakespeare could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as "
-        f"{path}",
-        reason,
-    )
+    message = f"tiny Shakespeare could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as"
+    raise Unavailable(f"{message} {path}", reason)

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora import shards
 from nanogpt_jax.corpora.documents import Source
-from nanogpt_jax.corpora.shards import PROGRESS, SHARD_TOKENS, ShardWriter, read_meta
+from nanogpt_jax.corpora.shards import PROGRESS, ShardWriter, read_meta
 from nanogpt_jax.corpora.text import first_texts, in_batches, read_ahead, train_characters
 from nanogpt_jax.corpora.tokenizer import (
     TOKENIZER_FILE,
@@ -29,9 +30,9 @@ from nanogpt_jax.corpora.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
-)
+)  # fmt: skip
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.files import locked, read_json, write_atomically, write_json
+from nanogpt_jax.files import delete_partials, locked, read_json, write_atomically, write_json
 
 BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
 JOURNAL_S = 10.0  # of work that a kill can lose
@@ -42,11 +43,7 @@ CHARS_PER_S = 20e6
 
 
 def prepare_folder(
-    source: Source,
-    folder: Path,
-    spec: TokenizerSpec,
-    min_tokens: int = 1,
-    shard_tokens: int = SHARD_TOKENS,
+    source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, shard_tokens: int
 ) -> Path:
     """Tokenize a source into a folder unless that is done already; return the folder.
 
@@ -62,25 +59,24 @@ def prepare_folder(
         _check_done(source, folder, min_tokens)
         return folder
     journal = _read_journal(folder)
-    is_known = journal is not None and _belongs(journal, spec, stat)
+    is_known = journal and _belongs(journal, spec, stat)
     source_info = journal["facts"] if journal and is_known else _scan(source, spec)
     if _is_done(folder, source_sha256=source_info.get("sha256")):
         with contextlib.suppress(OSError):  # touched or copied: spare the next start the reading
-            meta = read_meta(folder)
-            if meta.get("source_stat") != stat:
-                write_json(folder / "meta.json", meta | {"source_stat": stat})
+            if stat:
+                write_json(folder / "meta.json", read_meta(folder) | {"source_stat": stat})
         _check_done(source, folder, min_tokens)
         return folder
     if spec.label == "char" and "characters" in source_info:
-        n_train = train_characters(source_info["characters"])
-        sizes = n_train, source_info["characters"] - n_train
-        _check_length(source, sizes, min_tokens, "characters")
+        n_chars = source_info["characters"]
+        n_train = train_characters(n_chars)
+        _check_length(source, (n_train, n_chars - n_train), min_tokens, "characters")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, lambda: _report_waiting(folder)):
+        waiting = f"waiting for another process that prepares {folder}"
+        with locked(folder, lambda: print(waiting, file=sys.stderr)):
             folder.mkdir(exist_ok=True)  # the process that had the lock may have removed it
-            # Another process may have finished it meanwhile.
-            if not _is_done(folder, stat, source_info.get("sha256")):
+            if not _is_done(folder, stat, source_info.get("sha256")):  # or finished it
                 _Preparation(source, folder, spec, source_info, stat).run(min_tokens, shard_tokens)
     except OSError as error:
         raise unwritable(folder, error) from None
@@ -91,15 +87,10 @@ def prepare_folder(
 
 
 def unwritable(path: Path, error: OSError) -> InputError:
-    """Return the error to raise when a corpus cannot be written."""
     return InputError(
         f"{path}: must be writable, but: {error.strerror}; free some space or pass another folder "
         "with --data_dir"
     )
-
-
-def _report_waiting(folder: Path) -> None:
-    print(f"waiting for another process that prepares {folder}", file=sys.stderr)
 
 
 def is_prepared(source: Source, folder: Path, spec: TokenizerSpec) -> bool:
@@ -116,8 +107,7 @@ def _is_done(
     meta = read_meta(folder)
     same_stat = source_stat is not None and meta.get("source_stat") == source_stat
     same_text = source_sha256 is not None and meta.get("source_sha256") == source_sha256
-    is_finished = not (folder / PROGRESS).exists() and shards.are_complete(folder, meta)
-    return (same_stat or same_text) and is_finished
+    return (same_stat or same_text) and shards.are_complete(folder, meta)
 
 
 def _check_done(source: Source, folder: Path, min_tokens: int) -> None:
@@ -182,26 +172,23 @@ def _advance(bar, done: int) -> None:
     bar.update(done - bar.n)
 
 
+@dataclass
 class _Preparation:
     """The preparation of one folder, which this process has locked."""
 
-    def __init__(
-        self,
-        source: Source,
-        folder: Path,
-        spec: TokenizerSpec,
-        source_info: dict,
-        stat: str | None,
-    ):
-        self.source, self.folder, self.spec, self.stat = source, folder, spec, stat
-        self.source_info, self._has_written = source_info, False
+    source: Source
+    folder: Path
+    spec: TokenizerSpec
+    source_info: dict  # what `source.scan` returned
+    stat: str | None  # of the source
+    has_written: bool = False
 
     def run(self, min_tokens: int, shard_tokens: int) -> None:
         try:
             tokenizer, journal = self._resume() or self._begin(shard_tokens)
             self._tokenize(tokenizer, journal, min_tokens)
         except InputError:
-            if self._has_written and _read_journal(self.folder) is None:
+            if self.has_written and _read_journal(self.folder) is None:
                 self._delete()  # there is nothing to resume from
             raise
         except KeyboardInterrupt:
@@ -220,10 +207,7 @@ class _Preparation:
             why = f"{self.source.name} changed"
         elif (tokenizer := self._load_tokenizer(journal["tokenizer_hash"])) is None:
             why = f"its {TOKENIZER_FILE} changed"
-        elif not all(
-            ShardWriter.recover(self.folder, split, journal["dtype"], journal["splits"][split])
-            for split in SPLITS
-        ):
+        elif not all(ShardWriter.recover(self.folder, split, journal) for split in SPLITS):
             why = "token files are missing or cut off"
         else:
             self.source_info = journal["facts"]
@@ -249,7 +233,7 @@ class _Preparation:
         _estimate(self.source, self.folder, tokenizer, np.dtype(dtype).itemsize, freed_bytes)
         # First of all, so that nobody takes an incomplete folder for a complete one.
         write_atomically(self.folder / PROGRESS, b"{}\n")
-        self._has_written = True
+        self.has_written = True
         (self.folder / "meta.json").unlink(missing_ok=True)
         for path in replaced:
             path.unlink()
@@ -269,18 +253,14 @@ class _Preparation:
         separator = np.zeros(0, np.int64)
         if tokenizer.separator:
             separator = tokenizer.encode_prompt(tokenizer.separator)  # as a token, not as text
-        dtype, shard_tokens = journal["dtype"], journal["shard_tokens"]
-        writers = {
-            split: ShardWriter(self.folder, split, dtype, shard_tokens, journal["splits"][split])
-            for split in SPLITS
-        }
+        writers = {split: ShardWriter(self.folder, split, journal) for split in SPLITS}
         first_tokens = sum(writer.n_tokens for writer in writers.values())
         if first_tokens:
             print(f"resuming {self.folder} from {first_tokens:,} tokens")
         start_s = saved_s = time.monotonic()
         n_shards = 0
         # The journal is written between batches; small shards need small batches.
-        max_bytes = min(BATCH_BYTES, 4 * shard_tokens)
+        max_bytes = min(BATCH_BYTES, 4 * journal["shard_tokens"])
         pieces = self.source.pieces(self.source_info, journal["position"])
         try:
             with _bar(self.source, str(self.folder), journal.get("done", 0)) as bar:
@@ -297,10 +277,9 @@ class _Preparation:
                     n_full = sum(len(writer.files) for writer in writers.values())
                     is_due = n_full > n_shards or time.monotonic() - saved_s > JOURNAL_S
                     if is_due and batch[-1].position is not None:
-                        states = {split: writer.sync() for split, writer in writers.items()}
                         at = {"position": batch[-1].position, "done": batch[-1].done}
-                        content = json.dumps(journal | at | {"splits": states})
-                        write_atomically(self.folder / PROGRESS, content.encode())
+                        at["splits"] = {split: writer.sync() for split, writer in writers.items()}
+                        write_atomically(self.folder / PROGRESS, json.dumps(journal | at).encode())
                         n_shards, saved_s = n_full, time.monotonic()
             self._finish(tokenizer, journal, writers, min_tokens)
         finally:
@@ -308,11 +287,7 @@ class _Preparation:
                 writer.close()
 
     def _finish(
-        self,
-        tokenizer: Tokenizer,
-        journal: dict,
-        writers: dict[str, ShardWriter],
-        min_tokens: int,
+        self, tokenizer: Tokenizer, journal: dict, writers: dict[str, ShardWriter], min_tokens: int
     ) -> None:
         try:
             if self.source.stat() != self.stat and not self._is_unchanged():
@@ -343,7 +318,7 @@ class _Preparation:
         }
         write_json(self.folder / "meta.json", meta)
         (self.folder / PROGRESS).unlink()
-        self._delete_partials()
+        delete_partials(self.folder)  # of a killed process
         n_chars = self.source_info.get("characters")
         of_chars = f"{n_chars:,} characters, " if n_chars else ""
         is_char = isinstance(tokenizer, CharTokenizer)
@@ -357,13 +332,8 @@ class _Preparation:
         """Read the source again: only its time may have changed."""
         return "sha256" in self.source_info and _scan(self.source, self.spec) == self.source_info
 
-    def _delete_partials(self) -> None:
-        """Delete small files that a killed process was writing."""
-        for path in self.folder.glob("*.json.*.partial"):
-            path.unlink()
-
     def _delete(self) -> None:
-        self._delete_partials()
+        delete_partials(self.folder)
         for path in shards.written(self.folder):
             path.unlink()
         for name in (TOKENIZER_FILE, PROGRESS):
@@ -373,14 +343,10 @@ class _Preparation:
 def _estimate(
     source: Source, folder: Path, tokenizer: Tokenizer, id_bytes: int, freed_bytes: int
 ) -> None:
-    """Print what a large source needs: disk, memory, hours.
+    """Print what a large source needs, and refuse one whose tokens the disk cannot hold.
 
     Args:
-        id_bytes: bytes per token on disk.
         freed_bytes: of files in the folder that the new ones replace.
-
-    Raises:
-        InputError: the disk cannot hold the tokens.
     """
     free_bytes = shutil.disk_usage(folder).free + freed_bytes
     if source.text_bytes <= LARGE_BYTES and source.text_bytes * id_bytes < free_bytes:

@@ -22,11 +22,7 @@ _TOKEN_FILE = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
 
 
 def read_meta(folder: Path) -> dict:
-    """Read a folder's meta.json; return {} if there is none.
-
-    Raises:
-        InputError: it is something else, or names files outside the folder.
-    """
+    """Read a folder's meta.json; return {} if there is none, refuse names outside the folder."""
     path = folder / "meta.json"
     if not path.exists():
         return {}
@@ -110,7 +106,9 @@ def files_of(folder: Path, split: str, meta: dict) -> list[dict]:
 
 
 def are_complete(folder: Path, meta: dict) -> bool:
-    """Return whether every file in meta.json exists and has the size it says."""
+    """Return whether every file in meta.json exists with its size, and none is in progress."""
+    if (folder / PROGRESS).exists():
+        return False
     width = np.dtype(meta.get("dtype", "uint16")).itemsize
     files = [file for split in SPLITS for file in files_of(folder, split, meta)]
     return all(_size(folder / file["name"]) == file.get("tokens", -1) * width for file in files)
@@ -124,16 +122,13 @@ def _size(path: Path) -> int | None:
 
 
 class ShardWriter:
-    """The shards of one split as they grow.
+    """The shards of one split as they grow, from where a journal says they are."""
 
-    Args:
-        state: what `sync` returned, to continue from there; None: nothing has been written.
-    """
-
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, state: dict | None):
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        state = state or {"files": [], "open_tokens": 0, "open_crc32": 0, "crc32": 0}
+    def __init__(self, folder: Path, split: str, journal: dict):
+        self._folder, self._split, self._shard_tokens = folder, split, journal["shard_tokens"]
+        self._dtype = np.dtype(journal["dtype"]).newbyteorder("<")
+        start = {"files": [], "open_tokens": 0, "open_crc32": 0, "crc32": 0}
+        state = journal["splits"][split] or start
         self.files = list(state["files"])
         self._open_tokens, self._open_crc32 = state["open_tokens"], state["open_crc32"]
         self._crc32 = state["crc32"]  # of the whole split
@@ -151,9 +146,9 @@ class ShardWriter:
             return False
 
     @staticmethod
-    def recover(folder: Path, split: str, dtype: str, state: dict) -> bool:
-        """Restore the files to `state`, which `sync` returned; return whether that is possible."""
-        width = np.dtype(dtype).itemsize
+    def recover(folder: Path, split: str, journal: dict) -> bool:
+        """Restore the files to what a journal says; return whether that is possible."""
+        state, width = journal["splits"][split], np.dtype(journal["dtype"]).itemsize
         names = [file["name"] for file in state["files"]]
         if any(_size(folder / f["name"]) != f["tokens"] * width for f in state["files"]):
             return False

@@ -67,9 +67,6 @@ def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[st
     """Yield (text, offset of the byte after it) of a UTF-8 file, starting at a byte offset.
 
     A byte order mark is skipped, and Windows line ends become "\\n".
-
-    Raises:
-        InputError: the file is not UTF-8 text; names the first bad byte.
     """
     if offset == 0:
         file.seek(0)
@@ -80,9 +77,9 @@ def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[st
         content = file.read(length)
         is_last = len(content) < length
         if (at := content.find(b"\0")) >= 0:
+            at += offset
             raise InputError(
-                f"{name}: must be UTF-8 text, but is binary (a 0 at byte {offset + at}): pass a "
-                "text file"
+                f"{name}: must be UTF-8 text, but is binary (a 0 at byte {at}): convert it"
             )
         try:
             text, n_bytes = codecs.utf_8_decode(content, "strict", is_last)
@@ -103,22 +100,21 @@ def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[st
             yield text.replace("\r\n", "\n"), offset
 
 
-def size_of(file: Path) -> int:
-    """Return a file's size in bytes.
-
-    Raises:
-        InputError: the file cannot be read, such as a broken link.
-    """
+def _stat(file: Path) -> os.stat_result:
     with reading(file, "a file"):
-        return file.stat().st_size
+        return file.stat()
 
 
-def stat_of(files: Iterable[Path]) -> str:
+def sizes_of(files: list[Path]) -> list[int]:
+    """Return files' sizes in bytes."""
+    return [_stat(file).st_size for file in files]
+
+
+def stat_of(files: list[Path]) -> str:
     """Return a hash of files' names, sizes and times: if it is unchanged, so are the files."""
     digest = hashlib.sha256()
     for file in files:
-        with reading(file, "a file"):
-            found = file.stat()
+        found = _stat(file)
         digest.update(os.fsencode(file.name))
         digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -130,12 +126,7 @@ def hash_of(sizes: list[int]) -> str:
 
 
 class Texts:
-    """One text: a file, or several joined by the tokenizer's separator.
-
-    Args:
-        name: what messages call it.
-        files: in their order, or the text itself.
-    """
+    """One text: files, in their order, joined by the tokenizer's separator; or the text itself."""
 
     unit = "B"
     split_in_words = "the last tenth of the characters, at most 10 million, is for validation"
@@ -144,7 +135,7 @@ class Texts:
         self.name = name
         self._files = [] if isinstance(files, str) else files
         self._content = files.encode() if isinstance(files, str) else None
-        self._sizes = [size_of(file) for file in self._files] or [len(self._content or b"")]
+        self._sizes = sizes_of(self._files) or [len(self._content or b"")]
         self._begins = [0, *itertools.accumulate(self._sizes)]
         self.size = self.text_bytes = self._begins[-1]
 
@@ -156,12 +147,7 @@ class Texts:
         """Read everything once; return its `sha256`, number of `characters` and distinct `chars`.
 
         The `sizes` of the files are added since line ends, which the hash ignores, move positions.
-
-        Args:
-            advance: called with how much of `size` has been read.
-
-        Raises:
-            InputError: it is not text, or empty.
+        `advance` is called with how much of `size` has been read.
         """
         digest, n_chars, chars, is_empty = hashlib.sha256(), 0, set(), True
         for i in range(len(self._sizes)):
@@ -182,10 +168,9 @@ class Texts:
         return found | ({"chars": "".join(sorted(chars))} if wants_chars else {})
 
     def pieces(self, source_info: dict, position: dict | None = None) -> Iterator[Piece]:
-        """Yield the pieces after a position. A separator counts as one character.
+        """Yield the pieces after a position, given what `scan` returned.
 
-        Args:
-            source_info: what `scan` returned.
+        A separator counts as one character.
         """
         first, begin, at = (position or {"at": (0, 0, 0)})["at"]
         cut = train_characters(source_info["characters"])

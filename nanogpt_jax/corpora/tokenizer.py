@@ -50,17 +50,16 @@ class CharTokenizer:
 
     @property
     def default_start(self) -> str:
-        """The prompt to use if none is given: like nanoGPT's, a line break if there is one."""
+        """The prompt if none is given: like nanoGPT's, a line break if there is one."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
     @property
     def separator(self) -> str:
-        """The text that separates two documents."""
+        """The text that separates two documents; "" if the vocabulary has none."""
         return "\n" if "\n" in self.chars else ""
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token, in UTF-8."""
         return [char.encode("utf-8", "surrogatepass") for char in self.chars]
 
     @cached_property
@@ -68,11 +67,7 @@ class CharTokenizer:
         return _code_points(self.chars)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, int64 of shape (len(text),).
-
-        Raises:
-            InputError: the text has characters outside the vocabulary; the message lists them.
-        """
+        """Return the ids of `text`, int64 of shape (len(text),); refuse unknown characters."""
         code_points = _code_points(text)
         ids = np.searchsorted(self._code_points, code_points)
         is_known = self._code_points[np.minimum(ids, self.vocab_size - 1)] == code_points
@@ -86,11 +81,9 @@ class CharTokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Return the ids of a prompt, the same as `encode`."""
         return self.encode(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Return the ids of each of many texts."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
@@ -98,7 +91,6 @@ class CharTokenizer:
         return "".join(self.chars[i] if i < self.vocab_size else "\ufffd" for i in ids)
 
     def stream_decoder(self) -> Callable[..., str]:
-        """Return a function (ids, final) that decodes ids as they arrive."""
         return lambda ids, final=False: self.decode(ids)
 
     def to_json(self) -> str:
@@ -115,11 +107,7 @@ class BPETokenizer:
     default_start = "\n"  # nanoGPT's
 
     def __init__(self, content: str):
-        """Read the content of a `tokenizer.json`.
-
-        Raises:
-            ValueError: it is not byte-level BPE.
-        """
+        """Read the content of a `tokenizer.json`; raise ValueError if it is not byte-level BPE."""
         from tokenizers import Tokenizer  # slow to import
 
         _check_form(json.loads(content))
@@ -143,9 +131,7 @@ class BPETokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Train a tokenizer on the most frequent pairs in some texts.
 
-        Args:
-            vocab_size: includes 256 bytes and END_OF_TEXT; the result may be smaller if the texts
-                have too few pairs.
+        The vocabulary includes 256 bytes and END_OF_TEXT; it is smaller if the pairs are too few.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -168,24 +154,14 @@ class BPETokenizer:
         return hash(self.to_json())
 
     @property
-    def merges(self) -> list:
-        """Pairs of tokens that become one, in order of priority."""
-        return json.loads(self.to_json())["model"]["merges"]
-
-    @property
     def separator(self) -> str:
-        """The text of the token that separates two documents; "" if the vocabulary has none."""
         return END_OF_TEXT if END_OF_TEXT in self.special_tokens.values() else ""
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token.
-
-        Raises:
-            ValueError: a token has a character that stands for no byte.
-        """
         byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
-        tokens = [self._of_text.id_to_token(i) for i in range(self.vocab_size)]
+        vocab = self._of_text.get_vocab()
+        tokens = sorted(vocab, key=vocab.__getitem__)
         try:
             return [
                 self.special_tokens[i].encode()
@@ -197,11 +173,7 @@ class BPETokenizer:
             raise ValueError(f"the character {error} in its tokens stands for no byte") from None
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, int64 of shape (n,); "<|endoftext|>" in it is ordinary text.
-
-        Raises:
-            InputError: the text has a lone surrogate, half of a character.
-        """
+        """Return the ids of `text`, int64 of shape (n,); "<|endoftext|>" in it is ordinary text."""
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> np.ndarray:
@@ -256,23 +228,13 @@ class TokenizerSpec:
 
     @classmethod
     def parse(cls, requested: str, vocab_size: int | None = None) -> "TokenizerSpec":
-        """Return what char, gpt2, bpe or a path stands for.
-
-        Args:
-            vocab_size: of bpe; ignored for others, which have their own.
-
-        Raises:
-            InputError: it is none of these, not a tokenizer's file, or the vocabulary is too small.
-        """
+        """Return what char, gpt2, bpe (with vocab_size) or a path to a file stands for."""
         if requested in ("char", "gpt2"):
             return cls(requested)
         if requested == "bpe":
             size = vocab_size or BPE_VOCAB_SIZE
             if size < 257:
-                raise InputError(
-                    "vocab_size must be at least 257 for bpe, 256 bytes and a separator of "
-                    f"documents, got {size}"
-                )
+                raise InputError(f"vocab_size must be at least 257 for bpe, got {size}")
             return cls(f"bpe{size}", vocab_size=size)
         path = Path(requested)
         path = path / TOKENIZER_FILE if path.is_dir() else path
@@ -285,7 +247,7 @@ class TokenizerSpec:
         return cls("gpt2" if found == GPT2_HASH else found, path)  # in the folder of gpt2
 
     def make(self, chars: str = "", texts: Iterable[str] = ()) -> Tokenizer:
-        """Return the tokenizer: from a file, of `chars`, or bpe trained on `texts`."""
+        """Return the tokenizer: of `chars`, read from its file, or bpe trained on `texts`."""
         if self.label == "char":
             return CharTokenizer(chars)
         if self.vocab_size is None:
@@ -297,11 +259,7 @@ class TokenizerSpec:
         return trained
 
     def matches(self, tokenizer: Tokenizer, label: str | None) -> bool:
-        """Return whether a folder's tokenizer is the one that this spec asks for.
-
-        Args:
-            label: what the folder's meta.json says.
-        """
+        """Return whether it describes a folder's tokenizer, whose label meta.json may have."""
         found = tokenizer_hash(tokenizer)
         if self.label in (label, found, "gpt2" if found == GPT2_HASH else None):
             return True
@@ -312,9 +270,10 @@ class TokenizerSpec:
 
 
 def _gpt2_tokenizer() -> Path:
-    name = TOKENIZER_FILE
-    flag = f"--tokenizer FOLDER/{name}; for your own text, --tokenizer bpe needs no download"
-    return files.download_from_hub("openai-community/gpt2", name, f"save {name}", flag)
+    flag = "--tokenizer FOLDER/tokenizer.json; for your own text, --tokenizer bpe needs no download"
+    return files.download_from_hub(
+        "openai-community/gpt2", TOKENIZER_FILE, "save tokenizer.json", flag
+    )
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
@@ -326,7 +285,8 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """Return eight hex digits that identify what a tokenizer does, however its file is written."""
     content = [token.hex() for token in tokenizer.token_bytes]
     if isinstance(tokenizer, BPETokenizer):
-        content += [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer.merges]
+        merges = json.loads(tokenizer.to_json())["model"]["merges"]
+        content += [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
         # How a text is cut before merging shows in the ids of some tokens' own text.
         some = tokenizer.token_bytes[:: 1 + tokenizer.vocab_size // 8192]
         texts = [token.decode("utf-8", "ignore") for token in some]
@@ -347,11 +307,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _check_form(fields: dict) -> None:
-    """Refuse all but byte-level BPE, and parts that can make `tokenizers` panic.
-
-    Raises:
-        ValueError: naming the part.
-    """
+    """Raise ValueError for all but byte-level BPE, and for parts that make `tokenizers` panic."""
     model = fields["model"]
     cuts = _kinds(fields.get("pre_tokenizer"), "pretokenizers")
     if model["type"] != "BPE" or "ByteLevel" not in cuts:
@@ -385,11 +341,7 @@ def _byte_characters() -> list[str]:
 
 
 def tokenizer_from_json(content: str) -> Tokenizer:
-    """Return the tokenizer that a `tokenizer.json` describes.
-
-    Raises:
-        ValueError: it describes none that this version knows.
-    """
+    """Return the tokenizer that a `tokenizer.json` describes; raise ValueError for any other."""
     try:
         loaded = files.loads(content)
         if loaded.get("type") == "char":
@@ -413,20 +365,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Read a folder's tokenizer.json; return None if there is none (`.bin` files made elsewhere).
-
-    Raises:
-        InputError: the file is not a tokenizer that this version knows.
-    """
+    """Read a folder's tokenizer.json; return None if there is none."""
     path = Path(folder, TOKENIZER_FILE)
     return read_tokenizer(path) if path.exists() else None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer's file.
-
-    Raises:
-        InputError: it cannot be read, or is not a tokenizer that this version knows.
-    """
+    """Read a tokenizer's file, or raise InputError."""
     with reading(path, REQUIREMENT):
         return tokenizer_from_json(files.read_text(path, MAX_FILE_BYTES))

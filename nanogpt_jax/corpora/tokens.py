@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,11 +25,7 @@ class TokenFiles:
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        parts: Sequence[np.ndarray],
-        vocab_size: int,
-        is_checked: bool,
+        self, paths: list[Path], parts: list[np.ndarray], vocab_size: int, is_checked: bool
     ):
         self._paths, self._vocab_size, self._is_checked = paths, vocab_size, is_checked
         self._parts = [np.asarray(part) for part in parts]  # slicing a memmap is slower
@@ -41,38 +37,27 @@ class TokenFiles:
         return self._begins[-1]
 
     def __getitem__(self, index: slice) -> np.ndarray:
-        """Return a slice of the ids.
-
-        Raises:
-            InputError: it has an id past the vocabulary; names the file and the position in it.
-        """
+        """Return a slice of the ids, or raise InputError if one is past the vocabulary."""
         begin, end, step = index.indices(len(self))
         if step != 1:
             raise ValueError(f"token files are read in steps of 1, not {step}")
         first = max(0, min(bisect.bisect_right(self._begins, begin), len(self._parts)) - 1)
         last = max(first + 1, bisect.bisect_left(self._begins, end))
-        found = []
+        pieces = []
         for i in range(first, last):
-            start = self._begins[i]
-            part = self._parts[i][max(0, begin - start) : max(0, end - start)]
+            offset = max(0, begin - self._begins[i])
+            piece = self._parts[i][offset : max(0, end - self._begins[i])]
             if not self._is_checked:
-                offset = max(0, begin - start)
-                check_ids(part, self._vocab_size, self._paths[i], offset)
-            found.append(part)
-        return found[0] if len(found) == 1 else np.concatenate(found)
+                check_ids(piece, self._vocab_size, self._paths[i], offset)
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 Tokens: TypeAlias = np.ndarray | TokenFiles
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: Path, offset: int = 0) -> None:
-    """Check that ids, read from a position in a file on, are below the vocabulary's size.
-
-    A gather on the device clamps a larger id, or reads NaN, without an error.
-
-    Raises:
-        InputError: one is not.
-    """
+    """Refuse ids past the vocabulary, which a gather on the device would silently clamp."""
     if ids.size and (largest := int(ids.max())) >= vocab_size:
         raise InputError(
             f"{path}: ids must be below the vocabulary's size {vocab_size}, but token "
@@ -88,11 +73,7 @@ def pieces_of(tokens: Tokens) -> Iterator[np.ndarray]:
 
 
 def check_size(path: Path, dtype: str) -> int:
-    """Return the number of ids in a `.bin` file.
-
-    Raises:
-        InputError: there is no such file, or it does not hold whole ids.
-    """
+    """Return the number of ids in a `.bin` file; refuse a missing or cut off one."""
     if not path.is_file():
         raise InputError(f"{path}: must exist, but there is no such file: prepare the corpus again")
     n_bytes, width = path.stat().st_size, np.dtype(dtype).itemsize
@@ -104,13 +85,14 @@ def check_size(path: Path, dtype: str) -> int:
     return n_bytes // width
 
 
-def map_files(paths: Sequence[Path], dtype: str) -> list[np.ndarray]:
-    """Map `.bin` files of little-endian ids, none of them empty, read-only."""
+def map_files(paths: list[Path], dtype: str) -> list[np.ndarray]:
+    """Map `.bin` files of little-endian ids, read-only; an empty one cannot be mapped."""
+    paths = [path for path in paths if path.exists() and path.stat().st_size]
     return [np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r") for path in paths]
 
 
 def open_tokens(
-    paths: Sequence[Path], dtype: str, vocab_size: int, min_tokens: int, crc32: int | None = None
+    paths: list[Path], dtype: str, vocab_size: int, min_tokens: int, crc32: int | None = None
 ) -> tuple[Tokens, int]:
     """Open and check the `.bin` files of a split.
 
@@ -131,7 +113,6 @@ def open_tokens(
             f"{paths[0]}: must hold at least block_size + 1 = {min_tokens} tokens, "
             f"but has {n_tokens}: use more text or a smaller --block_size"
         )
-    names = ", ".join(path.name for path in paths)
     paths = [path for path in paths if path.stat().st_size]
     parts = map_files(paths, dtype)
     is_small = n_tokens * parts[0].itemsize <= CHECKED_BYTES
@@ -141,8 +122,9 @@ def open_tokens(
     for path, part in zip(paths, parts, strict=True):
         for i, piece in enumerate(pieces_of(part)):
             check_ids(piece, vocab_size, path, i * PIECE_TOKENS)
-            found = zlib.crc32(piece, found)
+            found = zlib.crc32(piece.data, found)
     if crc32 not in (None, found):
+        names = ", ".join(path.name for path in paths)
         raise InputError(
             f"{paths[0].parent}: the token files must have the checksum in meta.json, but {names} "
             "changed: delete the folder and prepare it again"

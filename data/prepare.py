@@ -10,8 +10,8 @@ for one without. If it is interrupted, run the same command again to continue.
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt_jax import corpora
 from nanogpt_jax.config import check_fields, parse_args, split_words
-from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError, run_command
 
 

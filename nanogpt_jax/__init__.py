@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nanogpt_jax.config import ModelConfig, SampleConfig
-    from nanogpt_jax.corpora.tokenizer import Tokenizer
+    from nanogpt_jax.corpora import Tokenizer
     from nanogpt_jax.model import Model
 
 __version__ = "0.1.0"
@@ -81,14 +81,14 @@ def find(source: str | os.PathLike | None = None) -> Source:
     """Return a model's shape and tokenizer without importing JAX; see `load`."""
     from nanogpt_jax import gpt2
     from nanogpt_jax.config import GPT2_SHAPES
-    from nanogpt_jax.corpora import tokenizer as tokenizers
+    from nanogpt_jax.corpora import load_tokenizer, read_tokenizer
     from nanogpt_jax.errors import InputError, did_you_mean
     from nanogpt_jax.run import newest, read_model_config
 
     if source is not None and gpt2.is_gpt2(source):
         name = str(source)
         path = gpt2.tokenizer_of(name)
-        tokenizer = None if path is None else tokenizers.read(Path(path))
+        tokenizer = None if path is None else read_tokenizer(Path(path))
         return Source(name, None, gpt2.read_config(name), tokenizer)
     folder = newest() if source is None else Path(source)
     config_path = folder / "config.json"
@@ -98,7 +98,7 @@ def find(source: str | os.PathLike | None = None) -> Source:
             f"a model must be a run's folder, like out/small, a folder with a Hugging Face GPT-2, "
             f"or {', '.join(GPT2_SHAPES)}, but there is no {config_path}.{hint}"
         )
-    return Source(str(folder), folder, read_model_config(folder), tokenizers.load(folder))
+    return Source(str(folder), folder, read_model_config(folder), load_tokenizer(folder))
 
 
 def load(

@@ -18,10 +18,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
+from nanogpt_jax.config import SPLITS
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.sharding import by_rows, put, replicated
 
-SPLITS = ("train", "val")
 RESIDENT_BYTES = 256 * 2**20  # a larger split is not stored on the devices
 READ_AHEAD_STEPS = 4
 MAX_EVAL_TOKENS = 2**30

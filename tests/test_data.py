@@ -1,11 +1,11 @@
 import itertools
-import zlib
 
 import numpy as np
 import pytest
 
 from nanogpt_jax import data
-from nanogpt_jax.data import TrainBatches, batch_offsets, eval_batches, open_tokens
+from nanogpt_jax.corpora import open_tokens
+from nanogpt_jax.data import TrainBatches, batch_offsets, eval_batches
 from nanogpt_jax.errors import InputError
 
 
@@ -19,7 +19,7 @@ def gather(tokens, offsets, length):
 def tokens(tmp_path):
     """501 ids in a file, mapped as a run maps them."""
     np.random.default_rng(0).integers(0, 999, 501).astype("<u2").tofile(tmp_path / "train.bin")
-    return open_tokens(tmp_path / "train.bin", "uint16", 999, 9)[0]
+    return open_tokens([tmp_path / "train.bin"], "uint16", 999, 9)[0]
 
 
 # Where the windows of a batch begin
@@ -202,104 +202,3 @@ def test_an_evaluation_takes_no_more_memory_than_its_windows():
 def test_a_dispatch_of_huge_batches_has_few_steps():
     batches = data.TrainBatches(np.zeros(101, "<u2"), 0, 8, (1024, 1024), 1024)
     assert batches.offsets(0, 1).shape == (2, 1024, 1024)
-
-
-# Token files
-
-
-def test_a_token_file_is_mapped_read_only(tokens):
-    assert isinstance(tokens, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        tokens[0] = 1
-
-
-@pytest.mark.parametrize("n_tokens", [1000, 2**24 + 6])
-def test_the_checksum_is_that_of_the_files_bytes(tmp_path, n_tokens):
-    """A large file is read in pieces."""
-    path = tmp_path / "train.bin"
-    (np.arange(n_tokens) % 1000).astype("<u2").tofile(path)
-    assert open_tokens(path, "uint16", 1000, 9)[1] == zlib.crc32(path.read_bytes())
-
-
-@pytest.mark.parametrize("position", [0, 2**24 - 1, 2**24, 2**24 + 5])
-def test_a_bad_id_is_found_in_whichever_piece_of_a_large_file(tmp_path, position):
-    ids = np.zeros(2**24 + 6, "<u2")
-    ids[position] = 65
-    ids.tofile(tmp_path / "train.bin")
-    with pytest.raises(InputError, match=f"below .* size 65, but token {position} is 65"):
-        open_tokens(tmp_path / "train.bin", "uint16", 65, 9)
-
-
-def test_bytes_are_little_endian_on_any_machine(tmp_path):
-    (tmp_path / "train.bin").write_bytes(bytes([1, 0, 0, 1]))
-    assert open_tokens(tmp_path / "train.bin", "uint16", 257, 2)[0].tolist() == [1, 256]
-
-
-# Shards
-
-
-@pytest.fixture
-def write_shards(tmp_path, monkeypatch):
-    """Write ids into files of some lengths, too many to lie on the device: the paths."""
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 100)
-
-    def write(ids, lengths):
-        bounds = np.cumsum([0, *lengths])
-        paths = [tmp_path / f"train_{i:05d}.bin" for i in range(len(lengths))]
-        for path, begin, end in zip(paths, bounds[:-1], bounds[1:], strict=True):
-            ids[begin:end].astype("<u2").tofile(path)
-        return paths
-
-    return write
-
-
-IDS = np.arange(500) * 7 % 500
-
-
-@pytest.mark.parametrize("lengths", [[500], [100, 150, 250], [3, 1, 1, 1, 494], [250, 250]])
-def test_many_files_are_one_array(write_shards, lengths):
-    paths = write_shards(IDS, lengths)
-    shards, crc = open_tokens(paths, "uint16", 500, 9, crc32=7)
-    assert crc == 7  # trusted
-    assert isinstance(shards, data.Shards)
-    assert (len(shards), shards.dtype, shards.itemsize, shards.nbytes) == (500, "<u2", 2, 1000)
-    np.testing.assert_array_equal(np.asarray(shards), IDS)
-    np.testing.assert_array_equal(np.asarray(shards, np.int32), IDS)
-    bounds = {0, 500, *np.cumsum(lengths).tolist()}
-    places = sorted({place + d for place in bounds for d in (-2, -1, 0, 1, 2)})
-    for begin, end in itertools.product(places, places):
-        np.testing.assert_array_equal(shards[begin:end], IDS[begin:end])
-    assert [shards[i] for i in (0, 2, 3, -1)] == [IDS[i] for i in (0, 2, 3, -1)]
-    offsets = np.arange(492).reshape(4, 123)
-    windows = data.read_windows(shards, offsets, 9)
-    np.testing.assert_array_equal(windows, gather(IDS, offsets, 9))
-
-
-def test_what_is_not_trusted_is_checked_in_every_file(write_shards):
-    ids = IDS.copy()
-    paths = write_shards(ids, [100, 150, 250])
-    content = b"".join(path.read_bytes() for path in paths)
-    assert open_tokens(paths, "uint16", 500, 9)[1] == zlib.crc32(content)
-    ids[130] = 500
-    paths = write_shards(ids, [100, 150, 250])
-    with pytest.raises(InputError, match=r"train_00001\.bin: .* size 500, but token 30 is 500"):
-        open_tokens(paths, "uint16", 500, 9)
-
-
-def test_a_small_corpus_of_many_files_is_an_array_and_checked(write_shards, monkeypatch):
-    paths = write_shards(IDS, [100, 150, 250])
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 1000)
-    ids, crc = open_tokens(paths, "uint16", 500, 9)
-    assert type(ids) is np.ndarray
-    np.testing.assert_array_equal(ids, IDS)
-    with pytest.raises(InputError, match=r"must have the checksum that meta\.json says"):
-        open_tokens(paths, "uint16", 500, 9, crc32=crc + 1)
-
-
-def test_a_bad_id_of_a_trusted_file_is_found_when_it_is_read(write_shards):
-    ids = IDS.copy()
-    ids[130] = 500
-    shards, _ = open_tokens(write_shards(ids, [100, 150, 250]), "uint16", 500, 9, crc32=7)
-    data.read_windows(shards, np.array([0, 121, 131]), 9)
-    with pytest.raises(InputError, match=r"train_00001\.bin: .* size 500, but token 30 is 500"):
-        data.read_windows(shards, np.array([[0, 90], [122, 131]]), 9)

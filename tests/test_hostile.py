@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import nanogpt_jax
+from nanogpt_jax import corpora
 from nanogpt_jax.config import (
     OF_A_START,
     ModelConfig,
@@ -39,9 +40,8 @@ from nanogpt_jax.config import (
     parse_args,
     parse_train_config,
 )
-from nanogpt_jax.corpora import catalog as corpora
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.corpora.tokenizer import END_OF_TEXT
+from nanogpt_jax.corpora import END_OF_TEXT
+from nanogpt_jax.corpora.tokenizer import tokenizer_hash
 from nanogpt_jax.errors import InputError, reading, visible
 from nanogpt_jax.gpt2 import config as huggingface
 from nanogpt_jax.gpt2 import convert as pretrained
@@ -279,7 +279,7 @@ def use(tokenizer) -> None:
     for text in tokenizer.default_start, "the cat", END_OF_TEXT:
         answer(lambda text=text: tokenizer.encode_prompt(text))
     tokenizer.decode(range(tokenizer.vocab_size + 1))
-    tokenizers.hash_of(tokenizer)
+    tokenizer_hash(tokenizer)
     model = ModelConfig(vocab_size=tokenizer.vocab_size)
     huggingface.config_files(model, tokenizer)
 
@@ -295,7 +295,7 @@ def write_gpt2(folder: Path) -> None:
 
 def read_gpt2(folder: Path) -> None:
     huggingface.read_config(str(folder))
-    use(tokenizers.read(folder / "tokenizer.json"))
+    use(corpora.read_tokenizer(folder / "tokenizer.json"))
     weights.open_tensors(str(folder))  # there are none
 
 
@@ -314,7 +314,7 @@ def read_own(folder: Path) -> None:
         assert len([*Path(data).iterdir()]) == 1
 
 
-BPE = tokenizers.BPETokenizer.train(["the cat sat on the mat " * 50], 300)
+BPE = corpora.BPETokenizer.train(["the cat sat on the mat " * 50], 300)
 FOLDERS = {
     "run": (write_run, read_run),
     "corpus": (write_corpus, read_corpus),
@@ -487,7 +487,7 @@ def test_a_start_is_the_text_that_a_file_has(tmp_path, monkeypatch, content, exp
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [BPE, tokenizers.CharTokenizer("\n\x1bath🎭")], ids=["bpe", "char"]
+    "tokenizer", [BPE, corpora.CharTokenizer("\n\x1bath🎭")], ids=["bpe", "char"]
 )
 @given(text=HOSTILE_TEXTS)
 @example(text="\ufeff\r\n\0🎭")
@@ -498,7 +498,7 @@ def test_a_text_comes_back_or_is_refused_in_one_line(tokenizer, text):
 
     line = answer(there_and_back)
     is_half = any("\ud800" <= char <= "\udfff" for char in text)
-    if isinstance(tokenizer, tokenizers.BPETokenizer):
+    if isinstance(tokenizer, corpora.BPETokenizer):
         assert (line is not None) == is_half
     else:
         assert (line is None) == (set(text) <= set(tokenizer.chars))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from nanogpt_jax.corpora import catalog as corpora
+from nanogpt_jax import corpora
 from nanogpt_jax.corpora import download
 
 SEEDS = (1337, 1, 2)

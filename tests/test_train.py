@@ -18,7 +18,7 @@ from conftest import layers_of
 
 from nanogpt_jax import data, loader, sharding, steps
 from nanogpt_jax.config import MODERN, ModelConfig, parse_train_config
-from nanogpt_jax.corpora.catalog import Corpus
+from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import devices
 from nanogpt_jax.model import GPT

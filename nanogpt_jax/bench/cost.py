@@ -12,9 +12,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt_jax import corpora
 from nanogpt_jax.bench import published as references
 from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, with_vocab_size
-from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.hardware import chips
 from nanogpt_jax.hardware.chips import Chip

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import files
+from nanogpt_jax import corpora, files
 from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, split_flags
-from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.run import plots as report
 from nanogpt_jax.run.folder import OUT

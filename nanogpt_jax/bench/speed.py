@@ -44,12 +44,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax import data, decoding, steps
+from nanogpt_jax import corpora, data, decoding, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.bench import profile as profiling
 from nanogpt_jax.bench import race
 from nanogpt_jax.config import TrainConfig, parse_train_config, with_vocab_size
-from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.data import MOST_STEPS_PER_DISPATCH
 from nanogpt_jax.errors import run_command
 from nanogpt_jax.hardware import chips, devices

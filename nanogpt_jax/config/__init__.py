@@ -20,6 +20,7 @@ from nanogpt_jax.config.schema import (
     RANGES,
     ROW_AXES,
     SCRATCH,
+    SPLITS,
     ComputeConfig,
     ModelConfig,
     OptimConfig,

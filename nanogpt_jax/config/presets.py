@@ -260,7 +260,7 @@ def with_vocab_size(config: TrainConfig) -> TrainConfig:
 
 
 def parse_train_config(
-    argv: list[str], about: str = "", cls: type[TrainConfig] = TrainConfig
+    argv: list[str], about: str | None = "", cls: type[TrainConfig] = TrainConfig
 ) -> TrainConfig:
     """Return the configuration of `--config NAME|FILE.json [--any_field value ...]`.
 

@@ -42,6 +42,8 @@ NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop
 TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
 
+SPLITS = ("train", "val")
+
 MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # the axes that split a batch's rows
 SCRATCH = "scratch"  # the init_from of random weights

@@ -1,1 +1,30 @@
-"""From text to token files, and back: tokenizers, preparation, opening. No JAX."""
+"""Text to token files and back: tokenizers, preparation, opening. No JAX."""
+
+# ruff: noqa: F401 (what other packages import from here)
+from nanogpt_jax.corpora.catalog import (
+    NAMES,
+    PYDOCS,
+    SHAKESPEARE,
+    SHAKESPEARE_BPE,
+    SHAKESPEARE_FINGERPRINT,
+    SHAKESPEARE_VAL_TOKENS,
+    known_val_tokens,
+    load,
+    prepare,
+    resolve,
+    with_vocabulary,
+)
+from nanogpt_jax.corpora.dataset import Corpus, open_corpus
+from nanogpt_jax.corpora.shards import SHARD_TOKENS
+from nanogpt_jax.corpora.tokenizer import (
+    END_OF_TEXT,
+    TOKENIZER_FILE,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    bits_per_byte,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+)
+from nanogpt_jax.corpora.tokens import open_tokens

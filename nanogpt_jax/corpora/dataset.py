@@ -1,4 +1,4 @@
-"""Open a prepared folder, made here, by nanoGPT or by anything else, and check it. No JAX."""
+"""Open a prepared folder, made here, by nanoGPT or by anything else, and check it."""
 
 import sys
 from collections.abc import Iterable
@@ -8,38 +8,33 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax.corpora import shards
-from nanogpt_jax.corpora import tokenizer as tokenizers
+from nanogpt_jax.config import SPLITS
+from nanogpt_jax.corpora import shards, tokens
 from nanogpt_jax.corpora.text import read_pieces
-from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer
-from nanogpt_jax.corpora.tokens import Shards, Tokens, check_whole, open_tokens
-from nanogpt_jax.data import SPLITS
+from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, token_lengths
 from nanogpt_jax.errors import InputError
 
-PIECE_TOKENS = 2**24  # read at once: a corpus may exceed the memory
+NANOGPT_VOCAB_SIZE = 50304  # GPT-2's, padded
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of both splits, checked, with what is needed to read them."""
+    """Token ids of both splits, checked, and what is needed to decode them."""
 
     name: str
-    splits: dict[str, Tokens]  # "train" and "val", each of shape (n_tokens,)
-    vocab_size: int  # rows that a model needs, padding among them
+    splits: dict[str, tokens.Tokens]  # "train" and "val", each of shape (n_tokens,)
+    vocab_size: int  # rows that a model needs, padding included
     tokenizer: Tokenizer | None  # None: `.bin` files without one; training needs none
-    fingerprint: str  # of all token ids: a run is only resumed on the text it began with
+    fingerprint: str  # of all token ids: a run never resumes on a different text
     known_tokens: int | None = None  # ids that exist; None: unknown
 
     @cached_property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text that a token of the validation split stands for, in the mean."""
+        """Mean bytes of text per token of the validation split; separators count none."""
         if self.tokenizer is None:
             return None
-        val = self.splits["val"]
-        if isinstance(val, Shards):  # trusted so far
-            for begin in range(0, len(val), PIECE_TOKENS):
-                val.check(val[begin : begin + PIECE_TOKENS][None], np.array([begin]))
-        return tokenizers.bytes_per_token(self.tokenizer, val)
+        lengths, val = token_lengths(self.tokenizer), self.splits["val"]
+        return sum(int(lengths[piece].sum()) for piece in tokens.pieces_of(val)) / len(val)
 
 
 def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) -> Corpus:
@@ -47,7 +42,7 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
 
     Args:
         min_tokens: what each split must have, block_size + 1.
-        vocab_size: what the model shall have; None: what the folder says.
+        vocab_size: of the model; None: as the folder says.
 
     Raises:
         InputError: a file is missing, cut off, too short, or has ids past the vocabulary.
@@ -56,62 +51,50 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
     shards.check_finished(folder)
     meta = shards.read_meta(folder)
     dtype = meta.get("dtype", "uint16")
-    files = {split: shards.files_of(folder, split, meta) for split in SPLITS}
-    _check_sizes(folder, files, dtype)
-    tokenizer = tokenizers.load(folder) or tokenizer_of_nanogpt(folder, dtype)
+    paths = {split: _check_sizes(folder, split, meta, dtype) for split in SPLITS}
+    tokenizer = load_tokenizer(folder) or tokenizer_of_nanogpt(folder, dtype)
     known = tokenizer.vocab_size if tokenizer else meta.get("vocab_size")
     counted = None
     if known is None and (folder / "meta.pkl").exists() and vocab_size is None:
-        counted = _largest_id(folder, files, dtype) + 1
+        parts = tokens.map_files(paths["train"] + paths["val"], dtype)
+        ids = (piece for part in parts for piece in tokens.pieces_of(part))
+        counted = 1 + max((int(piece.max()) for piece in ids), default=0)
         print(
-            f"{folder}: meta.pkl is not read, since a pickle can run any code. The vocabulary is "
-            f"taken as {counted}, the largest id + 1; to sample text, put the input.txt that "
-            "train.bin was made from beside it."
+            f"{folder}: meta.pkl is not read, since a pickle can run any code. The vocabulary "
+            f"size is taken to be {counted}, the largest id + 1; to sample text, put the "
+            "input.txt that train.bin was made from next to it."
         )
-    # The last is nanoGPT's: GPT-2's vocabulary, padded.
-    size = vocab_size or known or counted or 50304
+    size = vocab_size or known or counted or NANOGPT_VOCAB_SIZE
     if known and size < known:
-        raise InputError(f"vocab_size must be at least {known} for {folder}, got {size}")
-    splits, crcs = {}, []
+        raise InputError(
+            f"vocab_size must be at least {known} for {folder}, got {size}: drop --vocab_size"
+        )
+    splits, fingerprint = {}, ""
     for split in SPLITS:
-        paths = [folder / file["name"] for file in files[split]]
-        trusted = meta["splits"][split]["crc32"] if "splits" in meta else None
-        splits[split], crc = open_tokens(paths, dtype, known or size, min_tokens, trusted)
-        crcs.append(crc)
-    fingerprint = "".join(f"{crc:08x}" for crc in crcs)
+        expected = meta["splits"][split]["crc32"] if "splits" in meta else None
+        splits[split], crc32 = tokens.open_tokens(
+            paths[split], dtype, known or size, min_tokens, expected
+        )
+        fingerprint += f"{crc32:08x}"
     return Corpus(folder.name, splits, size, tokenizer, fingerprint, known)
 
 
-def _check_sizes(folder: Path, files: dict[str, list[dict]], dtype: str) -> None:
-    """Refuse token files that are missing, cut off, or of another size than meta.json says."""
-    for file in (file for split in SPLITS for file in files[split]):
-        path = folder / file["name"]
-        n_tokens = check_whole(path, dtype) // np.dtype(dtype).itemsize
-        expected = file.get("tokens", n_tokens)
-        if n_tokens != expected:
+def _check_sizes(folder: Path, split: str, meta: dict, dtype: str) -> list[Path]:
+    """Return a split's files; refuse missing, cut off or differing ones."""
+    paths = []
+    for file in shards.files_of(folder, split, meta):
+        paths.append(folder / file["name"])
+        n_tokens = tokens.check_size(paths[-1], dtype)
+        if n_tokens != file.get("tokens", n_tokens):
             raise InputError(
-                f"{path}: must have {expected} tokens, as meta.json says, but has {n_tokens}: "
-                "delete the folder and make it anew"
+                f"{paths[-1]}: must have {file['tokens']} tokens, as meta.json says, but has "
+                f"{n_tokens}: delete the folder and prepare it again"
             )
-
-
-def _largest_id(folder: Path, files: dict[str, list[dict]], dtype: str) -> int:
-    paths = [folder / file["name"] for split in SPLITS for file in files[split]]
-    pieces = (
-        part[begin : begin + PIECE_TOKENS]
-        for part in _mapped(paths, dtype)
-        for begin in range(0, len(part), PIECE_TOKENS)
-    )
-    return max((int(piece.max()) for piece in pieces), default=0)
-
-
-def _mapped(paths: list[Path], dtype: str) -> list[np.ndarray]:
-    paths = [path for path in paths if path.exists() and path.stat().st_size]
-    return [np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r") for path in paths]
+    return paths
 
 
 def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
-    """Rebuild the tokenizer of nanoGPT's character datasets, which keep input.txt beside it."""
+    """Rebuild the tokenizer of a character dataset of nanoGPT's from the input.txt next to it."""
     source = folder / "input.txt"
     if not source.exists():
         return None
@@ -119,20 +102,18 @@ def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
         chars = {char for text, _ in read_pieces(file, str(source)) for char in set(text)}
         tokenizer = CharTokenizer("".join(sorted(chars)))
         files = [file for split in SPLITS for file in shards.files_of(folder, split, {})]
-        parts = _mapped([folder / file["name"] for file in files], dtype)
-        same = bool(chars and parts) and _is_encoded(
-            Shards([], parts, tokenizer.vocab_size),
-            (tokenizer.encode(text) for text, _ in read_pieces(file, str(source))),
-        )
-    if not same:
-        print(f"{folder}: train.bin was not made from input.txt's characters", file=sys.stderr)
-    return tokenizer if same else None
+        parts = tokens.map_files([folder / file["name"] for file in files], dtype)
+        texts = (text for text, _ in read_pieces(file, str(source)))
+        if chars and parts and _is_encoded(parts, texts, tokenizer):
+            return tokenizer
+    print(f"{folder}: train.bin was not made from input.txt's characters", file=sys.stderr)
+    return None
 
 
-def _is_encoded(tokens: Shards, ids_of_pieces: Iterable[np.ndarray]) -> bool:
-    at = 0
-    for ids in ids_of_pieces:
-        if not np.array_equal(tokens[at : at + len(ids)], ids):
+def _is_encoded(parts: list[np.ndarray], texts: Iterable[str], tokenizer: CharTokenizer) -> bool:
+    ids, at = tokens.TokenFiles([], parts, 0, is_checked=True), 0
+    for text in texts:
+        if not np.array_equal(ids[at : at + len(text)], tokenizer.encode(text)):
             return False
-        at += len(ids)
-    return at == len(tokens)
+        at += len(text)
+    return at == len(ids)

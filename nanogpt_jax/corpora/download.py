@@ -1,8 +1,6 @@
-"""Fetch tiny Shakespeare from its mirrors, and check that it is the text. No JAX."""
+"""Download tiny Shakespeare from one of its mirrors and verify its checksum."""
 
 import hashlib
-import http.client
-import urllib.request
 from pathlib import Path
 
 from nanogpt_jax.errors import InputError
@@ -17,7 +15,7 @@ TIMEOUT_S = 10
 
 
 class Unavailable(InputError):
-    """A corpus that exists, but cannot be downloaded from here, for `reason`."""
+    """A corpus that exists but cannot be downloaded from here, for `reason`."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -25,28 +23,25 @@ class Unavailable(InputError):
 
 
 def tiny_shakespeare(path: Path) -> bytes:
-    """Return the text from the first mirror that has it.
+    """Return the text from the first mirror that has it, or raise Unavailable.
 
     Args:
-        path: where the text will lie; the message says to save it there by hand.
-
-    Raises:
-        Unavailable: no mirror has it, or none can be reached.
+        path: where the text will be stored, for the message.
     """
-    reasons = {}  # a dict, to say one reason once
+    import http.client  # slow to import, like the next
+    import urllib.request
+
+    reasons = []
     for url in SHAKESPEARE_URLS:
         try:
             with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
                 content = response.read()
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons[str(getattr(error, "reason", error))] = url
+            reasons.append(str(getattr(error, "reason", error)))
             continue
         if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
             return content
-        reasons[f"{url} sent another text, its sha256 differs"] = url
-    reason = "; ".join(reasons)
-    raise Unavailable(
-        f"tiny Shakespeare could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as "
-        f"{path}",
-        reason,
-    )
+        reasons.append(f"{url} sent a different text: its sha256 differs")
+    reason = "; ".join(dict.fromkeys(reasons))  # each reason once
+    message = f"tiny Shakespeare could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as"
+    raise Unavailable(f"{message} {path}", reason)

@@ -1,7 +1,7 @@
-"""Write token ids as files of bounded size, so that writing can stop anywhere and go on. No JAX.
+"""The files of a prepared folder: `meta.json`, and token files of bounded size as they grow.
 
-A shard grows under the name `.partial`, and gets its own when it is whole and lies on the disk. A
-split that fits one shard is nanoGPT's `train.bin`; of more they are `train_00000.bin` and so on.
+A shard grows under the name `.partial` and is renamed when it is complete and on disk. A split that
+fits into one is nanoGPT's `train.bin`; a larger one is `train_00000.bin`, `train_00001.bin`, ...
 """
 
 import contextlib
@@ -12,35 +12,33 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt_jax.config import SPLITS
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import read_json, sync_folder
 
-SPLITS = ("train", "val")
-PROGRESS = "progress.json"  # is there while the files are not all there
+PROGRESS = "progress.json"  # exists while the preparation is unfinished
 SHARD_TOKENS = 100_000_000  # 200 MB
-_OURS = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
+_TOKEN_FILE = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
 
 
 def read_meta(folder: Path) -> dict:
-    """Read a folder's meta.json; an empty one where there is no file.
-
-    Raises:
-        InputError: the file is something else, or names files that are not the folder's own.
-    """
+    """Read a folder's meta.json; return {} if there is none, refuse names outside the folder."""
     path = folder / "meta.json"
     if not path.exists():
         return {}
     with reading(path, "a JSON file"):
         loaded = read_json(path)
     if not isinstance(loaded, dict) or loaded.get("dtype", "uint16") not in ("uint16", "uint32"):
-        raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32", but is not')
+        raise InputError(f'{path}: must be like {{"dtype": "uint16"}} or "uint32": correct it')
     for name in ("vocab_size", "train_tokens", "val_tokens"):
         if name in loaded and not (_is_count(loaded[name]) and loaded[name] > 0):
-            raise InputError(f"{path}: {name} must be a number above 0, got {loaded[name]!r}")
+            raise InputError(
+                f"{path}: {name} must be a number above 0, got {loaded[name]!r}: correct it"
+            )
     if "splits" in loaded and not _are_splits(loaded["splits"]):
         raise InputError(
-            f"{path}: splits must say which files train and val have, as data/prepare.py writes "
-            "it, but does not: delete the folder and make it anew"
+            f"{path}: splits must list the files of train and val, as data/prepare.py writes it: "
+            "delete the folder and prepare it again"
         )
     return loaded
 
@@ -50,7 +48,7 @@ def _is_count(value, below: int = 2**63) -> bool:
 
 
 def _is_file(file: dict, split: str) -> bool:
-    name = re.fullmatch(rf"{split}(_[0-9]{{5}})?\.bin", file["name"])  # and lies nowhere else
+    name = re.fullmatch(rf"{split}(_[0-9]{{5}})?\.bin", file["name"])  # so it is in the folder
     return name is not None and _is_count(file["tokens"])
 
 
@@ -67,15 +65,15 @@ def _are_splits(splits) -> bool:
 
 
 def has_tokens(folder: Path) -> bool:
-    """Return whether a folder has token files, of whatever kind."""
+    """Return whether a folder has token files of any kind."""
     names = (f"{split}{ending}.bin" for split in SPLITS for ending in ("", "_00000"))
     return any((folder / name).exists() for name in names)
 
 
 def is_foreign(folder: Path) -> bool:
-    """Return whether a folder has token files that were not made here.
+    """Return whether a folder has token files that this program did not make.
 
-    Those that were have a meta.json that says of what; whatever else it says may be the user's.
+    The meta.json of those that it made names their source; any other field may be the user's.
     """
     if not has_tokens(folder) or (folder / PROGRESS).exists():
         return False
@@ -83,25 +81,20 @@ def is_foreign(folder: Path) -> bool:
 
 
 def check_finished(folder: Path) -> None:
-    """Refuse a folder whose preparation was begun, but not brought to its end.
-
-    Raises:
-        InputError: it was not.
-    """
+    """Refuse a folder whose preparation has begun but not finished."""
     if (folder / PROGRESS).exists():
         raise InputError(
-            f"{folder}: must be prepared to its end, but is not yet: run python data/prepare.py "
-            "again, as it was begun"
+            f"{folder} is incomplete: run the same data/prepare.py command to finish it"
         )
 
 
 def written(folder: Path) -> list[Path]:
-    """Return all token files of a folder, whole and partial: what preparing it anew replaces."""
-    return [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
+    """Return all token files of a folder, complete and partial."""
+    return [path for path in folder.iterdir() if _TOKEN_FILE.fullmatch(path.name)]
 
 
 def files_of(folder: Path, split: str, meta: dict) -> list[dict]:
-    """Return name, and where meta.json says so tokens and crc32, of each file of a split."""
+    """Return the name, and if meta.json has them the tokens and crc32, of each file of a split."""
     if "splits" in meta:
         return meta["splits"][split]["files"]
     whole = folder / f"{split}.bin"
@@ -112,12 +105,12 @@ def files_of(folder: Path, split: str, meta: dict) -> list[dict]:
     return [{"name": whole.name} | ({"tokens": meta[size]} if size in meta else {})]
 
 
-def are_whole(folder: Path, meta: dict) -> bool:
-    """Return whether every file that meta.json lists is there with its size."""
+def are_complete(folder: Path, meta: dict) -> bool:
+    """Return whether every file in meta.json exists with its size, and none is in progress."""
+    if (folder / PROGRESS).exists():
+        return False
     width = np.dtype(meta.get("dtype", "uint16")).itemsize
-    files = [
-        folder_file for split in ("train", "val") for folder_file in files_of(folder, split, meta)
-    ]
+    files = [file for split in SPLITS for file in files_of(folder, split, meta)]
     return all(_size(folder / file["name"]) == file.get("tokens", -1) * width for file in files)
 
 
@@ -129,16 +122,13 @@ def _size(path: Path) -> int | None:
 
 
 class ShardWriter:
-    """The shards of one split as they grow.
+    """The shards of one split as they grow, from where a journal says they are."""
 
-    Args:
-        state: what `sync` returned, to go on from there; None: nothing is written yet.
-    """
-
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, state: dict | None):
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        state = state or {"files": [], "open_tokens": 0, "open_crc32": 0, "crc32": 0}
+    def __init__(self, folder: Path, split: str, journal: dict):
+        self._folder, self._split, self._shard_tokens = folder, split, journal["shard_tokens"]
+        self._dtype = np.dtype(journal["dtype"]).newbyteorder("<")
+        start = {"files": [], "open_tokens": 0, "open_crc32": 0, "crc32": 0}
+        state = journal["splits"][split] or start
         self.files = list(state["files"])
         self._open_tokens, self._open_crc32 = state["open_tokens"], state["open_crc32"]
         self._crc32 = state["crc32"]  # of the whole split
@@ -156,20 +146,20 @@ class ShardWriter:
             return False
 
     @staticmethod
-    def recover(folder: Path, split: str, dtype: str, state: dict) -> bool:
-        """Bring the files back to what `state` says; return whether all that it says is there."""
-        width = np.dtype(dtype).itemsize
+    def recover(folder: Path, split: str, journal: dict) -> bool:
+        """Restore the files to what a journal says; return whether that is possible."""
+        state, width = journal["splits"][split], np.dtype(journal["dtype"]).itemsize
         names = [file["name"] for file in state["files"]]
         if any(_size(folder / f["name"]) != f["tokens"] * width for f in state["files"]):
             return False
         still_open = f"{split}_{len(names):05d}.bin"
         partial = folder / f"{still_open}.partial"
-        # It may have become whole since, and got its name.
+        # It may have been completed, and renamed, since.
         for name in (still_open, *([f"{split}.bin"] if not names else [])):
             if not partial.exists() and (folder / name).exists():
                 (folder / name).replace(partial)
         for path in folder.glob(f"{split}*.bin*"):
-            if _OURS.fullmatch(path.name) and path.name not in (*names, partial.name):
+            if _TOKEN_FILE.fullmatch(path.name) and path.name not in (*names, partial.name):
                 path.unlink()
         return (_size(partial) or 0) >= state["open_tokens"] * width
 
@@ -178,15 +168,15 @@ class ShardWriter:
         return self._folder / f"{self._split}_{len(self.files):05d}.bin.partial"
 
     @property
-    def tokens(self) -> int:
-        """All that were appended."""
+    def n_tokens(self) -> int:
+        """All tokens of the split so far."""
         return sum(file["tokens"] for file in self.files) + self._open_tokens
 
     def append(self, ids: np.ndarray) -> None:
-        """Write ids of shape (n,) behind those that are there."""
+        """Write ids of shape (n,) after those that are there."""
         while len(ids):
-            if self._open_tokens == self._shard_tokens:  # only now: the last one may be the only
-                self._close(f"{self._split}_{len(self.files):05d}.bin")
+            if self._open_tokens == self._shard_tokens:  # not before: it may be the only shard
+                self._complete(f"{self._split}_{len(self.files):05d}.bin")
                 self._file = self._partial.open("w+b")
             part = ids[: self._shard_tokens - self._open_tokens]
             content = part.astype(self._dtype).tobytes()
@@ -197,7 +187,7 @@ class ShardWriter:
             ids = ids[len(part) :]
 
     def sync(self) -> dict:
-        """Bring what was appended onto the disk; return where that is."""
+        """Flush everything to disk; return the state to continue from."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return {
@@ -208,12 +198,12 @@ class ShardWriter:
         }
 
     def finish(self) -> dict:
-        """Close the last shard; return what meta.json says of the split."""
+        """Complete the last shard; return the split's entry in meta.json."""
         several = f"{self._split}_{len(self.files):05d}.bin"
-        self._close(several if self.files else f"{self._split}.bin")
-        return {"tokens": self.tokens, "crc32": self._crc32, "files": self.files}
+        self._complete(several if self.files else f"{self._split}.bin")
+        return {"tokens": self.n_tokens, "crc32": self._crc32, "files": self.files}
 
-    def _close(self, name: str) -> None:
+    def _complete(self, name: str) -> None:
         self.sync()
         self._file.close()
         self._partial.replace(self._folder / name)
@@ -223,6 +213,6 @@ class ShardWriter:
         self._open_tokens = self._open_crc32 = 0
 
     def close(self) -> None:
-        """Let go of the file, as it is."""
-        with contextlib.suppress(OSError):  # a full disk: what was on its way is lost, and known so
+        """Close the file as it is."""
+        with contextlib.suppress(OSError):  # a full disk: the state on disk does not count the rest
             self._file.close()

@@ -1,7 +1,7 @@
-"""Text files as a stream of pieces, each small, each tokenised as a whole. No JAX.
+"""Read text files as a stream of pieces, each small enough to be tokenized as a whole.
 
-A piece knows its split and where the next one begins, so a stream can be gone on with anywhere;
-and what a piece is depends on where it begins alone.
+A piece knows its split and the position after it, so reading can resume there; where a piece ends
+depends only on where it begins.
 """
 
 import codecs
@@ -15,31 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import InputError, reading
 
 BATCH_PIECES = 2**15
-PIECE_BYTES = 2**16  # a tokenizer wants a hundred times the memory of what it is given
-LONGEST_BYTES = 2**18  # of a text in which no place to cut is found: then it is cut anywhere
+PIECE_BYTES = 2**16  # a tokenizer needs a hundred times the memory of its input
+LONGEST_BYTES = 2**18  # of a text without a good place to cut; then it is cut anywhere
 TRAIN_FRACTION = 0.9
-MOST_VAL_CHARS = 10_000_000  # enough to tell a loss to 0.001, and evaluated in a minute
-SPLIT_IN_WORDS = "the last tenth of the characters validates, at most 10 million"
+MAX_VAL_CHARS = 10_000_000  # enough to know a loss to 0.001, and evaluated in a minute
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of text, or what stands between two documents."""
+    """A piece of text, or the separator between two documents."""
 
     split: str  # "train" or "val"
     text: str | None  # None: the tokenizer's separator
-    done: int  # how much of the source's `size` is read with it
-    position: dict | None  # where the next piece begins; None: no place to go on from
+    done: int  # how much of the source's `size` has been read, this piece included
+    position: dict | None  # where the next piece begins; None: reading cannot resume here
 
 
 def last_cut(text: str) -> int:
-    """Return the last place to cut a text where its tokens stay the same; 0 where there is none.
+    """Return the last place where cutting a text leaves its tokens unchanged; 0 if there is none.
 
-    It is before a single space between two characters that are none; where there is no such space,
-    before a line break like that. GPT-2's pattern begins a new word there, whatever stands before.
+    That is before a single space between two non-space characters or, without one, before such a
+    line break: GPT-2's pattern begins a new word there, whatever comes before.
     """
     for mark in " \n":
         at = len(text) - 1  # something must follow
@@ -50,7 +49,7 @@ def last_cut(text: str) -> int:
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """Yield a text in pieces that have the same tokens."""
+    """Yield a text in pieces that have the tokens of the whole."""
     begin, length = 0, PIECE_BYTES
     while len(text) - begin > length:
         cut = last_cut(text[begin : begin + length])
@@ -65,12 +64,9 @@ def cut_text(text: str) -> Iterator[str]:
 
 
 def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield (text, offset of the byte after it) of UTF-8 text, from a byte on.
+    """Yield (text, offset of the byte after it) of a UTF-8 file, starting at a byte offset.
 
-    A byte order mark is left out and Windows' line ends become "\\n".
-
-    Raises:
-        InputError: it is no UTF-8 text, with the byte where that shows.
+    A byte order mark is skipped, and Windows line ends become "\\n".
     """
     if offset == 0:
         file.seek(0)
@@ -81,8 +77,9 @@ def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[st
         content = file.read(length)
         is_last = len(content) < length
         if (at := content.find(b"\0")) >= 0:
+            at += offset
             raise InputError(
-                f"{name}: must be UTF-8 text, but is binary (a 0 at byte {offset + at})"
+                f"{name}: must be UTF-8 text, but is binary (a 0 at byte {at}): convert it"
             )
         try:
             text, n_bytes = codecs.utf_8_decode(content, "strict", is_last)
@@ -96,36 +93,30 @@ def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[st
             if not cut and length < LONGEST_BYTES:
                 length *= 2
                 continue
-            text = text[:cut] if cut else text.removesuffix("\r")  # it may be half a line end
+            text = text[:cut] if cut else text.removesuffix("\r")  # perhaps half a line end
             n_bytes = len(text.encode())
         offset, length = offset + n_bytes, PIECE_BYTES
         if text:
             yield text.replace("\r\n", "\n"), offset
 
 
-def size_of(file: Path) -> int:
-    """Return a file's size in bytes.
-
-    Raises:
-        InputError: it cannot be read, as a link to nowhere.
-    """
-    return _stat(file).st_size
-
-
 def _stat(file: Path) -> os.stat_result:
-    try:
+    with reading(file, "a file"):
         return file.stat()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def stat_of(files: Iterable[Path]) -> str:
-    """Return a hash of the names, sizes and times of files: where it is the same, so are they."""
+def sizes_of(files: list[Path]) -> list[int]:
+    """Return files' sizes in bytes."""
+    return [_stat(file).st_size for file in files]
+
+
+def stat_of(files: list[Path]) -> str:
+    """Return a hash of files' names, sizes and times: if it is unchanged, so are the files."""
     digest = hashlib.sha256()
     for file in files:
         found = _stat(file)
-        facts = f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode()
-        digest.update(os.fsencode(file.name) + facts)
+        digest.update(os.fsencode(file.name))
+        digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -135,38 +126,28 @@ def hash_of(sizes: list[int]) -> str:
 
 
 class Texts:
-    """One text: a file, or several with a separator between them.
-
-    Args:
-        name: what messages call it.
-        files: in their order, or the text itself.
-    """
+    """One text: files, in their order, joined by the tokenizer's separator; or the text itself."""
 
     unit = "B"
-    split_in_words = SPLIT_IN_WORDS
+    split_in_words = "the last tenth of the characters, at most 10 million, is for validation"
 
     def __init__(self, name: str, files: list[Path] | str):
         self.name = name
         self._files = [] if isinstance(files, str) else files
         self._content = files.encode() if isinstance(files, str) else None
-        self._sizes = [size_of(file) for file in self._files] or [len(self._content or b"")]
+        self._sizes = sizes_of(self._files) or [len(self._content or b"")]
         self._begins = [0, *itertools.accumulate(self._sizes)]
         self.size = self.text_bytes = self._begins[-1]
 
     def stat(self) -> str | None:
-        """Return what changes with the files; None of a text that lies in none."""
+        """Return a hash that changes with the files; None for a text without files."""
         return stat_of(self._files) if self._files else None
 
     def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
-        """Read all of it once; return its `sha256`, number of `characters` and distinct `chars`.
+        """Read everything once; return its `sha256`, number of `characters` and distinct `chars`.
 
-        With the `sizes` of the files, since line ends, which tell nothing, move positions.
-
-        Args:
-            advance: is told how much of `size` is read.
-
-        Raises:
-            InputError: it is no text, or an empty one.
+        The `sizes` of the files are added since line ends, which the hash ignores, move positions.
+        `advance` is called with how much of `size` has been read.
         """
         digest, n_chars, chars, is_empty = hashlib.sha256(), 0, set(), True
         for i in range(len(self._sizes)):
@@ -182,18 +163,17 @@ class Texts:
                     chars |= set(text)
                 advance(self._begins[i] + offset)
         if is_empty:
-            raise InputError(f"{self.name}: must hold text, but is empty")
-        facts = {"sha256": digest.hexdigest(), "characters": n_chars, "sizes": hash_of(self._sizes)}
-        return facts | ({"chars": "".join(sorted(chars))} if wants_chars else {})
+            raise InputError(f"{self.name}: must contain text, but is empty: pass another file")
+        found = {"sha256": digest.hexdigest(), "characters": n_chars, "sizes": hash_of(self._sizes)}
+        return found | ({"chars": "".join(sorted(chars))} if wants_chars else {})
 
-    def pieces(self, facts: dict, position: dict | None = None) -> Iterator[Piece]:
-        """Yield the pieces from a position on. The separator counts as one character.
+    def pieces(self, source_info: dict, position: dict | None = None) -> Iterator[Piece]:
+        """Yield the pieces after a position, given what `scan` returned.
 
-        Args:
-            facts: what `scan` returned.
+        A separator counts as one character.
         """
         first, begin, at = (position or {"at": (0, 0, 0)})["at"]
-        cut = train_characters(facts["characters"])
+        cut = train_characters(source_info["characters"])
         for i in range(first, len(self._sizes)):
             begin = begin if i == first else 0
             if i and not begin:
@@ -213,39 +193,47 @@ class Texts:
             yield from read_pieces(io.BytesIO(self._content), self.name, offset)
             return
         path = self._files[i]
-        try:
-            with path.open("rb") as file:
-                yield from read_pieces(file, str(path), offset)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        with reading(path, "a text file"), path.open("rb") as file:
+            yield from read_pieces(file, str(path), offset)
 
 
 def train_characters(n_chars: int) -> int:
-    """Return how many characters of a text are trained on: nanoGPT's nine tenths, or more."""
-    return max(int(n_chars * TRAIN_FRACTION), n_chars - MOST_VAL_CHARS)
+    """Return how many characters of a text are for training: nanoGPT's nine tenths, or more."""
+    return max(int(n_chars * TRAIN_FRACTION), n_chars - MAX_VAL_CHARS)
 
 
-def in_batches(pieces: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
-    """Yield pieces in batches, which end where the source can be gone on with, if at all."""
+def first_texts(pieces: Iterable[Piece], max_chars: int) -> Iterator[str]:
+    """Yield the texts of pieces until they have max_chars characters."""
+    left = max_chars
+    for piece in pieces:
+        if piece.text is not None:
+            yield piece.text
+            left -= len(piece.text)
+        if left <= 0:
+            return
+
+
+def in_batches(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:
+    """Yield pieces in batches, each of which ends where reading can resume, if possible."""
     batch, n_bytes = [], 0
     for piece in pieces:
         batch.append(piece)
         n_bytes += len((piece.text or "").encode())
-        is_full = n_bytes >= most_bytes or len(batch) >= BATCH_PIECES
-        if (is_full and piece.position is not None) or n_bytes >= most_bytes + 4 * PIECE_BYTES:
+        is_full = n_bytes >= max_bytes or len(batch) >= BATCH_PIECES
+        if (is_full and piece.position is not None) or n_bytes >= max_bytes + 4 * PIECE_BYTES:
             yield batch
             batch, n_bytes = [], 0
     if batch:
         yield batch
 
 
-def read_ahead(batches: Iterator[list]) -> Iterator[list]:
-    """Yield batches, and read each in a thread while the one before is worked on."""
+def read_ahead(batches: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
+    """Yield batches; read the next one in a thread meanwhile."""
     pool = ThreadPoolExecutor(1)
     try:
-        coming = pool.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(next, batches, None)
+        upcoming = pool.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, batches, None)
             yield batch
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,14 +1,15 @@
-"""Text to token ids and back. No JAX.
+"""Text to token ids and back.
 
-A tokenizer is what its `tokenizer.json` says: of characters `{"type": "char", "chars": "..."}`, of
-byte-pair encoding the file of Hugging Face's `tokenizers`. It travels with the dataset and with
-every run, so a run can be sampled anywhere.
+A tokenizer is defined by its `tokenizer.json`: `{"type": "char", "chars": "..."}` for characters,
+the file of Hugging Face's `tokenizers` for byte-pair encoding. Each prepared corpus and each run
+has a copy, so a run can be sampled anywhere.
 """
 
 import codecs
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,48 +19,47 @@ from typing import TypeAlias
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.errors import InputError, reading
+from nanogpt_jax.errors import InputError, did_you_mean, reading
 
-FILE_NAME = "tokenizer.json"
-MOST_BYTES = 2**26  # GPT-2's has 1.4 MB
-# What a byte-level BPE of today's can do to a text before its pairs are merged.
-NORMALIZERS, CUTS = {"NFC", "NFD", "NFKC", "NFKD"}, {"ByteLevel", "Digits", "Split"}
+TOKENIZER_FILE = "tokenizer.json"
+MAX_FILE_BYTES = 2**26  # GPT-2's has 1.4 MB
 REQUIREMENT = (
     'like {"type": "char", "chars": "..."} or a byte-level BPE of Hugging Face\'s tokenizers'
 )
+NORMALIZERS, PRE_TOKENIZERS = {"NFC", "NFD", "NFKC", "NFKD"}, {"ByteLevel", "Digits", "Split"}
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
 PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
+GPT2_HASH = "6f8dee62"  # `tokenizer_hash` of GPT-2's
+BPE_VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """One token for each distinct character; ids follow the characters' code points."""
+    """One token per distinct character; ids are in the order of code points."""
 
     chars: str
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """Return the tokenizer of all characters in `text`, as nanoGPT's prepare.py makes it."""
+        """Return the tokenizer of all characters in `text`, like nanoGPT's prepare.py."""
         return cls("".join(sorted(set(text))))
 
     @property
     def vocab_size(self) -> int:
-        """Number of distinct tokens."""
         return len(self.chars)
 
     @property
     def default_start(self) -> str:
-        """What is read where no start text is given: as nanoGPT, a line break if there is one."""
+        """The prompt if none is given: like nanoGPT's, a line break if there is one."""
         return "\n" if "\n" in self.chars else self.chars[0]
 
     @property
     def separator(self) -> str:
-        """What stands between two documents."""
+        """The text that separates two documents; "" if the vocabulary has none."""
         return "\n" if "\n" in self.chars else ""
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token, in UTF-8."""
         return [char.encode("utf-8", "surrogatepass") for char in self.chars]
 
     @cached_property
@@ -67,63 +67,53 @@ class CharTokenizer:
         return _code_points(self.chars)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, int64 of shape (len(text),).
-
-        Raises:
-            InputError: the text has characters outside the vocabulary; the message lists them.
-        """
+        """Return the ids of `text`, int64 of shape (len(text),); refuse unknown characters."""
         code_points = _code_points(text)
         ids = np.searchsorted(self._code_points, code_points)
-        found = self._code_points[np.minimum(ids, self.vocab_size - 1)] == code_points
-        if not found.all():
-            unknown = sorted({text[i] for i in np.flatnonzero(~found)})
+        is_known = self._code_points[np.minimum(ids, self.vocab_size - 1)] == code_points
+        if not is_known.all():
+            unknown = sorted({text[i] for i in np.flatnonzero(~is_known)})
             shown = ", ".join(map(repr, unknown[:10])) + (", ..." if len(unknown) > 10 else "")
             raise InputError(
-                f"the text may hold only the {self.vocab_size} characters the model was trained "
-                f"on, but it has {shown}: leave them out or write them otherwise"
+                f"this model knows only its {self.vocab_size} training characters; remove or "
+                f"replace {shown}"
             )
         return ids
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Return the ids of a start text: here the same as `encode`."""
         return self.encode(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Return the ids of each of many texts."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids) -> str:
-        """Return the text of token ids; one past the vocabulary shows as U+FFFD."""
+        """Return the text of token ids; an id past the vocabulary becomes U+FFFD."""
         return "".join(self.chars[i] if i < self.vocab_size else "\ufffd" for i in ids)
 
     def stream_decoder(self) -> Callable[..., str]:
-        """Return a function (ids, final) that decodes ids as they come."""
         return lambda ids, final=False: self.decode(ids)
 
     def to_json(self) -> str:
-        """Return what `from_json` reads."""
         return json.dumps({"type": "char", "chars": self.chars})
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding, GPT-2's or one trained on a text; any text has ids.
+    """Byte-level byte-pair encoding, GPT-2's or trained on a text; it can encode any text.
 
-    Source: Radford et al., "Language models are unsupervised multitask learners", 2019; the work is
-    done by Hugging Face's `tokenizers`, on all cores.
+    Hugging Face's `tokenizers` does the work, on all cores. Source: Radford et al., "Language
+    models are unsupervised multitask learners", 2019.
     """
 
-    def __init__(self, content: str):
-        """Take the content of a `tokenizer.json` of Hugging Face's.
+    default_start = "\n"  # nanoGPT's
 
-        Raises:
-            ValueError: it is not one, or not of byte-level BPE.
-        """
-        from tokenizers import Tokenizer  # only where there is one
+    def __init__(self, content: str):
+        """Read the content of a `tokenizer.json`; raise ValueError if it is not byte-level BPE."""
+        from tokenizers import Tokenizer  # slow to import
 
         _check_form(json.loads(content))
-        try:  # two, since how they read END_OF_TEXT is a state that threads would share
+        try:  # two, since how one reads END_OF_TEXT is a state, which threads would share
             self._of_text, self._of_prompt = (Tokenizer.from_str(content) for _ in range(2))
-        except Exception as error:  # Exception itself is what it raises
+        except Exception as error:  # the library raises Exception itself
             raise ValueError(str(error)) from None
         for tokenizer in (self._of_text, self._of_prompt):
             tokenizer.no_padding()
@@ -133,16 +123,15 @@ class BPETokenizer:
         if sorted(self._of_text.get_vocab().values()) != list(range(self.vocab_size)):
             raise ValueError("its ids are not 0, 1, 2, ...")
         added = self._of_text.get_added_tokens_decoder()
-        self._special = {i: token.content for i, token in added.items()}
+        self.special_tokens = {i: token.content for i, token in added.items()}
         if len({token for token in self.token_bytes if len(token) == 1}) < 256:
             raise ValueError("it does not have all 256 bytes")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Return a tokenizer of the pairs of bytes most frequent in some texts.
+        """Train a tokenizer on the most frequent pairs in some texts.
 
-        Args:
-            vocab_size: with 256 bytes and END_OF_TEXT; fewer where the texts have no more pairs.
+        The vocabulary includes 256 bytes and END_OF_TEXT; it is smaller if the pairs are too few.
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -164,31 +153,19 @@ class BPETokenizer:
     def __hash__(self) -> int:
         return hash(self.to_json())
 
-    default_start = "\n"  # nanoGPT's
-
-    @property
-    def merges(self) -> list:
-        """Pairs of tokens that become one, in the order in which they are looked for."""
-        return json.loads(self.to_json())["model"]["merges"]
-
     @property
     def separator(self) -> str:
-        """What stands between two documents: END_OF_TEXT, where the vocabulary has it."""
-        return END_OF_TEXT if END_OF_TEXT in self._special.values() else ""
+        return END_OF_TEXT if END_OF_TEXT in self.special_tokens.values() else ""
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """The bytes of each token: those that its characters stand for.
-
-        Raises:
-            ValueError: a character that stands for none.
-        """
         byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
-        tokens = [self._of_text.id_to_token(i) for i in range(self.vocab_size)]
+        vocab = self._of_text.get_vocab()
+        tokens = sorted(vocab, key=vocab.__getitem__)
         try:
             return [
-                self._special[i].encode()
-                if i in self._special
+                self.special_tokens[i].encode()
+                if i in self.special_tokens
                 else bytes(byte_of[char] for char in token)
                 for i, token in enumerate(tokens)
             ]
@@ -196,15 +173,11 @@ class BPETokenizer:
             raise ValueError(f"the character {error} in its tokens stands for no byte") from None
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, int64 of shape (n,); "<|endoftext|>" in it is mere text.
-
-        Raises:
-            InputError: the text has a lone surrogate, which is no character.
-        """
+        """Return the ids of `text`, int64 of shape (n,); "<|endoftext|>" in it is ordinary text."""
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Return the ids of a start text, in which "<|endoftext|>" is the one token it names."""
+        """Return the ids of a prompt, in which "<|endoftext|>" is a single token."""
         return self._encode(self._of_prompt, [text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
@@ -217,19 +190,19 @@ class BPETokenizer:
                 found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             except (UnicodeEncodeError, TypeError):
                 raise InputError(
-                    "the text must be of whole characters, but has a lone surrogate: write it in "
+                    "the text must have whole characters, but has a lone surrogate: save it as "
                     "UTF-8"
                 ) from None
         return [np.array(encoding.ids, np.int64) for encoding in found]
 
     def decode(self, ids) -> str:
-        """Return the text of token ids; what is no UTF-8 in it shows as U+FFFD."""
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._bytes(ids).decode("utf-8", "replace")
 
     def stream_decoder(self) -> Callable[..., str]:
-        """Return a function (ids, final) that decodes ids as they come.
+        """Return a function (ids, final) that decodes ids as they arrive.
 
-        The beginning of a character is held back until its end comes, or `final` is True.
+        An incomplete character is held back until it is complete, or `final` is True.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda ids, final=False: decoder.decode(self._bytes(ids), final)
@@ -239,42 +212,94 @@ class BPETokenizer:
         return b"".join(known[i] if i < len(known) else b"\xef\xbf\xbd" for i in ids)
 
     def to_json(self) -> str:
-        """Return what `from_json` reads."""
         return self._of_prompt.to_str()
 
 
 Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
 
 
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """The tokenizer that a corpus should have."""
+
+    label: str  # in the folder's name and meta.json: char, gpt2, bpe4096 or a hash
+    path: Path | None = None
+    vocab_size: int | None = None  # of bpe
+
+    @classmethod
+    def parse(cls, requested: str, vocab_size: int | None = None) -> "TokenizerSpec":
+        """Return what char, gpt2, bpe (with vocab_size) or a path to a file stands for."""
+        if requested in ("char", "gpt2"):
+            return cls(requested)
+        if requested == "bpe":
+            size = vocab_size or BPE_VOCAB_SIZE
+            if size < 257:
+                raise InputError(f"vocab_size must be at least 257 for bpe, got {size}")
+            return cls(f"bpe{size}", vocab_size=size)
+        path = Path(requested)
+        path = path / TOKENIZER_FILE if path.is_dir() else path
+        if not path.exists():
+            raise InputError(
+                f"tokenizer must be char, gpt2, bpe or a {TOKENIZER_FILE}, but there is no "
+                f"{requested!r}.{did_you_mean(requested, ('char', 'gpt2', 'bpe'))}"
+            )
+        found = tokenizer_hash(read_tokenizer(path))
+        return cls("gpt2" if found == GPT2_HASH else found, path)  # in the folder of gpt2
+
+    def make(self, chars: str = "", texts: Iterable[str] = ()) -> Tokenizer:
+        """Return the tokenizer: of `chars`, read from its file, or bpe trained on `texts`."""
+        if self.label == "char":
+            return CharTokenizer(chars)
+        if self.vocab_size is None:
+            return read_tokenizer(self.path or _gpt2_tokenizer())
+        print(f"training a tokenizer of {self.vocab_size:,} tokens", file=sys.stderr)
+        trained = BPETokenizer.train(texts, self.vocab_size)
+        if trained.vocab_size < self.vocab_size:
+            print(f"the text has pairs for only {trained.vocab_size:,} tokens", file=sys.stderr)
+        return trained
+
+    def matches(self, tokenizer: Tokenizer, label: str | None) -> bool:
+        """Return whether it describes a folder's tokenizer, whose label meta.json may have."""
+        found = tokenizer_hash(tokenizer)
+        if self.label in (label, found, "gpt2" if found == GPT2_HASH else None):
+            return True
+        if self.label == "char":
+            return isinstance(tokenizer, CharTokenizer)
+        # For a prepared corpus bpe means its own, whatever its size.
+        return self.vocab_size is not None and isinstance(tokenizer, BPETokenizer)
+
+
+def _gpt2_tokenizer() -> Path:
+    flag = "--tokenizer FOLDER/tokenizer.json; for your own text, --tokenizer bpe needs no download"
+    return files.download_from_hub(
+        "openai-community/gpt2", TOKENIZER_FILE, "save tokenizer.json", flag
+    )
+
+
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Return a loss in nats a token as bits a byte of text, which compares tokenizers."""
+    """Convert a loss in nats per token to bits per byte of text, comparable across tokenizers."""
     return loss / math.log(2) / bytes_per_token
 
 
-def hash_of(tokenizer: Tokenizer) -> str:
-    """Return eight digits that tell tokenizers apart, by what they do, however it is written."""
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """Return eight hex digits that identify what a tokenizer does, however its file is written."""
     content = [token.hex() for token in tokenizer.token_bytes]
     if isinstance(tokenizer, BPETokenizer):
-        content += [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer.merges]
-        # How a text is cut before it is merged: seen by what becomes of some tokens' own text.
+        merges = json.loads(tokenizer.to_json())["model"]["merges"]
+        content += [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        # How a text is cut before merging shows in the ids of some tokens' own text.
         some = tokenizer.token_bytes[:: 1 + tokenizer.vocab_size // 8192]
         texts = [token.decode("utf-8", "ignore") for token in some]
         content += [str(ids.tolist()) for ids in tokenizer.encode_batch([PROBE, *texts])]
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:8]
 
 
-def bytes_per_token(tokenizer: Tokenizer, tokens: np.ndarray) -> float:
-    """Return how many bytes of text a token of a split stands for, in the mean.
-
-    What separates documents is no text: it counts no bytes.
-    """
+def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """Return the bytes of text in each token, shape (vocab_size,); a separator's are 0."""
     lengths = np.array([len(token) for token in tokenizer.token_bytes])
     if isinstance(tokenizer, BPETokenizer):
-        lengths[list(tokenizer._special)] = 0
-    total = sum(
-        int(lengths[tokens[begin : begin + 2**24]].sum()) for begin in range(0, len(tokens), 2**24)
-    )
-    return total / len(tokens)
+        lengths[list(tokenizer.special_tokens)] = 0
+    return lengths
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -282,27 +307,21 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _check_form(fields: dict) -> None:
-    """Refuse what is not byte-level BPE, and parts of which some make `tokenizers` panic.
-
-    Raises:
-        ValueError: naming the part.
-    """
+    """Raise ValueError for all but byte-level BPE, and for parts that make `tokenizers` panic."""
     model = fields["model"]
     cuts = _kinds(fields.get("pre_tokenizer"), "pretokenizers")
     if model["type"] != "BPE" or "ByteLevel" not in cuts:
         raise ValueError("it is not byte-level BPE")
     for part, kinds, known in (
         ("normalizer", _kinds(fields.get("normalizer"), "normalizers"), NORMALIZERS),
-        ("pre_tokenizer", cuts, CUTS),
+        ("pre_tokenizer", cuts, PRE_TOKENIZERS),
     ):
         if kinds - known:
             others = ", ".join(sorted(map(str, kinds - known)))
-            raise ValueError(
-                f"its {part} has {others}, where only {', '.join(sorted(known))} is known"
-            )
+            raise ValueError(f"its {part} has {others}; only {', '.join(sorted(known))} can be")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise ValueError(f"its {name} is {model[name]!r}, which GPT-2 has none of")
+            raise ValueError(f"its {name} is {model[name]!r}, which GPT-2 does not have")
 
 
 def _kinds(part: dict | None, parts: str) -> set[str]:
@@ -314,58 +333,44 @@ def _kinds(part: dict | None, parts: str) -> set[str]:
 def _byte_characters() -> list[str]:
     """Return the character that stands for each byte in GPT-2's vocabulary.
 
-    A printable one of Latin-1 stands for itself, the others take what follows 255 in their order.
+    Printable ones of Latin-1 stand for themselves, the others take those after 255 in order.
     """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [
-        chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)
-    ]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def from_json(content: str) -> Tokenizer:
-    """Return the tokenizer that a `tokenizer.json` describes.
-
-    Raises:
-        ValueError: it describes none that this version knows.
-    """
+def tokenizer_from_json(content: str) -> Tokenizer:
+    """Return the tokenizer that a `tokenizer.json` describes; raise ValueError for any other."""
     try:
         loaded = files.loads(content)
         if loaded.get("type") == "char":
             chars = loaded["chars"]
             if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
-                raise ValueError("its chars are no text, or not sorted, each once")
+                raise ValueError("its chars are not text, sorted, each once")
             return CharTokenizer(chars)
-        if loaded["model"]["type"] == "WordLevel":  # as pretrained.py writes one of characters
+        if loaded["model"]["type"] == "WordLevel":  # what an export of a character model has
             chars = sorted(loaded["model"]["vocab"], key=loaded["model"]["vocab"].get)
             if chars != sorted(chars) or any(len(char) != 1 for char in chars):
                 raise ValueError("its words are not characters")
             return CharTokenizer("".join(chars))
         return BPETokenizer(content)
     except (KeyError, TypeError, AttributeError):
-        raise ValueError("it is neither of characters nor of byte-level BPE") from None
+        raise ValueError("it is neither characters nor byte-level BPE") from None
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json into a folder."""
-    files.write_atomically(Path(folder, FILE_NAME), (tokenizer.to_json() + "\n").encode())
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer.json into a folder."""
+    files.write_atomically(Path(folder, TOKENIZER_FILE), (tokenizer.to_json() + "\n").encode())
 
 
-def load(folder: Path) -> Tokenizer | None:
-    """Read a folder's tokenizer.json; None where it has none (`.bin` files made elsewhere).
-
-    Raises:
-        InputError: the file is not a tokenizer this version knows.
-    """
-    path = Path(folder, FILE_NAME)
-    return read(path) if path.exists() else None
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """Read a folder's tokenizer.json; return None if there is none."""
+    path = Path(folder, TOKENIZER_FILE)
+    return read_tokenizer(path) if path.exists() else None
 
 
-def read(path: Path) -> Tokenizer:
-    """Read a tokenizer's file.
-
-    Raises:
-        InputError: the file cannot be read, or is not a tokenizer this version knows.
-    """
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer's file, or raise InputError."""
     with reading(path, REQUIREMENT):
-        return from_json(files.read_text(path, MOST_BYTES))
+        return tokenizer_from_json(files.read_text(path, MAX_FILE_BYTES))

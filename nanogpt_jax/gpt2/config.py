@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_jax.config import GPT2_PARTS, GPT2_SHAPES, RANGES, SCRATCH, ModelConfig, TrainConfig
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.corpora.tokenizer import END_OF_TEXT, BPETokenizer, Tokenizer
+from nanogpt_jax.corpora import END_OF_TEXT, BPETokenizer, Tokenizer, read_tokenizer
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import read_json
 from nanogpt_jax.gpt2 import hub
@@ -169,7 +168,7 @@ def check_tokenizer(source: str, tokenizer: Tokenizer | None, requested: str | N
             f"{source} has no {hub.TOKENIZER}, so the tokens that its weights know are unknown: "
             "put the tokenizer they were trained with there, or name it with --tokenizer"
         )
-    if tokenizer.token_bytes != tokenizers.read(Path(theirs)).token_bytes:
+    if tokenizer.token_bytes != read_tokenizer(Path(theirs)).token_bytes:
         raise InputError(
             f"dataset must consist of the tokens that the weights of {source} know, but has "
             "others: drop --tokenizer, and pass the text itself as --dataset"

@@ -229,9 +229,7 @@ def _choose_dtype(requested: str, device) -> tuple[str, str]:
     return "float32", "not an NVIDIA GPU; try --dtype bfloat16"
 
 
-def _choose_attention(
-    requested: str, model: ModelConfig, dtype: str, device
-) -> tuple[str, str]:
+def _choose_attention(requested: str, model: ModelConfig, dtype: str, device) -> tuple[str, str]:
     if requested == "xla":
         return "xla", "as requested"
     if requested == "auto":

@@ -19,11 +19,10 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from nanogpt_jax import data, decoding, steps
+from nanogpt_jax import corpora, data, decoding, steps
 from nanogpt_jax import mesh as meshes
 from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args
-from nanogpt_jax.corpora import catalog as corpora
-from nanogpt_jax.corpora.catalog import Corpus
+from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError, run_command
 from nanogpt_jax.files import check_writable
 from nanogpt_jax.hardware import devices

@@ -131,9 +131,7 @@ class Checkpoints:
 
         return self._first_undamaged(restore, prefer)
 
-    def restore_params(
-        self, abstract_params, prefer: int | None = None
-    ) -> tuple[dict, int] | None:
+    def restore_params(self, abstract_params, prefer: int | None = None) -> tuple[dict, int] | None:
         """Return (parameters alone, their step); otherwise as `restore`."""
         return self._first_undamaged(
             lambda step: (self._restore("params", abstract_params, step), step), prefer

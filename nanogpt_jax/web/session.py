@@ -15,7 +15,7 @@ import nanogpt_jax
 from nanogpt_jax import decoding
 from nanogpt_jax.attention import WEIGHTS
 from nanogpt_jax.config import SampleConfig
-from nanogpt_jax.corpora.tokenizer import CharTokenizer
+from nanogpt_jax.corpora import CharTokenizer
 from nanogpt_jax.model import Model
 
 

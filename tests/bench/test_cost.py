@@ -8,11 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from nanogpt_jax import data
+from nanogpt_jax import corpora, data
 from nanogpt_jax.bench import cost as accounting
 from nanogpt_jax.bench import published as references
 from nanogpt_jax.config import PRESETS, with_vocab_size
-from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.hardware import chips
 from nanogpt_jax.hardware.flops import forward_flops_per_token, train_flops_per_token
 

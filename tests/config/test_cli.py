@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanogpt_jax import corpora
 from nanogpt_jax.config import PRESETS, parse_train_config
-from nanogpt_jax.corpora import catalog as corpora
-from nanogpt_jax.corpora import tokenizer
 from nanogpt_jax.run import folder as run_folder
 
 STUB_MESSAGE = "this jax cannot be imported"
@@ -54,7 +53,7 @@ def place(tmp_path, book) -> Path:
     for name in ("run", "run_of_bins"):
         run_folder.begin(tmp_path / name, config, corpus.fingerprint, {})
         (tmp_path / name / "checkpoints" / "9" / "params").mkdir(parents=True)
-    tokenizer.save(corpus.tokenizer, tmp_path / "run")
+    corpora.save_tokenizer(corpus.tokenizer, tmp_path / "run")
     return tmp_path
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_jax.corpora import costs, download
+from nanogpt_jax.corpora import download, open_corpus, preparation, prepare, resolve
 from nanogpt_jax.corpora import text as sources
-from nanogpt_jax.corpora.catalog import open_corpus, prepare, resolve
 from nanogpt_jax.corpora.download import Unavailable
 from nanogpt_jax.errors import InputError
 
@@ -242,9 +241,9 @@ def test_more_characters_than_two_bytes_can_count_take_four(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must hold text, but is empty"),
-        (b" \n\t\r\n", "must hold text, but is empty"),
-        (b"\xef\xbb\xbf", "must hold text, but is empty"),
+        (b"", "must contain text, but is empty"),
+        (b" \n\t\r\n", "must contain text, but is empty"),
+        (b"\xef\xbb\xbf", "must contain text, but is empty"),
         (b"PK\x03\x04 some\x00 archive" * 20, r"is binary \(a 0 at byte 9\)"),
         (b"na\xefve text in Latin-1" * 20, "byte 2 is 0xef: save it as UTF-8"),
         (b"fine text, then cut: \xf0\x9f", "byte 21 is 0xf0"),
@@ -298,7 +297,7 @@ def test_a_text_whose_name_is_no_utf_8_serves_as_well(book, data_dir):
 
 
 def test_training_does_not_begin_a_large_text(book, data_dir, monkeypatch):
-    monkeypatch.setattr(costs, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(preparation, "LARGE_BYTES", 1000)
     command = rf"data/prepare\.py {book} --tokenizer bpe --vocab_size 300 --data_dir {data_dir}"
     with pytest.raises(InputError, match=f"takes long: python {command}$"):
         resolve(str(book), data_dir, 9, "bpe", 300)

@@ -10,7 +10,7 @@ from make_text import make_text
 
 from nanogpt_jax.corpora import text as sources
 from nanogpt_jax.corpora.documents import JsonLines, Parquet
-from nanogpt_jax.corpora.text import MOST_VAL_CHARS, Texts, cut_text, read_pieces, train_characters
+from nanogpt_jax.corpora.text import MAX_VAL_CHARS, Texts, cut_text, read_pieces, train_characters
 from nanogpt_jax.corpora.tokenizer import BPETokenizer
 from nanogpt_jax.errors import InputError
 
@@ -70,7 +70,7 @@ def test_a_text_without_spaces_is_cut_in_the_end(monkeypatch, longest):
     assert max(map(len, pieces + of_file)) <= 2 * longest
 
 
-@pytest.mark.parametrize("n", [10, 99, 1000, 10 * MOST_VAL_CHARS])
+@pytest.mark.parametrize("n", [10, 99, 1000, 10 * MAX_VAL_CHARS])
 def test_of_a_text_of_usual_size_the_last_tenth_validates(n):
     assert train_characters(n) == int(n * 0.9)
 

@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 from conftest import layers_of
 
-from nanogpt_jax import steps
+from nanogpt_jax import corpora, steps
 from nanogpt_jax.config import MAX_PAGE_TOKENS, ModelConfig, SampleConfig
-from nanogpt_jax.corpora import tokenizer
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.lecture.models import make_model
 from nanogpt_jax.run import folder as run_folder
@@ -68,10 +67,10 @@ def player(home):
     spec.loader.exec_module(sample)
     folder = home / "out" / "run"
     restored = sample.restore(SampleConfig(), folder, run_folder.read_model_config(folder))
-    return Player(*restored, tokenizer.load(folder))
+    return Player(*restored, corpora.load_tokenizer(folder))
 
 
-LETTERS = tokenizer.CharTokenizer("\n abc")
+LETTERS = corpora.CharTokenizer("\n abc")
 
 
 def fresh_player(architecture, reader=LETTERS):
@@ -165,7 +164,7 @@ def test_a_page_answers_for_every_architecture(architecture, n_heads, tmp_path):
 
 
 def test_a_page_of_byte_pairs_shows_tokens(tmp_path):
-    reader = tokenizer.BPETokenizer.train(["the cat sat on the mat\n" * 20], 290)
+    reader = corpora.BPETokenizer.train(["the cat sat on the mat\n" * 20], 290)
     player = fresh_player("gpt", reader)
     answer = answers.Answers(player, CONFIG, None)
     text = "the cat sat on the mat 🎭 then the rat"

@@ -18,15 +18,19 @@ import pytest
 from conftest import ROOT
 from make_text import make_text
 
-from nanogpt_jax import data, files
-from nanogpt_jax.corpora import catalog as corpora
-from nanogpt_jax.corpora import costs, documents
-from nanogpt_jax.corpora import prepare as preparation
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.corpora.catalog import open_corpus, prepare, resolve
-from nanogpt_jax.corpora.tokenizer import BPETokenizer
+from nanogpt_jax import corpora, files
+from nanogpt_jax.corpora import (
+    catalog,
+    documents,
+    open_corpus,
+    preparation,
+    prepare,
+    resolve,
+    tokenizer,
+    tokens,
+)
+from nanogpt_jax.corpora.tokenizer import BPETokenizer, tokenizer_hash
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.gpt2 import hub
 
 END = "<|endoftext|>"
 
@@ -40,7 +44,7 @@ def data_dir(tmp_path) -> Path:
 def bpe(tmp_path_factory) -> Path:
     """The file of a small tokenizer, like GPT-2's."""
     folder = tmp_path_factory.mktemp("bpe")
-    tokenizers.save(BPETokenizer.train(make_text(100_000, n_words=1000), 500), folder)
+    corpora.save_tokenizer(BPETokenizer.train(make_text(100_000, n_words=1000), 500), folder)
     return folder / "tokenizer.json"
 
 
@@ -82,7 +86,7 @@ def test_bpe_is_trained_on_the_text_and_always_the_same(book, tmp_path):
     assert decoded(corpus, "val") == book.read_text(encoding="utf-8")[5400:]
     assert (corpus.vocab_size, corpus.known_tokens) == (320, 270)
     assert token_files(folders[0]) == token_files(folders[1])
-    assert tokenizers.load(folders[0]) == tokenizers.load(folders[1])
+    assert corpora.load_tokenizer(folders[0]) == corpora.load_tokenizer(folders[1])
 
 
 def test_each_tokenizer_has_a_folder_of_its_own(book, data_dir, bpe):
@@ -111,7 +115,7 @@ def test_a_tokenizer_that_is_none_is_named(book, data_dir, monkeypatch, asked, m
 
 
 def test_shakespeare_has_gpt2s_tokens_and_is_split_by_characters(data_dir, bpe, monkeypatch):
-    monkeypatch.setattr(hub, "gpt2_tokenizer", lambda: bpe)
+    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
     text = "".join(make_text(3000, n_words=1000))
     (data_dir / "shakespeare_char").mkdir(parents=True)
     (data_dir / "shakespeare_char" / "input.txt").write_text(text)
@@ -129,14 +133,14 @@ def test_without_gpt2s_tokenizer_nothing_is_written(book, data_dir, monkeypatch)
     def unavailable():
         raise InputError("GPT-2's tokenizer could not be downloaded")
 
-    monkeypatch.setattr(hub, "gpt2_tokenizer", unavailable)
+    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", unavailable)
     with pytest.raises(InputError, match="could not be downloaded"):
         prepare(str(book), data_dir, tokenizer="gpt2")
     assert list(data_dir.iterdir()) == []
 
 
 def test_gpt2s_tokenizer_is_known_in_whatever_file(data_dir, bpe, monkeypatch):
-    monkeypatch.setattr(hub, "TOKENIZER_HASH", tokenizers.hash_of(tokenizers.read(bpe)))
+    monkeypatch.setattr(tokenizer, "GPT2_HASH", tokenizer_hash(corpora.read_tokenizer(bpe)))
     (data_dir / "shakespeare").mkdir(parents=True)
     (data_dir / "shakespeare" / "input.txt").write_text("".join(make_text(3000, n_words=1000)))
     folder = prepare("shakespeare", data_dir, 9, str(bpe))
@@ -144,7 +148,7 @@ def test_gpt2s_tokenizer_is_known_in_whatever_file(data_dir, bpe, monkeypatch):
 
 
 def test_an_id_that_only_padding_has_is_refused(tmp_path, bpe):
-    folder = foreign_folder(tmp_path / "owt", tokenizers.read(bpe))
+    folder = foreign_folder(tmp_path / "owt", corpora.read_tokenizer(bpe))
     (folder / "tokenizer.json").write_bytes(bpe.read_bytes())
     assert open_corpus(folder, 9, vocab_size=512).known_tokens == 500
     np.full(20, 500, "<u2").tofile(folder / "val.bin")
@@ -162,7 +166,7 @@ def foreign_folder(folder: Path, tokenizer) -> Path:
 
 
 def test_a_tokenizer_is_put_beside_token_files_that_have_none(tmp_path, data_dir, bpe):
-    folder = foreign_folder(tmp_path / "owt", tokenizers.read(bpe))
+    folder = foreign_folder(tmp_path / "owt", corpora.read_tokenizer(bpe))
     assert open_corpus(folder, 9).tokenizer is None
     assert resolve(str(folder), data_dir, 9, tokenizer=str(bpe)) == folder
     assert decoded(open_corpus(folder, 9), "val") == "words and words, " * 20
@@ -174,12 +178,12 @@ def test_another_tokenizer_than_a_folders_is_refused(book, tmp_path, data_dir, b
         assert resolve(str(folder), data_dir, 9, "bpe", size) == folder
     assert resolve(str(folder), data_dir, 9, str(folder / "tokenizer.json")) == folder
     for asked in (str(bpe), "char", "gpt2"):
-        with pytest.raises(InputError, match="must be the one that its token files were made"):
+        with pytest.raises(InputError, match="made with a different tokenizer than"):
             resolve(str(folder), data_dir, 9, asked)
-    theirs = foreign_folder(tmp_path / "owt", tokenizers.read(bpe))
+    theirs = foreign_folder(tmp_path / "owt", corpora.read_tokenizer(bpe))
     with pytest.raises(InputError, match="the folder has none"):
         resolve(str(theirs), data_dir, 9, "bpe")
-    with pytest.raises(InputError, match="has 270 tokens, and an id there is"):
+    with pytest.raises(InputError, match="has 270 tokens, but an id there is"):
         resolve(str(theirs), data_dir, 9, str(folder / "tokenizer.json"))
 
 
@@ -211,7 +215,7 @@ def test_every_tenth_document_validates_and_separators_stand_between(
 
 
 def test_validation_stops_at_its_limit(tmp_path, data_dir, bpe, monkeypatch):
-    monkeypatch.setattr(documents.Documents, "most_val_chars", 110)
+    monkeypatch.setattr(documents.Documents, "max_val_chars", 110)
     texts = some_documents(100)
     path = write_jsonl(tmp_path / "documents.jsonl", texts)
     corpus = open_corpus(prepare(str(path), data_dir, tokenizer=str(bpe)), 9)
@@ -275,7 +279,7 @@ def test_a_table_without_text_is_named(tmp_path, data_dir, bpe):
 
 def test_too_few_documents_are_refused(tmp_path, data_dir, bpe):
     path = write_jsonl(tmp_path / "documents.jsonl", some_documents(9))
-    with pytest.raises(InputError, match="one gets 0 \\(every 10th document validates"):
+    with pytest.raises(InputError, match="one gets 0 \\(every 10th document, "):
         prepare(str(path), data_dir, tokenizer=str(bpe))
     assert list(data_dir.iterdir()) == []
 
@@ -310,8 +314,8 @@ def fake_hub(tmp_path, monkeypatch, bpe):
     datasets = pytest.importorskip("datasets")
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(hub, "gpt2_tokenizer", lambda: bpe)
-    monkeypatch.setattr(costs, "speed", lambda tokenizer: (1e6, 4.0))
+    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
+    monkeypatch.setattr(preparation, "measure_speed", lambda tokenizer: (1e6, 4.0))
     monkeypatch.setattr(documents.Hub, "every", 20)
     load_dataset, asked = datasets.load_dataset, []
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeApi(asked))
@@ -416,7 +420,7 @@ def test_training_does_not_begin_what_takes_hours(data_dir):
 
 
 def test_a_corpus_of_the_hub_is_not_read_twice_for_its_characters(data_dir):
-    with pytest.raises(InputError, match="must have a tokenizer of byte pairs"):
+    with pytest.raises(InputError, match="must have a byte-pair tokenizer"):
         prepare("openwebtext", data_dir, tokenizer="char")
 
 
@@ -463,7 +467,7 @@ def test_a_token_that_changed_since_is_found(book, data_dir):
     content = bytearray((folder / "val.bin").read_bytes())
     content[0] ^= 1
     (folder / "val.bin").write_bytes(content)
-    with pytest.raises(InputError, match=r"checksum that meta\.json says, but val\.bin changed"):
+    with pytest.raises(InputError, match=r"checksum in meta\.json, but val\.bin changed"):
         open_corpus(folder, 9)
 
 
@@ -473,7 +477,7 @@ def test_a_damaged_id_of_a_large_split_is_named(book, data_dir, monkeypatch):
     content = bytearray((folder / "val.bin").read_bytes())
     content[7] = 255
     (folder / "val.bin").write_bytes(content)
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 100)
+    monkeypatch.setattr(tokens, "CHECKED_BYTES", 100)
     corpus = open_corpus(folder, 9)
     with pytest.raises(InputError, match=r"val\.bin: ids must be below .*, but token 3 is 65"):
         _ = corpus.bytes_per_token
@@ -515,7 +519,7 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path, dat
             time.sleep(randomly.uniform(0, 0.1))
             process.kill()
         out, err = process.communicate(timeout=60)
-        went_on += [int(n.replace(",", "")) for n in re.findall(r"going on .* from ([\d,]+)", out)]
+        went_on += [int(n.replace(",", "")) for n in re.findall(r"resuming .* from ([\d,]+)", out)]
         (folder,) = data_dir.iterdir()
         if process.returncode == 0:
             break
@@ -523,9 +527,9 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path, dat
         kills += 1
         for name, content in token_files(folder).items():  # whole, and as they will be
             assert content == (whole / name).read_bytes()
-        with pytest.raises(InputError, match="prepared to its end"):
+        with pytest.raises(InputError, match="is incomplete: run the same data/prepare.py command"):
             open_corpus(folder, 9)
-        with pytest.raises(InputError, match="prepared to its end"):
+        with pytest.raises(InputError, match="is incomplete: run the same data/prepare.py command"):
             resolve(str(folder), tmp_path, 9)
     assert kills == 5
     assert len(went_on) == 5
@@ -557,7 +561,7 @@ def test_a_shard_that_got_its_name_is_taken_back_where_it_was_not_noted(
             folder = prepare(str(path), data_dir, 1, str(bpe), shard_tokens=9000)
             break
         except KeyboardInterrupt:
-            assert (noted is None) == ("going on" not in capsys.readouterr().out)
+            assert (noted is None) == ("resuming" not in capsys.readouterr().out)
     assert n > 5
     assert token_files(folder) == whole
 
@@ -585,7 +589,7 @@ def test_what_is_the_same_in_other_words_is_gone_on_with(
     (begun / "progress.json.1.partial").touch()  # of one that was killed while it wrote it
     folder = prepare(str(book), data_dir, 1, "bpe", 300, 1000 if what == "time" else 10**8)
     assert not list(folder.glob("*.partial"))
-    assert "going on with" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     anew = prepare(str(book), tmp_path / "anew", 1, "bpe", 300, 1000)
     assert token_files(folder) == token_files(anew)
     assert prepare(str(book), data_dir, 1, "bpe", 300) == folder
@@ -630,28 +634,28 @@ def test_what_changed_meanwhile_is_begun_anew(
         (folder / "progress.json").write_text("{")
     assert folder == prepare(str(book), data_dir, 1, "bpe", 300, 900)
     said = capsys.readouterr()
-    assert f"{folder}: is begun anew" in said.err
+    assert f"{folder}: starting over" in said.err
     assert why in said.err
-    assert "going on" not in said.out
+    assert "resuming" not in said.out
     assert not (folder / "progress.json.1.partial").exists()
     anew = prepare(str(book), tmp_path / "anew", 1, "bpe", 300, 900)
     assert token_files(folder) == token_files(anew)
-    assert tokenizers.load(folder) == tokenizers.load(anew)
+    assert corpora.load_tokenizer(folder) == corpora.load_tokenizer(anew)
 
 
 def test_what_was_prepared_outlives_what_is_not_begun(book, data_dir, bpe, monkeypatch):
     """No tokenizer, or no disk: then nothing has been written, so nothing is to be deleted."""
-    monkeypatch.setattr(hub, "gpt2_tokenizer", lambda: bpe)
+    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
     folder = prepare(str(book), data_dir, tokenizer="gpt2")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     book.write_text(book.read_text()[::-1])
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "gpt2_tokenizer", lambda: book)
+        patch.setattr(tokenizer, "_gpt2_tokenizer", lambda: book)
         with pytest.raises(InputError, match="must be like"):
             prepare(str(book), data_dir, tokenizer="gpt2")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-    monkeypatch.setattr(costs, "speed", lambda tokenizer: (1.0, 0.5))
+    monkeypatch.setattr(preparation, "measure_speed", lambda tokenizer: (1.0, 0.5))
     with pytest.raises(InputError, match="GB must be free"):
         prepare(str(book), data_dir, tokenizer="gpt2")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -672,7 +676,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(book, data_dir, monke
         finish(self, *args)
 
     monkeypatch.setattr(preparation._Preparation, "_finish", change_and_finish)
-    with pytest.raises(InputError, match="changed while it was read"):
+    with pytest.raises(InputError, match="must not change while it is read"):
         prepare(str(book), data_dir)
     assert list(data_dir.iterdir()) == []
 
@@ -720,14 +724,14 @@ def test_stopped_by_hand_it_says_how_to_go_on(tmp_path, data_dir, bpe):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert out == ""
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     assert "Traceback" not in err
 
 
 def test_of_two_at_once_the_second_waits(book, data_dir):
     with files.locked(book.parent, lambda: None):
         data_dir.mkdir()
-        folder = corpora._folder_of(book, data_dir, "char")
+        folder = catalog._folder_of(book, data_dir, "char")
         folder.mkdir()
         with files.locked(folder, lambda: None):
             process = start(book, "--data_dir", data_dir)

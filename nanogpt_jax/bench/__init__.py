@@ -1,1 +1,1 @@
-"""What a run costs, measured and computed: speed, races, profiles, memory, price."""
+"""Command lines that measure or compute: speed, races, profiles, memory, price, placement."""

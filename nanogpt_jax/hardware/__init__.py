@@ -1,1 +1,78 @@
-"""What the machine is and can do: chips, devices, processes, and what a model needs of them."""
+"""What this machine is and can do, how its processes join, and what a model asks of it."""
+
+from typing import TYPE_CHECKING
+
+from nanogpt_jax.hardware.chips import Chip, chip_named, find_chip
+from nanogpt_jax.hardware.estimate import RunFlops, amount, duration, run_flops, run_line
+from nanogpt_jax.hardware.flops import (
+    Part,
+    check_memory,
+    checkpoint_bytes,
+    estimate_memory,
+    forward_flops_per_token,
+    headline_params,
+    is_float32,
+    least_sampling_bytes,
+    least_training_bytes,
+    n_params,
+    needed_bytes,
+    optimizer_bytes,
+    parts,
+    size_in_words,
+    train_flops_per_token,
+)
+from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use_compile_cache
+
+if TYPE_CHECKING:
+    from nanogpt_jax.hardware.devices import (
+        choose,
+        describe,
+        memory_bytes,
+        memory_levers,
+        warn_of_unused_chip,
+    )
+
+_NEED_JAX = {"choose", "describe", "memory_bytes", "memory_levers", "warn_of_unused_chip"}
+
+__all__ = [
+    "ALONE",
+    "Chip",
+    "Part",
+    "Processes",
+    "RunFlops",
+    "amount",
+    "check_memory",
+    "checkpoint_bytes",
+    "chip_named",
+    "choose",
+    "describe",
+    "duration",
+    "estimate_memory",
+    "find_chip",
+    "forward_flops_per_token",
+    "headline_params",
+    "is_float32",
+    "join_processes",
+    "least_sampling_bytes",
+    "least_training_bytes",
+    "memory_bytes",
+    "memory_levers",
+    "n_params",
+    "needed_bytes",
+    "optimizer_bytes",
+    "parts",
+    "run_flops",
+    "run_line",
+    "size_in_words",
+    "train_flops_per_token",
+    "use_compile_cache",
+    "warn_of_unused_chip",
+]
+
+
+def __getattr__(name: str):
+    if name in _NEED_JAX:
+        from nanogpt_jax.hardware import devices
+
+        return getattr(devices, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

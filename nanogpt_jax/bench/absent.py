@@ -43,18 +43,18 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     os.environ.update(ENVIRONMENT)
     from nanogpt_jax import sharding
     from nanogpt_jax.bench import step
-    from nanogpt_jax.hardware import choose, describe
+    from nanogpt_jax.hardware import choose_compute, describe
 
     config = with_vocab_size(config)
     tpus = topology_devices(topology)
     several_hosts = len({device.process_index for device in tpus}) > 1
     mesh = sharding.make_mesh(sharding.choose_sizes(config, len(tpus), several_hosts), tpus)
-    compute, how = choose(config.compute, config.model, tpus[0], mesh)
+    compute, how = choose_compute(config.compute, config.model, tpus[0], mesh)
     print(f"{config.config} on {topology}: {describe(mesh)}: {how}")
     start_s = time.perf_counter()
     try:
         jitted = step.jit_steps(config, compute, mesh)
-        print(sharding.whole_note(mesh, jitted.abstract_state.params), end="")
+        print(sharding.unsplit_note(mesh, jitted.abstract_state.params), end="")
         # With a vocabulary of its own, a model's corpus is in files, whose windows are sent.
         n_tokens = None if (config.model.vocab_size or 0) > 2**10 else CORPUS_TOKENS
         compiled = step.compile_train_step(config, jitted, mesh, n_tokens)

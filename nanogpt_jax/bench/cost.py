@@ -12,9 +12,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanogpt_jax import corpora
 from nanogpt_jax.bench import published
-from nanogpt_jax.config import TrainConfig, lecture_scaled, parse_train_config, with_vocab_size
-from nanogpt_jax.corpora import catalog as corpora
+from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, with_vocab_size
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware import (
     amount,
@@ -153,7 +153,7 @@ def reference_lines() -> list[str]:
 
 def lecture_lines() -> list[str]:
     """Return what the lecture's last run needs, and what 15 minutes of an A100 can compute."""
-    config = with_vocab_size(lecture_scaled())
+    config = with_vocab_size(PRESETS["lecture-scaled"]())
     # Every 500 steps, the lecture estimates its losses on 200 random batches of either split.
     config = dataclasses.replace(config, eval_iters=400)
     flops = run_flops(config, 2**62)

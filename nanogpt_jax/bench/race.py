@@ -22,12 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt_jax import files
-from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, split_settings
-from nanogpt_jax.corpora import catalog as corpora
+from nanogpt_jax import corpora, files
+from nanogpt_jax.config import (
+    PRESETS,
+    TrainConfig,
+    parse_train_config,
+    split_flags,
+    split_words,
+)
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.run import plots
-from nanogpt_jax.run.folder import OUT
+from nanogpt_jax.run import OUT, new_axes, read_metrics, running_mean, save_figure
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 TWIN = "-fast"
@@ -70,9 +74,9 @@ class Lap:
 
 def main(argv: list[str]) -> None:
     """Race, print a line for each run and the medians, and draw the curves."""
-    if argv and not argv[0].startswith("-"):
-        argv = [f"--race={argv[0]}", *argv[1:]]
-    settings = split_settings(argv, RaceConfig)
+    names, argv = split_words(argv, "the preset that races")
+    argv = [*(f"--race={name}" for name in names), *argv]
+    settings = split_flags(argv, RaceConfig)
     name = settings.get("race", RaceConfig.race)
     twin = name + TWIN
     if twin not in PRESETS:
@@ -134,7 +138,7 @@ def run(label: str, seed: int, flags: list[str], folder: Path) -> Lap:
             errors.seek(0)
             reason = errors.read().strip().splitlines() or ["it printed no validation loss"]
             raise RunError(f"{label}, seed {seed}: train.py failed: {reason[-1]}")
-    rows = plots.read_metrics(folder)
+    rows = read_metrics(folder)
     # The log's clock starts with training; both clocks know when the last evaluation was done.
     before_s = printed_s[rows[-1]["step"]] - rows[-1]["elapsed_s"]
     train = [(before_s + r["elapsed_s"], r["train_loss"]) for r in rows if "train_loss" in r]
@@ -178,12 +182,12 @@ def summary(laps: Sequence[Lap], name: str, target: float) -> str:
 
 def picture(laps: Sequence[Lap], target: float) -> bytes:
     """Return a PNG of all runs' losses over wall time."""
-    axes = plots.new_axes(9, 5)
+    axes = new_axes(9, 5)
     for i, (name, own) in enumerate(by_name(laps).items()):
         for lap in own:
             label = name if lap is own[0] else None
             seconds, losses = np.array(lap.train).T
-            losses = plots.running_mean(losses)
+            losses = running_mean(losses)
             last = np.append(np.diff(seconds) > 0, True)  # rows can share a time
             thin = {"color": f"C{i}", "alpha": 0.5, "linewidth": 0.9, "label": label}
             axes.plot(seconds[last], losses[last], **thin)
@@ -206,5 +210,5 @@ def picture(laps: Sequence[Lap], target: float) -> bytes:
     axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.legend(frameon=False, loc="upper right")
     png = io.BytesIO()
-    plots.save(axes.figure, png)
+    save_figure(axes.figure, png)
     return png.getvalue()

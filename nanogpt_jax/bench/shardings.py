@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nanogpt_jax.bench.step import abstract_state
 from nanogpt_jax.config import MESH_AXES, mesh_sizes, parse_train_config, with_vocab_size
-from nanogpt_jax.sharding import resolve_sizes, tree_shardings, whole_note
+from nanogpt_jax.sharding import resolve_sizes, tree_shardings, unsplit_note
 
 
 def main(argv: list[str]) -> None:
@@ -45,4 +45,4 @@ def main(argv: list[str]) -> None:
         f"{device_bytes:,} of the state's {total_bytes:,} bytes; gradients and activations add "
         "to that"
     )
-    print(whole_note(mesh, state.params), end="")
+    print(unsplit_note(mesh, state.params), end="")

@@ -26,21 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanogpt_jax import data, generate, sharding, steps
+from nanogpt_jax import corpora, data, decoding, sharding, steps
 from nanogpt_jax.bench import profile
 from nanogpt_jax.bench.race import TRAIN
 from nanogpt_jax.bench.step import compile_train_step, jit_steps, token_dtype
 from nanogpt_jax.config import TrainConfig, parse_train_config, with_vocab_size
-from nanogpt_jax.corpora import catalog as corpora
-from nanogpt_jax.corpora.tokens import open_tokens
-from nanogpt_jax.hardware import (
-    choose,
-    describe,
-    find_chip,
-    n_params,
-    needed_bytes,
-    train_flops_per_token,
-)
+from nanogpt_jax.hardware import Machine, choose, n_params, needed_bytes, train_flops_per_token
 from nanogpt_jax.model import Compute
 
 CORPUS_TOKENS = 1_000_000
@@ -58,23 +49,22 @@ def main(argv: list[str]) -> None:
     config = with_vocab_size(parse_train_config(argv, __doc__ or ""))
     # First: while this process holds a TPU, no other can use it.
     starts = {} if switches & {"--data", "--memory"} else start_figures(argv)
-    mesh = sharding.make_mesh(sharding.choose_sizes(config, jax.device_count()))
-    compute, how = choose(config.compute, config.model, jax.devices()[0], mesh)
+    machine = choose(config)
     figures = {
         "config": config.config,
-        "device": describe(mesh),
-        "compute": how,
+        "device": machine.device,
+        "compute": machine.reason,
         "jax": jax.__version__,
         "cores": os.cpu_count(),
     }
     if "--memory" in switches:
-        figures |= memory_of_variants(config, compute, mesh)
+        figures |= memory_of_variants(config, machine)
     elif "--data" in switches:
-        figures |= data_figures(config, mesh)
+        figures |= data_figures(config, machine.mesh)
     else:
         figures |= starts
-        figures |= training_figures(config, compute, mesh, "--profile" in switches)
-        figures |= sampling_figures(config, compute)
+        figures |= training_figures(config, machine, "--profile" in switches)
+        figures |= sampling_figures(config, machine.compute)
     if "--json" in switches:
         print(json.dumps(figures))
         return
@@ -103,8 +93,9 @@ def matmul_peak_flops(dtype) -> float:
     return best
 
 
-def training_figures(config: TrainConfig, compute: Compute, mesh: Mesh, is_traced: bool) -> dict:
-    """Time train.py's step and its batches as train.py calls them, without waiting for each."""
+def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> dict:
+    """Time train.py's step and its batches as train.py calls them, waiting one update behind."""
+    mesh, compute = machine.mesh, machine.compute
     jitted = jit_steps(config, compute, mesh)
     start_s = time.perf_counter()
     train_step = compile_train_step(config, jitted, mesh, CORPUS_TOKENS)
@@ -119,7 +110,9 @@ def training_figures(config: TrainConfig, compute: Compute, mesh: Mesh, is_trace
         nonlocal state
         metrics = None
         for _ in range(n_steps):
+            previous = metrics
             state, metrics = train_step(state, next(batches), dropout_key)
+            jax.block_until_ready(previous)
         return metrics
 
     n_steps = max(1, int(1 / median_s(lambda: train(1))))  # about a second of them
@@ -131,7 +124,6 @@ def training_figures(config: TrainConfig, compute: Compute, mesh: Mesh, is_trace
         profile.print_table(PROFILE, PROFILED_STEPS)
     peak = mesh.size * matmul_peak_flops(compute.dtype)
     achieved = train_flops_per_token(config.model) * config.tokens_per_iter / step_s
-    chip = find_chip(jax.devices()[0].device_kind)
     return {
         "parameters": n_params(config.model),
         "compile_s": compile_s,
@@ -140,8 +132,8 @@ def training_figures(config: TrainConfig, compute: Compute, mesh: Mesh, is_trace
         "train_flops_per_s": achieved,
         "matmul_peak_flops_per_s": peak,
         "share_of_matmul_peak": achieved / peak,
-        "chip": chip.name if chip else None,
-        "mfu": achieved / (mesh.size * chip.device_flops) if chip else None,
+        "chip": machine.chip.name if machine.chip else None,
+        "mfu": achieved / machine.peak_flops if machine.peak_flops else None,
         **memory,
         "train_compiled_bytes": needed_bytes(train_step),
     }
@@ -154,8 +146,9 @@ def random_tokens(config: TrainConfig, n_tokens: int) -> np.ndarray:
     return ids.astype(token_dtype(config))
 
 
-def memory_of_variants(config: TrainConfig, compute: Compute, mesh: Mesh) -> dict:
+def memory_of_variants(config: TrainConfig, machine: Machine) -> dict:
     """Return the bytes per device that the step needs, as configured and with each way to save."""
+    mesh, compute = machine.mesh, machine.compute
     chunks = next((n for n in (8, 4, 2) if config.model.block_size % n == 0), 1)
     variants = {
         "as_configured": compute,
@@ -176,13 +169,13 @@ def sampling_figures(config: TrainConfig, compute: Compute) -> dict:
     """Time cached decoding: one and ten rows in one program, and one call for each token."""
     model = steps.make_model(config.model, Compute(compute.dtype))
     params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
-    write = jax.jit(partial(generate.generate, model), static_argnames=("n_tokens", "sampling"))
-    sampling = generate.Sampling(temperature=0.8, top_k=200)
+    write = jax.jit(partial(decoding.generate, model), static_argnames=("n_tokens", "sampling"))
+    sampling = decoding.Sampling(temperature=0.8, top_k=200)
     window_BS = np.zeros((1, config.model.block_size), np.int32)
     length = np.int32(1)
     figures = {}
     for n_rows in (1, 10):
-        keys_B = generate.row_keys(0, range(n_rows))
+        keys_B = decoding.row_keys(0, range(n_rows))
         starts_BS = np.repeat(window_BS, n_rows, axis=0)
         seconds = median_s(
             lambda s=starts_BS, k=keys_B: write(
@@ -192,9 +185,9 @@ def sampling_figures(config: TrainConfig, compute: Compute) -> dict:
         name = f"sample_tokens_per_s_{n_rows}_stream{'s' if n_rows > 1 else ''}"
         figures[name] = n_rows * SAMPLE_TOKENS / seconds
 
-    prefill = jax.jit(partial(generate.prefill, model))
-    decode = jax.jit(partial(generate.decode, model), static_argnames="sampling", donate_argnums=1)
-    keys_B = generate.row_keys(0, range(1))
+    prefill = jax.jit(partial(decoding.prefill, model))
+    decode = jax.jit(partial(decoding.decode, model), static_argnames="sampling", donate_argnums=1)
+    keys_B = decoding.row_keys(0, range(1))
 
     def stream():
         decoding = prefill(params, window_BS, length)
@@ -225,7 +218,7 @@ def data_figures(config: TrainConfig, mesh: Mesh) -> dict:
         for path in paths:
             ids.tofile(path)
         # Like a corpus of data/prepare.py: its checksum is trusted, its ids are checked when read.
-        tokens, _ = open_tokens(paths, ids.dtype.name, config.model.vocab_size or 1, 1, crc32=0)
+        tokens, _ = corpora.open_tokens(paths, ids.dtype.name, config.model.vocab_size or 1, 1, crc32=0)
         figures: dict[str, float] = {"data_bytes": tokens.nbytes, "data_shards": len(paths)}
         for name in ("from_disk", "remembered"):
             if name == "from_disk":

@@ -48,11 +48,11 @@ def jit_steps(config: TrainConfig, compute: Compute, mesh: Mesh) -> JittedSteps:
     def eval_step(params, batch, counts_B):
         return steps.eval_step(model, params, data.gather(batch, length), counts_B)
 
-    abstract = abstract_state(config)
-    shardings, replicated = sharding.tree_shardings(mesh, abstract), sharding.replicated(mesh)
+    abstract, replicated = sharding.place(abstract_state(config), mesh), sharding.replicated(mesh)
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
     return JittedSteps(
         model,
-        sharding.with_shardings(abstract, shardings),
+        abstract,
         jax.jit(partial(init_state, config, model), out_shardings=shardings),
         jax.jit(train_step, donate_argnames="state", out_shardings=(shardings, replicated)),
         jax.jit(eval_step, out_shardings=replicated),

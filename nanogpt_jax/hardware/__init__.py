@@ -1,11 +1,12 @@
 """What this machine is and can do, how its processes join, and what a model asks of it."""
 
+# ruff: noqa: F401 (what other packages import)
+
 from typing import TYPE_CHECKING
 
 from nanogpt_jax.hardware.chips import Chip, chip_named, find_chip
-from nanogpt_jax.hardware.estimate import RunFlops, amount, duration, run_flops, run_line
+from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line
 from nanogpt_jax.hardware.flops import (
-    Part,
     check_memory,
     checkpoint_bytes,
     estimate_memory,
@@ -16,7 +17,6 @@ from nanogpt_jax.hardware.flops import (
     least_training_bytes,
     n_params,
     needed_bytes,
-    optimizer_bytes,
     parts,
     size_in_words,
     train_flops_per_token,
@@ -25,49 +25,17 @@ from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use
 
 if TYPE_CHECKING:
     from nanogpt_jax.hardware.devices import (
+        Machine,
         choose,
+        choose_compute,
         describe,
         memory_bytes,
         memory_levers,
         warn_of_unused_chip,
     )
 
-_NEED_JAX = {"choose", "describe", "memory_bytes", "memory_levers", "warn_of_unused_chip"}
-
-__all__ = [
-    "ALONE",
-    "Chip",
-    "Part",
-    "Processes",
-    "RunFlops",
-    "amount",
-    "check_memory",
-    "checkpoint_bytes",
-    "chip_named",
-    "choose",
-    "describe",
-    "duration",
-    "estimate_memory",
-    "find_chip",
-    "forward_flops_per_token",
-    "headline_params",
-    "is_float32",
-    "join_processes",
-    "least_sampling_bytes",
-    "least_training_bytes",
-    "memory_bytes",
-    "memory_levers",
-    "n_params",
-    "needed_bytes",
-    "optimizer_bytes",
-    "parts",
-    "run_flops",
-    "run_line",
-    "size_in_words",
-    "train_flops_per_token",
-    "use_compile_cache",
-    "warn_of_unused_chip",
-]
+_NEED_JAX = {"Machine", "choose", "choose_compute", "describe"}
+_NEED_JAX |= {"memory_bytes", "memory_levers", "warn_of_unused_chip"}
 
 
 def __getattr__(name: str):

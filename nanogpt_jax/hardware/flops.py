@@ -183,17 +183,3 @@ def estimate_memory(
     }
 
 
-def needed_bytes(compiled) -> int:
-    """Return the bytes that a compiled function needs on each device, its arguments included.
-
-    Args:
-        compiled: a `jax.stages.Compiled`.
-    """
-    sizes = compiled.memory_analysis()
-    at_once = (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        + sizes.temp_size_in_bytes
-        - sizes.alias_size_in_bytes  # donated: the output replaces the input
-    )
-    return max(at_once, sizes.peak_memory_in_bytes)  # a CPU does not know its peak, a TPU does

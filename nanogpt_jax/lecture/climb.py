@@ -18,16 +18,15 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from nanogpt_jax import generate, steps
+from nanogpt_jax import corpora, decoding, steps
 from nanogpt_jax.bench import jit_steps
-from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args, split_settings
-from nanogpt_jax.corpora import catalog as corpora
-from nanogpt_jax.corpora.catalog import Corpus
+from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args
+from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.data import EvalLoader, TrainLoader, eval_batches
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import check_writable
-from nanogpt_jax.hardware import choose, n_params, use_compile_cache
-from nanogpt_jax.run.plots import new_axes, save
+from nanogpt_jax.hardware import choose_compute, n_params, use_compile_cache
+from nanogpt_jax.run import new_axes, save_figure
 from nanogpt_jax.sharding import make_mesh
 
 # Validation losses that the lecture shows, by preset and step. Of the blocks without residual
@@ -82,8 +81,7 @@ class Climbed(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Train the models one after another, and show what each step of the lecture brings."""
-    settings = split_settings(argv, LectureConfig)
-    request = parse_args(LectureConfig, settings, LectureConfig(), __doc__ or "")
+    request = parse_args(LectureConfig, argv, __doc__ or "")
     folder = Path(request.out_dir)
     check_writable(folder)
     use_compile_cache(request.compile_cache)
@@ -122,7 +120,7 @@ def show(climbed: list[Climbed], folder: Path) -> None:
     for model in climbed:
         print(f"{short_name(model):13}{model.text}")
     folder.mkdir(parents=True, exist_ok=True)
-    save(ladder_figure(climbed), folder / PICTURE)
+    save_figure(ladder_figure(climbed), folder / PICTURE)
     print(f"\nThe curves are in {folder / PICTURE}")
 
 
@@ -144,8 +142,8 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     start_s = time.perf_counter()
     model_config = dataclasses.replace(config.model, vocab_size=corpus.vocab_size)
     config = dataclasses.replace(config, model=model_config)
-    mesh = make_mesh((1, 1, 1))
-    compute, _ = choose(config.compute, model_config, jax.devices()[0], mesh)
+    mesh = make_mesh()
+    compute, _ = choose_compute(config.compute, model_config, jax.devices()[0], mesh)
     jitted = jit_steps(config, compute, mesh)
     init_key, dropout_key = steps.stream_keys(config.seed)
     state = jitted.init_state(init_key)
@@ -169,22 +167,24 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
             state, _ = jitted.train_step(state, next(batches), dropout_key)
             advance(1)
     batches.close()
+    train_loss = steps.evaluate(jitted.eval_step, state.params, train_loader)
+    assert train_loss is not None and corpus.tokenizer is not None
 
+    prompt = corpus.tokenizer.encode(corpus.tokenizer.default_start)
     write = jax.jit(
-        partial(generate.generate, jitted.model), static_argnames=("n_tokens", "sampling")
+        partial(decoding.generate, jitted.model), static_argnames=("n_tokens", "sampling")
     )
     new_tokens_BN = write(
         state.params,
-        *generate.start_window(corpus.tokenizer, None, 1, block_size),
-        generate.row_keys(config.seed, range(1)),
+        *decoding.start_window(prompt, 1, block_size),
+        decoding.row_keys(config.seed, range(1)),
         n_tokens=SAMPLE_TOKENS,
-        sampling=generate.Sampling(),
+        sampling=decoding.Sampling(),
     )
     text = " / ".join(corpus.tokenizer.decode(np.asarray(new_tokens_BN)[0]).split("\n"))
     is_shakespeare = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT
     published = PUBLISHED.get(config.config, {}) if is_shakespeare else {}
     published = {at: loss for at, loss in published.items() if at <= config.max_iters}
-    train_loss = steps.evaluate(jitted.eval_step, state.params, train_loader)
     seconds = time.perf_counter() - start_s
     return Climbed(config, evaluated_at, val_losses, train_loss, published, text, seconds)
 

@@ -1,9 +1,9 @@
 """The models of "Let's build GPT: from scratch, in code, spelled out", in the lecture's order.
 
-Each model is built from the parts of those before it; read two side by side. Three things are the
-lecture's rather than GPT-2's, as in model.py: PyTorch's default initialization, attention scaled by
-the width of the embedding (the lecture later scales by the size of a head, but all losses that it
-shows are from before), and heads as separate modules.
+Each model is built from the parts of those before it; read two side by side. Three things follow
+the lecture, not GPT-2: PyTorch's default initialization, attention scaled by the width of the
+embedding (later the lecture scales by the size of a head, but all losses that it shows are from
+before), and heads as separate modules.
 
 Array names end in their axes: B is a sequence of the batch, T a position, S a position attended to,
 D a feature (the lecture's C), K a feature of a head, V a token; the lecture's `wei` is weights_BTS.
@@ -12,6 +12,8 @@ Every model is called like model.py's GPT: `hidden_states` up to the logits, `he
 `sow` records the attention weights for those who want to look at them.
 Source: the lecture, and github.com/karpathy/ng-video-lecture.
 """
+
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -35,9 +37,13 @@ class Linear(nn.Module):
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        initial = {"kernel_init": uniform, "bias_init": uniform}
-        # flat_dot_general is only for speed, as in model.py.
-        layer = nn.Dense(self.features, self.use_bias, dot_general=flat_dot_general, **initial)
+        layer = nn.Dense(
+            self.features,
+            self.use_bias,
+            kernel_init=uniform,
+            bias_init=uniform,
+            dot_general=flat_dot_general,  # only for speed, as in model.py
+        )
         return layer(x_BTD)
 
 
@@ -63,6 +69,7 @@ class Bigram(LectureModel):
 
     def setup(self):
         V = self.config.vocab_size
+        assert V is not None, "the corpus fills in the size of the vocabulary"
         self.token_embedding_table = embedding(V, V)
 
     def hidden_states(self, tokens_BT, cache=None, *, deterministic: bool = True):
@@ -97,12 +104,13 @@ class OneHead(LectureModel):
 
     def setup(self):
         V, D, T = self.config.vocab_size, self.config.n_embd, self.config.block_size
+        assert V is not None, "the corpus fills in the size of the vocabulary"
         self.token_embedding_table = embedding(V, D)
         self.position_embedding_table = embedding(T, D)
         self.layers = self.make_layers()
         self.lm_head = Linear(V)
 
-    def make_layers(self) -> list[nn.Module]:
+    def make_layers(self) -> Sequence[nn.Module]:
         """Return the layers between the embeddings and the head."""
         return [Head(self.config.n_embd)]
 
@@ -170,7 +178,7 @@ class Deep(Thinking):
     """The same layers several times over, without residual connections: deep, and hard to train."""
 
     def make_layers(self):
-        layers = []
+        layers: list[nn.Module] = []
         for _ in range(self.config.n_layer):
             layers += super().make_layers()
         return layers
@@ -214,7 +222,7 @@ class NormalizedBlock(nn.Module):
 
 
 class Normalized(OneHead):
-    """Layer norm before each part and at the end; with dropout, and scaled up, the lecture's GPT."""
+    """Layer norm before each part and at the end: with dropout and scaled up, the lecture's GPT."""
 
     def make_layers(self):
         config = self.config

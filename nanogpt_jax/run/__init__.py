@@ -19,9 +19,11 @@ __all__ = [
     "Run",
     "describe_loss",
     "has_checkpoint",
+    "new_axes",
     "newest",
     "read_metrics",
     "read_model_config",
+    "running_mean",
     "save_figure",
 ]
 

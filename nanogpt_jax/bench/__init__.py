@@ -1,1 +1,18 @@
-"""What a run costs, measured and computed: speed, races, profiles, memory, price."""
+"""Command lines that measure or compute: speed, races, profiles, memory, price, placement."""
+
+# ruff: noqa: F401 (what others import)
+
+from typing import TYPE_CHECKING
+
+from nanogpt_jax.bench.absent import compile_for
+
+if TYPE_CHECKING:
+    from nanogpt_jax.bench.step import JittedSteps, jit_steps
+
+
+def __getattr__(name: str):
+    if name in ("JittedSteps", "jit_steps"):
+        from nanogpt_jax.bench import step
+
+        return getattr(step, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

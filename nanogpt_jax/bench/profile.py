@@ -1,4 +1,4 @@
-"""Where the time of a program goes: JAX's profiler trace, summed by kind of operation."""
+"""Where the time of a program goes: a trace of JAX's profiler, summed by kind of operation."""
 
 import collections
 import re
@@ -10,10 +10,10 @@ import jax
 
 
 def time_by_operation(folder: Path) -> dict[str, float]:
-    """Return the seconds of each kind of operation in the newest trace of a folder, largest first.
+    """Return the seconds of each kind of operation in a folder's newest trace, longest first.
 
-    Numbers at the end of a name are cut off, so that equal operations of all layers come together.
-    On a CPU several threads work at once, so the sum can exceed the time that passed.
+    The number at the end of a name is dropped, so that the same operation of all layers is summed.
+    On a CPU several threads work at once, so the sum can exceed the elapsed time.
 
     Raises:
         FileNotFoundError: there is no trace.
@@ -24,8 +24,8 @@ def time_by_operation(folder: Path) -> dict[str, float]:
     profile = jax.profiler.ProfileData.from_file(str(traces[-1]))
     on_device = any(plane.name.startswith("/device:") for plane in profile.planes)
     seconds: collections.Counter[str] = collections.Counter()
-    # A TPU has one line of operations; a GPU one for each stream, a CPU one for each thread, which
-    # also names what its runtime does: methods, like ThunkExecutor::Execute, and ends.
+    # A TPU has one line of operations, a GPU one per stream, a CPU one per thread. The CPU's also
+    # hold what its runtime does: methods, like ThunkExecutor::Execute, and ends of operations.
     for plane in profile.planes:
         if on_device and not plane.name.startswith("/device:"):
             continue
@@ -35,18 +35,18 @@ def time_by_operation(folder: Path) -> dict[str, float]:
             for event in line.events if line.name.startswith(wanted) else ():
                 if "::" not in event.name and not event.name.startswith("end: "):
                     seconds[re.sub(r"[.\d]+$", "", event.name)] += 1e-9 * event.duration_ns
-    for around in ("while", "call", "conditional"):  # what lies in them is counted by itself
-        seconds.pop(around, None)
+    for container in ("while", "call", "conditional"):  # their contents are counted already
+        seconds.pop(container, None)
     return dict(seconds.most_common())
 
 
 def print_table(folder: Path, n_steps: int, n_rows: int = 15) -> None:
-    """Print the operations that take most of the time of n_steps steps, on standard error."""
-    say = partial(print, file=sys.stderr)  # standard output may be for JSON
+    """Print the operations that take the most time of a traced n_steps steps, on standard error."""
+    log = partial(print, file=sys.stderr)  # standard output may be JSON
     seconds = time_by_operation(folder)
     total_s = sum(seconds.values())
-    say(f"{'operation':40} {'ms a step':>10} {'share':>7}    (trace in {folder})")
+    log(f"{'operation':40} {'ms a step':>10} {'share':>7}    (trace in {folder})")
     rows = list(seconds.items())
     rest_s = sum(s for _, s in rows[n_rows:])
     for name, s in [*rows[:n_rows], ("all others", rest_s)]:
-        say(f"{name[:40]:40} {1e3 * s / n_steps:10.3f} {s / max(total_s, 1e-12):7.1%}")
+        log(f"{name[:40]:40} {1e3 * s / n_steps:10.3f} {s / max(total_s, 1e-12):7.1%}")

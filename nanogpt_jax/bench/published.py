@@ -1,4 +1,4 @@
-"""Published training runs: the shapes, tokens and FLOPs of the GPTs that this field grew from."""
+"""Published training runs: shapes, tokens and FLOPs of the GPTs that this field grew from."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from nanogpt_jax.config import ModelConfig
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A training run as its makers, or others, describe it."""
+    """A training run as its makers, or others, report it."""
 
     name: str
-    flops: float | None  # of the whole run, as published or estimated
+    flops: float | None  # of the whole run; None: neither published nor estimated
     source: str
-    model: ModelConfig | None = None  # None: its shape is not public
+    model: ModelConfig | None = None  # None: the shape is not public
     tokens: float | None = None  # read in training; None: not public
-    is_estimate: bool = False  # of flops, by others than the makers
+    is_estimate: bool = False  # whether others than the makers estimated flops
 
 
 def _gpt(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int) -> ModelConfig:

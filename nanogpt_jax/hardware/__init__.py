@@ -1,1 +1,46 @@
-"""What the machine is and can do: chips, devices, processes, and what a model needs of them."""
+"""What this machine is and can do, how its processes join, and what a model asks of it."""
+
+# ruff: noqa: F401 (what other packages import)
+
+from typing import TYPE_CHECKING
+
+from nanogpt_jax.hardware.chips import Chip, chip_named, find_chip
+from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line
+from nanogpt_jax.hardware.flops import (
+    check_memory,
+    checkpoint_bytes,
+    estimate_memory,
+    forward_flops_per_token,
+    headline_params,
+    is_float32,
+    least_sampling_bytes,
+    least_training_bytes,
+    n_params,
+    needed_bytes,
+    parts,
+    size_in_words,
+    train_flops_per_token,
+)
+from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use_compile_cache
+
+if TYPE_CHECKING:
+    from nanogpt_jax.hardware.devices import (
+        Machine,
+        choose,
+        choose_compute,
+        describe,
+        memory_bytes,
+        memory_levers,
+        warn_of_unused_chip,
+    )
+
+_NEED_JAX = {"Machine", "choose", "choose_compute", "describe"}
+_NEED_JAX |= {"memory_bytes", "memory_levers", "warn_of_unused_chip"}
+
+
+def __getattr__(name: str):
+    if name in _NEED_JAX:
+        from nanogpt_jax.hardware import devices
+
+        return getattr(devices, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

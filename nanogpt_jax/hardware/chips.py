@@ -1,4 +1,4 @@
-"""Published figures of chips that GPTs are trained on. No JAX."""
+"""Published specifications of chips that GPTs are trained on. No JAX."""
 
 import re
 from dataclasses import dataclass
@@ -6,30 +6,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """What the maker publishes of one chip."""
+    """What a manufacturer publishes about a chip."""
 
     name: str
-    pattern: str  # of JAX's `device_kind`
-    flops: float  # dense products of 16-bit numbers summed in 32 bits, FLOP/s
+    pattern: str  # matches JAX's `device_kind`
+    flops: float  # FLOP/s of dense 16-bit products, summed in 32 bits
     memory_bytes: float
-    bandwidth: float  # of that memory, bytes/s
-    watts: float | None = None  # of the board under full load; Google publishes none of its TPUs
-    dollars_per_hour: float | None = None  # rented; None: not to be had, or not looked up
-    devices: int = 1  # as JAX counts them
+    bandwidth: float  # of the memory, bytes/s
+    watts: float | None = None  # of the board under full load; Google publishes none for TPUs
+    dollars_per_hour: float | None = None  # rented; None: not offered, or not looked up
+    devices: int = 1  # that JAX counts per chip
 
     @property
     def device_flops(self) -> float:
-        """FLOP/s of what JAX calls a device."""
+        """FLOP/s of one JAX device."""
         return self.flops / self.devices
 
 
 GB, GiB = 10**9, 2**30
-# Each pattern goes to the end of the name: laptops' chips and slices of a chip are named after the
-# chip, and slower. Sources: for GPUs NVIDIA's data sheets and architecture whitepapers (dense
-# rates, without sparsity; watts too), for TPUs cloud.google.com/tpu/docs. Dollars are list prices
-# of one chip on demand as seen in 2026, for orders of magnitude: at Google Cloud (T4 and L4, whose
-# machine comes on top, and TPUs, in the USA) and at GPU clouds (RunPod, Lambda), between which
-# they differ by half, and from one quarter to the next as well.
+# Each pattern is anchored at the end: laptop chips and slices of a chip extend the chip's name and
+# are slower. Sources: NVIDIA's data sheets and architecture whitepapers (dense rates, without
+# sparsity; watts too), cloud.google.com/tpu/docs. Dollars are on-demand list prices of one chip as
+# of 2026, for orders of magnitude only: Google Cloud for T4 and L4 (without their host) and TPUs,
+# in the USA; GPU clouds (RunPod, Lambda), which differ by half, for the rest.
 CHIPS = (
     Chip("T4", r"\bT4$", 65e12, 16 * GB, 320e9, 70, 0.35),
     Chip("RTX 3070 Ti", r"RTX 3070 Ti$", 43.5e12, 8 * GB, 608e9, 290),
@@ -49,11 +48,11 @@ CHIPS = (
 )
 
 
-def named(name: str) -> Chip:
-    """Return the chip of the table that has this name."""
+def chip_named(name: str) -> Chip:
+    """Return the chip with this name in the table."""
     return next(chip for chip in CHIPS if chip.name == name)
 
 
-def find(device_kind: str) -> Chip | None:
-    """Return the chip that JAX names so; None of one that is not in the table."""
+def find_chip(device_kind: str) -> Chip | None:
+    """Return the chip of a JAX `device_kind`, or None if it is not in the table."""
     return next((chip for chip in CHIPS if re.search(chip.pattern, device_kind)), None)

@@ -96,7 +96,7 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
         "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1",
     )
     idle_reason = "--mesh says so" if config.compute.mesh else "they do not divide --batch_size"
-    chip = chips.find(device.device_kind)
+    chip = chips.find_chip(device.device_kind)
     return Machine(mesh, compute, reason, idle_reason, memory, chip)
 
 

@@ -1,1 +1,1 @@
-"""The models of "Let's build GPT", and the ladder that trains them one after the other."""
+"""The models of "Let's build GPT", and the climb that trains them one after another."""

@@ -1,17 +1,19 @@
-"""The models of "Let's build GPT: from scratch, in code, spelled out", one for each step of it.
+"""The models of "Let's build GPT: from scratch, in code, spelled out", in the lecture's order.
 
-They read as the lecture writes them, in order, each from the parts of those before it; hold two
-side by side. Three things are the lecture's, and not GPT-2's as in model.py: PyTorch's default
-initialisation, attention scaled by the width of the embedding (its later fix scales by the size of
-a head; all losses that it shows are from before), and heads as modules of their own.
+Each model is built from the parts of those before it; read two side by side. Three things follow
+the lecture, not GPT-2: PyTorch's default initialization, attention scaled by the width of the
+embedding (later the lecture scales by the size of a head, but all losses that it shows are from
+before), and heads as separate modules.
 
-Array names end in their axes: B is a sequence of the batch, T a position, S one that is attended
-to, D a feature (the lecture's C), K a feature of a head, V a token; its `wei` is weights_BTS. Every
-rung is called as model.py's GPT is, `stream` up to the logits and `head` for them; its `cache` is
-for GPT alone, and passed through; `deterministic` means without dropout, as in `model.eval()`;
-`sow` leaves the weights for whoever wants to look at them.
+Array names end in their axes: B is a sequence of the batch, T a position, S a position attended to,
+D a feature (the lecture's C), K a feature of a head, V a token; the lecture's `wei` is weights_BTS.
+Every model is called like model.py's GPT: `hidden_states` up to the logits, `head` for the logits,
+`cache` passed through unused, `deterministic` without dropout, as after PyTorch's `model.eval()`.
+`sow` records the attention weights for those who want to look at them.
 Source: the lecture, and github.com/karpathy/ng-video-lecture.
 """
+
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -23,7 +25,7 @@ from nanogpt_jax.model import Compute, Dropout, flat_dot_general
 
 
 class Linear(nn.Module):
-    """torch.nn.Linear as it comes: weights and biases uniform within 1 / sqrt(inputs)."""
+    """Like torch.nn.Linear: weights and biases start uniform within 1 / sqrt(inputs)."""
 
     features: int
     use_bias: bool = True
@@ -35,19 +37,23 @@ class Linear(nn.Module):
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        initial = {"kernel_init": uniform, "bias_init": uniform}
-        # The dot_general is for speed only, as in model.py.
-        layer = nn.Dense(self.features, self.use_bias, dot_general=flat_dot_general, **initial)
+        layer = nn.Dense(
+            self.features,
+            self.use_bias,
+            kernel_init=uniform,
+            bias_init=uniform,
+            dot_general=flat_dot_general,  # only for speed, as in model.py
+        )
         return layer(x_BTD)
 
 
 def embedding(n_rows: int, n_features: int) -> nn.Embed:
-    """Return torch.nn.Embedding as it comes: N(0, 1)."""
+    """Return an embedding like torch.nn.Embedding: rows start as N(0, 1)."""
     return nn.Embed(n_rows, n_features, embedding_init=nn.initializers.normal(1.0))
 
 
-class Rung(nn.Module):
-    """What all rungs share: the interface of GPT, but without a cache, and in float32."""
+class LectureModel(nn.Module):
+    """What all models of the lecture share: GPT's interface, without a cache, in float32."""
 
     config: ModelConfig
     compute: Compute = Compute()
@@ -58,19 +64,18 @@ class Rung(nn.Module):
         return self.head(x_BTD), cache
 
 
-class Bigram(Rung):
-    """The next token from the last one alone: a table of logits."""
+class Bigram(LectureModel):
+    """Predict the next token from the last one alone: a table of logits."""
 
     def setup(self):
         V = self.config.vocab_size
+        assert V is not None, "the corpus fills in the size of the vocabulary"
         self.token_embedding_table = embedding(V, V)
 
     def hidden_states(self, tokens_BT, cache=None, *, deterministic: bool = True):
-        """Return (logits_BTV, cache)."""
         return self.token_embedding_table(tokens_BT), cache
 
     def head(self, logits_BTV):
-        """Return logits_BTV."""
         return logits_BTV
 
 
@@ -82,7 +87,6 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
-        """Return y_BTK."""
         T, D = x_BTD.shape[1:]
         k_BSK = Linear(self.head_size, use_bias=False, name="key")(x_BTD)
         q_BTK = Linear(self.head_size, use_bias=False, name="query")(x_BTD)
@@ -95,22 +99,22 @@ class Head(nn.Module):
         return weights_BTS @ v_BSK
 
 
-class OneHead(Rung):
-    """Positions, and one head through which tokens speak to each other."""
+class OneHead(LectureModel):
+    """Position embeddings, and one head of attention through which tokens communicate."""
 
     def setup(self):
         V, D, T = self.config.vocab_size, self.config.n_embd, self.config.block_size
+        assert V is not None, "the corpus fills in the size of the vocabulary"
         self.token_embedding_table = embedding(V, D)
         self.position_embedding_table = embedding(T, D)
         self.layers = self.make_layers()
         self.lm_head = Linear(V)
 
-    def make_layers(self) -> list[nn.Module]:
-        """Return what lies between embedding and head."""
+    def make_layers(self) -> Sequence[nn.Module]:
+        """Return the layers between the embeddings and the head."""
         return [Head(self.config.n_embd)]
 
     def hidden_states(self, tokens_BT, cache=None, *, deterministic: bool = True):
-        """Return (x_BTD, cache)."""
         positions_T = jnp.arange(tokens_BT.shape[1])
         x_BTD = self.token_embedding_table(tokens_BT)
         x_BTD = x_BTD + self.position_embedding_table(positions_T)[None]
@@ -119,12 +123,11 @@ class OneHead(Rung):
         return x_BTD, cache
 
     def head(self, x_BTD):
-        """Return logits_BTV."""
         return self.lm_head(x_BTD)
 
 
 class MultiHead(nn.Module):
-    """Several smaller heads side by side; from the residual rung on, projected back."""
+    """Several smaller heads in parallel; from Residual on, followed by a projection."""
 
     n_head: int
     is_projected: bool = True
@@ -132,7 +135,6 @@ class MultiHead(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
-        """Return y_BTD."""
         D = x_BTD.shape[-1]
         heads = [Head(D // self.n_head, self.dropout) for _ in range(self.n_head)]
         y_BTD = jnp.concatenate([head(x_BTD, deterministic) for head in heads], axis=-1)
@@ -143,22 +145,20 @@ class MultiHead(nn.Module):
 
 
 class SeveralHeads(OneHead):
-    """Four heads of a quarter of the size."""
+    """Four heads of a quarter of the size each."""
 
     def make_layers(self):
-        """Return what lies between embedding and head."""
         return [MultiHead(self.config.n_head, is_projected=False)]
 
 
 class FeedForward(nn.Module):
-    """A layer by which each position thinks for itself; from the residual rung on, two of them."""
+    """A layer applied at each position by itself; from Residual on, two of them."""
 
     widening: int = 4
     dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
-        """Return y_BTD."""
         D = x_BTD.shape[-1]
         y_BTD = jax.nn.relu(Linear(self.widening * D)(x_BTD))
         if self.widening > 1:
@@ -167,86 +167,79 @@ class FeedForward(nn.Module):
 
 
 class Thinking(OneHead):
-    """First the tokens speak to each other, then each thinks over what it heard."""
+    """Communication followed by computation: tokens exchange, then each thinks by itself."""
 
     def make_layers(self):
-        """Return what lies between embedding and head."""
         heads = MultiHead(self.config.n_head, is_projected=False)
         return [heads, FeedForward(widening=1)]
 
 
 class Deep(Thinking):
-    """The same several times over, without a way around: deep, and hard to train."""
+    """The same layers several times over, without residual connections: deep, and hard to train."""
 
     def make_layers(self):
-        """Return what lies between embedding and head."""
-        layers = []
+        layers: list[nn.Module] = []
         for _ in range(self.config.n_layer):
             layers += super().make_layers()
         return layers
 
 
 class Block(nn.Module):
-    """Speaking and thinking, each added to what was there."""
+    """Communication and computation, each added to the residual stream."""
 
     n_head: int
 
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
-        """Return x_BTD."""
         x_BTD = x_BTD + MultiHead(self.n_head, name="sa")(x_BTD, deterministic)
         return x_BTD + FeedForward(name="ffwd")(x_BTD, deterministic)
 
 
 class Residual(OneHead):
-    """Blocks with a way around: gradients reach the first as they left the last."""
+    """Blocks with residual connections: gradients pass unchanged from the last to the first."""
 
     def make_layers(self):
-        """Return what lies between embedding and head."""
         return [Block(self.config.n_head) for _ in range(self.config.n_layer)]
 
 
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """Return torch.nn.LayerNorm as it comes."""
+    """Return a layer norm like torch.nn.LayerNorm."""
     return nn.LayerNorm(1e-5, use_fast_variance=False, name=name)
 
 
-class NormalisedBlock(nn.Module):
-    """The same, but each part reads the stream normalised: the scale of x no longer matters."""
+class NormalizedBlock(nn.Module):
+    """The same, but each part reads the normalized stream: the scale of x no longer matters."""
 
     n_head: int
     dropout: float
 
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
-        """Return x_BTD."""
         heads = MultiHead(self.n_head, dropout=self.dropout, name="sa")
         x_BTD = x_BTD + heads(layer_norm("ln1")(x_BTD), deterministic)
         feed_forward = FeedForward(dropout=self.dropout, name="ffwd")
         return x_BTD + feed_forward(layer_norm("ln2")(x_BTD), deterministic)
 
 
-class Normalised(OneHead):
-    """LayerNorm before each part and at the end; with dropout, and scaled up, the lecture's GPT."""
+class Normalized(OneHead):
+    """Layer norm before each part and at the end: with dropout and scaled up, the lecture's GPT."""
 
     def make_layers(self):
-        """Return what lies between embedding and head."""
         config = self.config
         self.ln_f = layer_norm()
-        return [NormalisedBlock(config.n_head, config.dropout) for _ in range(config.n_layer)]
+        return [NormalizedBlock(config.n_head, config.dropout) for _ in range(config.n_layer)]
 
     def hidden_states(self, tokens_BT, cache=None, *, deterministic: bool = True):
-        """Return (x_BTD, cache)."""
         x_BTD, cache = super().hidden_states(tokens_BT, cache, deterministic=deterministic)
         return self.ln_f(x_BTD), cache
 
 
-RUNGS = {
+MODELS = {
     "bigram": Bigram,
     "head": OneHead,
     "multihead": SeveralHeads,
     "feedforward": Thinking,
     "deep": Deep,
     "residual": Residual,
-    "layernorm": Normalised,
+    "layernorm": Normalized,
 }

@@ -6,7 +6,13 @@ What needs JAX is imported only when it is asked for.
 from typing import TYPE_CHECKING
 
 from nanogpt_jax.run.folder import CHECKPOINTS, OUT, has_checkpoint, newest, read_model_config
-from nanogpt_jax.run.plots import describe_loss, read_metrics, save_figure
+from nanogpt_jax.run.plots import (
+    describe_loss,
+    new_axes,
+    read_metrics,
+    running_mean,
+    save_figure,
+)
 from nanogpt_jax.run.run import Run
 
 if TYPE_CHECKING:
@@ -19,9 +25,11 @@ __all__ = [
     "Run",
     "describe_loss",
     "has_checkpoint",
+    "new_axes",
     "newest",
     "read_metrics",
     "read_model_config",
+    "running_mean",
     "save_figure",
 ]
 

@@ -168,11 +168,7 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
     Args:
         runs: rows of metrics by the run's name, each with an `x`.
     """
-    # Takes half a second: only now. Not pyplot: nothing to show, nothing to close.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="tight")
-    axes = figure.subplots()
+    axes = new_axes(8, 4.5)
     alone = len(runs) == 1
     names = [_as_written(name) for name in runs]
     for i, (name, rows) in enumerate(zip(names, runs.values(), strict=True)):
@@ -205,12 +201,21 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
     title = names[0] if alone else "validation (dots) and train loss"
     x_label = {"step": "step", "tokens": "tokens read", "time": "seconds of training"}[x]
     axes.set(xlabel=x_label, ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         # Not "best": that compares with every point, for seconds, and says so in a warning.
         axes.legend(frameon=False, loc="upper right")
-    return figure
+    return axes.figure
+
+
+def new_axes(width: float, height: float):
+    """Return the matplotlib Axes of a new figure, width x height inches, in one style for all."""
+    # Takes half a second: only now. Not pyplot: nothing to show, nothing to close.
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(width, height), dpi=150, layout="tight").subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def _as_written(name: str) -> str:

@@ -1,0 +1,48 @@
+"""Show where each array of a run's state is stored: python -m nanogpt_jax shardings --mesh fsdp=8
+
+Prints shape, placement and bytes per device of each array, for any number of devices, whatever
+this machine has. All flags of train.py apply, for example --config gpt2-xl.
+"""
+
+import collections
+import math
+import re
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from nanogpt_jax.bench.step import abstract_state
+from nanogpt_jax.config import MESH_AXES, mesh_sizes, parse_train_config, with_vocab_size
+from nanogpt_jax.sharding import resolve_sizes, tree_shardings, unsplit_note
+
+
+def main(argv: list[str]) -> None:
+    """Print the table of the state's arrays, and what one device holds of all."""
+    config = with_vocab_size(parse_train_config(argv, __doc__ or ""))
+    requested = [size for size in mesh_sizes(config.compute.mesh) if size > 0]
+    n_devices = max(jax.device_count(), math.prod(requested))
+    sizes = resolve_sizes(config.compute.mesh, n_devices)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    state = abstract_state(config)
+    rows = collections.Counter()  # layers are alike and share a line
+    total_bytes = device_bytes = 0
+    leaves, shardings = jax.tree_util.tree_leaves_with_path(state), tree_shardings(mesh, state)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        leaf_bytes = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total_bytes += leaf.size * leaf.dtype.itemsize
+        device_bytes += leaf_bytes
+        name = re.sub(r"h_\d+", "h_*", jax.tree_util.keystr(path, simple=True, separator="."))
+        placement = ", ".join(str(axis or "-") for axis in sharding.spec)
+        rows[name, str(leaf.shape), f"({placement})", f"{leaf_bytes:,}"] += 1
+    header = "array", "shape", "placement", "bytes a device"
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
+    for row, count in [(header, 1), *rows.items()]:
+        *cells, size = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+        times = f"  x {count}" if count > 1 else ""
+        print(*cells, f"{size.strip():>{widths[3]}}{times}", sep="  ")
+    print(
+        f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: each device holds "
+        f"{device_bytes:,} of the state's {total_bytes:,} bytes; gradients and activations add "
+        "to that"
+    )
+    print(unsplit_note(mesh, state.params), end="")

@@ -153,7 +153,7 @@ def test_every_flag_exists():
             line.partition("python ")[2] if line.startswith(OF_OTHERS) else line
             for line in code(text)
         )
-        flags = {flag for line in ours for flag in re.findall(r"(?<![\w-])--([a-z]\w+)", line)}
+        flags = {flag for line in ours for flag in re.findall(r"(?<![\w=-])--([a-z]\w+)", line)}
         assert flags <= fields | {"help"}
 
 

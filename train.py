@@ -57,6 +57,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
 
     abstract = sharding.place(jax.eval_shape(random_state, init_key), machine.mesh)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    print(sharding.unsplit_note(machine.mesh, abstract.params), end="")
 
     def new_state() -> steps.TrainState:
         if config.init_from == SCRATCH:
@@ -87,11 +88,10 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     out_shardings = shardings, sharding.replicated(machine.mesh)
     update = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
     with ThreadPoolExecutor(1, "compile") as pool:
-        first_state = pool.submit(new_state) if restored is None else None
+        making_state = pool.submit(new_state if restored is None else lambda: restored)
         compiling = pool.submit(update.lower(abstract, batch, dropout_key).compile)
         eval_step = compile_eval_step(model, abstract.params, val_batches, machine.mesh)
-        train_step = compiling.result()
-        state = restored if first_state is None else first_state.result()
+        state, train_step = making_state.result(), compiling.result()
     print(machine.check_fits(train_step, config))
 
     def is_due(step: int) -> bool:
@@ -103,8 +103,9 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     # The loop: exactly max_iters updates, each one call of one compiled function.
     learning_rate = float(tx.learning_rate(state.step - state.skipped))
     run.start(state, machine, learning_rate, evaluates_first=is_due(run.start_step))
+    step = run.start_step
     with contextlib.closing(batches):
-        for step in range(run.start_step, config.max_iters + 1):
+        while True:
             if is_due(step):
                 should_stop = run.evaluating(step)
                 val_loss = steps.evaluate(eval_step, state.params, val_batches, should_stop)
@@ -113,7 +114,8 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
                 break
             state, metrics = train_step(state, batch, dropout_key)
             batch = next(batches)  # placed while the device computes
-            run.log(step + 1, metrics)  # waits for the update before, never for this one
+            step += 1
+            run.log(step, metrics)  # waits for the update before, never for this one
         exit_code = run.finish(step, state)
 
     if exit_code == 0 and corpus.tokenizer:
@@ -147,7 +149,9 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, run: Run) -> int:
         config.eval_iters,
     )  # fmt: skip
     eval_step = compile_eval_step(model, abstract, batches, machine.mesh)
-    loss = describe_loss(steps.evaluate(eval_step, params, batches), corpus.bytes_per_token)
+    val_loss = steps.evaluate(eval_step, params, batches)
+    assert val_loss is not None, "nothing stops it"
+    loss = describe_loss(val_loss, corpus.bytes_per_token)
     print(f"{source}: {loss}, {batches.n_targets:,} tokens")
     return 0
 

@@ -101,12 +101,11 @@ def put_batch(
     """
     if corpus is not None:
         return Batch(corpus, put(offsets.astype(np.int32), rows))
-    windows = jax.make_array_from_callback(
-        (*offsets.shape, length),
-        rows,
-        lambda index: read_windows(tokens, offsets[index[:-1]], length),  # this device's rows
-    )
-    return Batch(None, windows)
+
+    def read(index):  # the rows of one device
+        return read_windows(tokens, offsets[index[:-1]], length)
+
+    return Batch(None, jax.make_array_from_callback((*offsets.shape, length), rows, read))
 
 
 class TrainLoader:

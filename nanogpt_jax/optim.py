@@ -1,8 +1,10 @@
 """The learning rate's schedule, which parameters decay, and the optax chain."""
 
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -17,7 +19,7 @@ class Optimizer(NamedTuple):
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
-    learning_rate: optax.Schedule  # of the number of updates before this one
+    learning_rate: Callable[[jax.Array], jax.Array]  # of the number of updates before this one
 
 
 def learning_rate_schedule(config: OptimConfig, max_iters: int) -> optax.Schedule:
@@ -53,7 +55,8 @@ def make_optimizer(config: OptimConfig, max_iters: int) -> Optimizer:
     schedule = learning_rate_schedule(config, max_iters)
     make = {"adamw": _adamw, "muon": _muon_and_adamw}[config.optimizer]
     clips = [optax.clip_by_global_norm(config.grad_clip)] if config.grad_clip > 0 else []
-    return Optimizer(*optax.chain(*clips, make(config, schedule)), schedule)
+    tx = optax.chain(*clips, make(config, schedule))
+    return Optimizer(*tx, lambda count: jnp.asarray(schedule(count), jnp.float32))
 
 
 def _adamw(
@@ -75,7 +78,9 @@ def _muon_and_adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.Grad
     def labels(params):
         return jax.tree.map(lambda is_muon: "muon" if is_muon else "adamw", is_for_muon(params))
 
-    parts = {"muon": _muon(config, schedule), "adamw": _adamw(config, schedule, nesterov=True)}
+    adamw = _adamw(config, schedule, nesterov=True)
+    parts: dict[Hashable, optax.GradientTransformation]
+    parts = {"muon": _muon(config, schedule), "adamw": adamw}
     return optax.partition(parts, labels)
 
 

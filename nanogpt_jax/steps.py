@@ -150,8 +150,7 @@ def train_step(
         probe = jnp.where(is_finite, 1.0, jnp.nan)
         loss_scale = loss_scale.value_and_grad(lambda x: x * probe)(jnp.float32(0)).dynamic_scale
         skipped += ~is_finite
-    learning_rate = jnp.asarray(tx.learning_rate(state.step - state.skipped))
-    metrics = Metrics(loss, grad_norm, skipped, learning_rate)
+    metrics = Metrics(loss, grad_norm, skipped, tx.learning_rate(state.step - state.skipped))
     return TrainState(state.step + 1, params, opt_state, loss_scale, skipped), metrics
 
 

@@ -31,7 +31,7 @@ from nanogpt_jax.config import (
     split_words,
 )
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.run import OUT, new_axes, read_metrics, running_mean, save_figure
+from nanogpt_jax.run import OUT, new_figure, read_metrics, running_mean, save_figure
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 TWIN = "-fast"
@@ -182,7 +182,7 @@ def summary(laps: Sequence[Lap], name: str, target: float) -> str:
 
 def picture(laps: Sequence[Lap], target: float) -> bytes:
     """Return a PNG of all runs' losses over wall time."""
-    axes = new_axes(9, 5)
+    figure, axes = new_figure(9, 5)
     for i, (name, own) in enumerate(by_name(laps).items()):
         for lap in own:
             label = name if lap is own[0] else None
@@ -210,5 +210,5 @@ def picture(laps: Sequence[Lap], target: float) -> bytes:
     axes.tick_params(axis="x", which="minor", labelsize=7)
     axes.legend(frameon=False, loc="upper right")
     png = io.BytesIO()
-    save_figure(axes.figure, png)
+    save_figure(figure, png)
     return png.getvalue()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import chips, flops
-from nanogpt_jax.hardware.processes import ALONE, Processes
+from nanogpt_jax.hardware.processes import ALONE, Processes, use_compile_cache
 from nanogpt_jax.model import Compute
 from nanogpt_jax.sharding import choose_sizes, make_mesh
 
@@ -71,10 +71,15 @@ class Machine(NamedTuple):
 def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
     """Choose what a run computes on, and how.
 
+    Call it before anything else makes JAX look for devices: it turns the compile cache on, and
+    warns if a chip is present that JAX does not use.
+
     Raises:
         InputError: the machine cannot do what was requested by name, or surely cannot hold the
             model.
     """
+    use_compile_cache(config.compile_cache, processes.count)
+    warn_of_unused_chip()
     if jax.process_count() != processes.count:
         raise InputError(
             f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "
@@ -151,7 +156,7 @@ def warn_of_unused_chip(root: Path = Path("/")) -> None:
     Args:
         root: of the file system that is searched.
     """
-    if jax.config.jax_platforms:
+    if jax.config.values["jax_platforms"]:
         return
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if not is_hidden and any((root / name).exists() for name in NVIDIA_FILES):

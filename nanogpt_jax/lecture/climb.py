@@ -26,7 +26,7 @@ from nanogpt_jax.data import EvalLoader, TrainLoader, eval_batches
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import check_writable
 from nanogpt_jax.hardware import choose_compute, n_params, use_compile_cache
-from nanogpt_jax.run import new_axes, save_figure
+from nanogpt_jax.run import new_figure, save_figure
 from nanogpt_jax.sharding import make_mesh
 
 # Validation losses that the lecture shows, by preset and step. Of the blocks without residual
@@ -205,7 +205,7 @@ def table_row(model: Climbed) -> str:
 
 def ladder_figure(climbed: list[Climbed]):
     """Return a matplotlib Figure: each model's validation curve, and what the lecture shows."""
-    axes = new_axes(10, 5.5)
+    figure, axes = new_figure(10, 5.5)
     for i, model in enumerate(climbed):
         color = f"C{i}"
         label = f"{model.val_losses[-1]:.2f} {short_name(model)}"
@@ -223,4 +223,4 @@ def ladder_figure(climbed: list[Climbed]):
         title='The ladder of "Let\'s build GPT": what each of its steps brings',
     )
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return axes.figure
+    return figure

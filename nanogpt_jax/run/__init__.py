@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nanogpt_jax.run.folder import CHECKPOINTS, OUT, has_checkpoint, newest, read_model_config
 from nanogpt_jax.run.plots import (
     describe_loss,
-    new_axes,
+    new_figure,
     read_metrics,
     running_mean,
     save_figure,
@@ -25,7 +25,7 @@ __all__ = [
     "Run",
     "describe_loss",
     "has_checkpoint",
-    "new_axes",
+    "new_figure",
     "newest",
     "read_metrics",
     "read_model_config",

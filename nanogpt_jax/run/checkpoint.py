@@ -157,7 +157,7 @@ class Checkpoints:
         if damaged:
             reasons = "; ".join(map(str, damaged.values()))
             raise InputError(
-                f"{reasons}; there is no other checkpoint: restore a copy of it, or start over with "
+                f"{reasons}; there is no other checkpoint: restore a copy, or start over with "
                 "--overwrite"
             )
         return None

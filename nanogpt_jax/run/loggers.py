@@ -1,6 +1,6 @@
-"""Metrics for TensorBoard and Weights & Biases, whose packages are imported only when asked for.
+"""Metrics for TensorBoard and Weights & Biases, whose packages are imported only on request.
 
-Neither is needed: metrics.jsonl and loss.png have it all. No JAX.
+Neither is needed: metrics.jsonl and loss.png have everything. No JAX.
 """
 
 import importlib.util
@@ -18,21 +18,17 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # by flag and extr
 
 
 class Logger(NamedTuple):
-    """One that is told each row of metrics.jsonl."""
+    """Receives each row of metrics.jsonl."""
 
     log: Callable[[dict], None]
     close: Callable[[], None]
 
 
 def check(config: TrainConfig) -> None:
-    """Check that what was asked for will work, before a run begins, or an old one is deleted.
-
-    Raises:
-        InputError: a package is missing, or Weights & Biases is not logged in.
-    """
+    """Raise InputError if a package is missing or Weights & Biases is not logged in."""
     for flag, package in PACKAGES.items():
         spec = importlib.util.find_spec(package) if getattr(config, flag) else None
-        # A folder of that name, as of old runs, is found too, but has no origin.
+        # A folder of that name, as in old runs, is found too, but has no origin.
         if getattr(config, flag) and (spec is None or spec.origin is None):
             raise InputError(
                 f"--{flag} needs the package {package}: pip install -e '.[{flag}]', or leave it "
@@ -46,22 +42,18 @@ def check(config: TrainConfig) -> None:
         except wandb.Error as error:
             raise InputError(f"--wandb: Weights & Biases refuses: {error}") from error
         if not logged_in:
-            raise InputError("--wandb needs a login: `wandb login`, or WANDB_MODE=offline in front")
+            raise InputError("--wandb needs a login: run `wandb login`, or set WANDB_MODE=offline")
 
 
-def open_loggers(config: TrainConfig, folder: Path, begun_at: int | None) -> list[Logger]:
-    """Return the loggers that a run was asked for.
+def open_loggers(config: TrainConfig, folder: Path, resumed_at: int | None) -> list[Logger]:
+    """Return the requested loggers. What was logged past `resumed_at`, before a kill, is replaced.
 
-    Args:
-        begun_at: the step of the checkpoint that the run goes on from; None of a new run. What
-            was logged past it, before a kill, is logged again.
-
-    Raises:
-        InputError: Weights & Biases refuses; it says why.
+    Raises InputError with the reason if Weights & Biases refuses.
     """
     loggers = []
     if config.tensorboard:
-        loggers.append(_tensorboard(folder / TENSORBOARD, 0 if begun_at is None else begun_at + 1))
+        first_step = 0 if resumed_at is None else resumed_at + 1
+        loggers.append(_tensorboard(folder / TENSORBOARD, first_step))
     if config.wandb:
         loggers.append(_wandb(config, folder))
     return loggers
@@ -70,7 +62,7 @@ def open_loggers(config: TrainConfig, folder: Path, begun_at: int | None) -> lis
 def _tensorboard(folder: Path, first_step: int) -> Logger:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=first_step)  # hides older events from there on
+    writer = SummaryWriter(str(folder), purge_step=first_step)  # hides events from there on
     names = {"train_loss": "loss/train", "val_loss": "loss/val"}  # on one page, side by side
 
     def log(row: dict) -> None:
@@ -84,7 +76,7 @@ def _tensorboard(folder: Path, first_step: int) -> Logger:
 def _wandb(config: TrainConfig, folder: Path) -> Logger:
     import wandb
 
-    id_file = folder / WANDB / "id"  # by which a resumed run goes on with its curves
+    id_file = folder / WANDB / "id"  # lets a resumed run continue its curves
     if not id_file.exists():
         id_file.parent.mkdir(exist_ok=True)
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -99,5 +91,5 @@ def _wandb(config: TrainConfig, folder: Path) -> Logger:
         )
     except wandb.Error as error:
         raise InputError(f"--wandb: Weights & Biases refuses: {error}") from error
-    # Of steps that it has already, as after a kill, it keeps the first: they are the same.
+    # If it already has a step, as after a kill, it keeps the first row: they are equal.
     return Logger(lambda row: run.log(row, step=row["step"]), run.finish)

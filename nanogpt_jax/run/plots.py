@@ -1,7 +1,7 @@
-"""The curves of runs: python -m nanogpt_jax.run.plots OUT_DIR [OUT_DIR...] [--x time] [--picture PATH]
+"""Compare runs: python -m nanogpt_jax report OUT_DIR [OUT_DIR...] [--x time] [--picture PATH]
 
-Prints a line for each run and draws their losses over each other. No JAX, so it can watch a run
-that holds the chip. --x is step, tokens or time.
+Prints a line for each run and draws their losses in one picture. It needs no JAX, so it can watch a
+run that holds the chip.
 """
 
 import io
@@ -9,7 +9,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -23,10 +23,14 @@ from nanogpt_jax.config import (
     to_flat_dict,
 )
 from nanogpt_jax.corpora import bits_per_byte
-from nanogpt_jax.errors import InputError, reading, run_command
+from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.run.folder import METRICS, PICTURE, read_config
 
-SMOOTHED_ROWS = 21  # the running mean's widest window
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SMOOTHED_ROWS = 21  # widest window of the running mean
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class ReportConfig:
     """How runs are drawn."""
 
     x: Literal["step", "tokens", "time"] = "step"
-    """What the curves run along; time is that of training, in seconds."""
+    """The horizontal axis; time is seconds of training."""
     picture: str = ""
-    """Where the picture goes; empty: loss.png beside a single run, out/report.png of several."""
+    """Path of the picture; empty: loss.png in the folder of a single run, else out/report.png."""
 
     def __post_init__(self):
         check_fields(self)
@@ -45,56 +49,55 @@ class ReportConfig:
 def main(argv: list[str]) -> None:
     """Print a line for each run, and draw them."""
     words, flags = split_words(argv, "the folder of a run")
-    folders = [Path(word) for word in words]
     config = parse_args(ReportConfig, flags, __doc__)
+    folders = [Path(word) for word in words]
     if not folders:
-        raise InputError(
-            "the folder of at least one run must be given, like "
-            "python -m nanogpt_jax report out/small"
-        )
+        raise InputError("name the folder of at least one run: python -m nanogpt_jax report out/*")
     if len(folders) > 1:  # out/* has other things too
         others = [folder for folder in folders if not (folder / METRICS).exists()]
         folders = [folder for folder in folders if folder not in others] or folders
         if others and folders != others:
-            print(f"no run, and left out: {', '.join(map(str, others))}")
+            print(f"not a run, skipped: {', '.join(map(str, others))}")
     runs = {str(folder): read_run(folder, config.x) for folder in folders}
     width = max(map(len, runs))
-    for name, run in runs.items():
-        print(f"{name:{width}}  {describe(run)}")
-    alone = folders[0] / PICTURE if len(folders) == 1 else Path("out", "report.png")
-    path = Path(config.picture) if config.picture else alone
+    for name, rows in runs.items():
+        print(f"{name:{width}}  {describe(rows)}")
+    usual = folders[0] / PICTURE if len(folders) == 1 else Path("out", "report.png")
+    path = Path(config.picture) if config.picture else usual
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_figure(loss_figure(runs, config.x), path)
     except (OSError, ValueError) as error:  # ValueError: no format of that name
-        raise InputError(f"picture: {path} cannot be written ({error})") from None
+        raise InputError(
+            f"picture: {path} cannot be written ({error}): choose another path, like loss.png"
+        ) from None
     print(f"drawn to {path}")
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Return the rows of a run's metrics.jsonl; a last line cut off by a kill is left out.
+    """Return the rows of a run's metrics.jsonl, without a last line that a kill cut off.
 
-    Raises:
-        InputError: it cannot be read, or another line is none of a run's.
+    Raises InputError if it cannot be read or another line is damaged.
     """
     path = Path(folder, METRICS)
     with reading(path, "a run's metrics"):
         if not path.exists():
             return []
         *lines, cut_off = path.read_bytes().split(b"\n")
-    rows = [_row(line) for line in lines]
-    if None in rows:
-        at = rows.index(None)
-        raise InputError(
-            f'{path}, line {at + 1}: must be like {{"step": 10, "train_loss": 2.5, "elapsed_s": '
-            f'0.1, "tokens_per_s": 9000}}, but is {lines[at][:60].decode("utf-8", "replace")!r}: '
-            "delete the line, which no other needs"
-        )
-    last = _row(cut_off)
+    rows = []
+    for i, line in enumerate(lines):
+        if (row := _parse_row(line)) is None:
+            raise InputError(
+                f'{path}, line {i + 1}: must be like {{"step": 10, "train_loss": 2.5, "elapsed_s": '
+                f'0.1, "tokens_per_s": 9000}}, got {line[:60].decode("utf-8", "replace")!r}: '
+                "delete that line; no other line depends on it"
+            )
+        rows.append(row)
+    last = _parse_row(cut_off)
     return [*rows, last] if last else rows
 
 
-def _row(line: bytes) -> dict | None:
+def _parse_row(line: bytes) -> dict | None:
     try:
         row = files.loads(line.decode("utf-8"))
         for name in {"step", "elapsed_s", "tokens_per_s", *row}:
@@ -110,30 +113,26 @@ def _row(line: bytes) -> dict | None:
 def read_run(folder: Path, x: str) -> list[dict]:
     """Return a run's rows, each with an `x`: its step, tokens read or seconds of training.
 
-    Raises:
-        InputError: there is no run, or it has logged nothing yet.
+    Raises InputError if there is no run, or it has logged nothing yet.
     """
-    asked = to_flat_dict(TrainConfig()) | read_config(folder)
-    rows = read_metrics(folder)
+    config, rows = to_flat_dict(TrainConfig()) | read_config(folder), read_metrics(folder)
     if not rows:
-        raise InputError(f"{folder} has logged nothing yet: there must be a {METRICS} with rows")
-    of_step = asked["batch_size"] * asked["gradient_accumulation_steps"] * asked["block_size"]
-    of_row = {
-        "step": lambda row: row["step"],
-        "tokens": lambda row: row["step"] * of_step,
-        "time": lambda row: row["elapsed_s"],
-    }
-    return [row | {"x": of_row[x](row)} for row in rows]
+        raise InputError(f"{folder} has logged nothing yet: wait until {METRICS} has rows")
+    step_tokens = (
+        config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
+    )
+    key, scale = {"step": ("step", 1), "tokens": ("step", step_tokens), "time": ("elapsed_s", 1)}[x]
+    return [row | {"x": row[key] * scale} for row in rows]
 
 
-def describe(run: list[dict]) -> str:
+def describe(rows: list[dict]) -> str:
     """Return a run in a line."""
-    evaluated = [row for row in run if "val_loss" in row]
+    evaluated = [row for row in rows if "val_loss" in row]
     best = min(evaluated, key=lambda row: row["val_loss"], default={})
     loss, step, bits = best.get("val_loss", math.nan), best.get("step", 0), ""
-    if "val_bits_per_byte" in best:  # of another tokenizer, only these can be compared
+    if "val_bits_per_byte" in best:  # runs with different tokenizers can only compare these
         bits = f" ({best['val_bits_per_byte']:.3f} bits per byte)"
-    last = run[-1]
+    last = rows[-1]
     return (
         f"best val loss {loss:.4f}{bits} at step {step:,}; {last['step']:,} steps in "
         f"{last['elapsed_s']:,.0f} s, {last['tokens_per_s']:,} tokens/s"
@@ -155,81 +154,78 @@ def draw(folder: Path, title: str) -> None:
     files.write_atomically(Path(folder, PICTURE), picture.getvalue())
 
 
-def save_figure(figure, path: Path | io.BytesIO) -> None:
-    """Write a figure as PNG or as a path ends; characters that the font lacks become boxes."""
+def save_figure(figure: "Figure", path: Path | io.BytesIO) -> None:
+    """Write a figure, as PNG or as the path's ending says."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # they become boxes
         figure.savefig(path)
 
 
-def loss_figure(runs: dict[str, list[dict]], x: str = "step"):
-    """Return a matplotlib Figure: of each run its train and validation curve, the best marked.
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """Return a figure of width x height inches and its axes, in the style of all pictures."""
+    # Slow to import. Not pyplot: there is nothing to show or to close.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="tight")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def loss_figure(runs: dict[str, list[dict]], x: str = "step") -> "Figure":
+    """Draw each run's training and validation loss, with the best one marked.
 
     Args:
         runs: rows of metrics by the run's name, each with an `x`.
     """
-    axes = new_axes(8, 4.5)
-    alone = len(runs) == 1
-    names = [_as_written(name) for name in runs]
+    figure, axes = new_figure(8, 4.5)
+    is_single = len(runs) == 1
+    names = [_plain_text(name) for name in runs]
     for i, (name, rows) in enumerate(zip(names, runs.values(), strict=True)):
         train = np.array([(row["x"], row["train_loss"]) for row in rows if "train_loss" in row])
         val = np.array([(row["x"], row["val_loss"]) for row in rows if "val_loss" in row])
-        color = "tab:blue" if alone else f"C{i}"
+        color = "tab:blue" if is_single else f"C{i}"
         if len(train):
-            places, losses = train.T
-            label = "train (running mean)" if alone else None
-            if alone:
-                axes.plot(places, losses, color=color, alpha=0.25, linewidth=0.8)
-            faint = {} if alone else {"alpha": 0.4, "linewidth": 1}
-            axes.plot(places, running_mean(losses), color=color, label=label, **faint)
+            xs, losses = train.T
+            smooth = running_mean(losses)
+            if is_single:
+                axes.plot(xs, losses, color=color, alpha=0.25, linewidth=0.8)
+                axes.plot(xs, smooth, color=color, label="train (running mean)")
+            else:
+                axes.plot(xs, smooth, color=color, alpha=0.4, linewidth=1)
         if len(val):
-            places, losses = val.T
+            xs, losses = val.T
             best = losses.argmin()
-            color = "tab:orange" if alone else color
-            label = "validation" if alone else f"{name}: best {losses[best]:.4f}"
-            axes.plot(places, losses, "o-", color=color, markersize=4, label=label)
-            axes.plot(places[best], losses[best], "*", color="tab:red", markersize=14, zorder=3)
-            if alone:
+            color = "tab:orange" if is_single else color
+            label = "validation" if is_single else f"{name}: best {losses[best]:.4f}"
+            axes.plot(xs, losses, "o-", color=color, markersize=4, label=label)
+            axes.plot(xs[best], losses[best], "*", color="tab:red", markersize=14, zorder=3)
+            if is_single:
                 axes.annotate(
-                    f"best {losses[best]:.4f}\nat {x} {places[best]:,.0f}",
-                    (places[best], losses[best]),
+                    f"best {losses[best]:.4f}\nat {x} {xs[best]:,.0f}",
+                    (xs[best], losses[best]),
                     xytext=(-6, 14),
                     textcoords="offset points",
                     ha="right" if best else "left",
                     color="tab:red",
                 )
-    title = names[0] if alone else "validation (dots) and train loss"
+    title = names[0] if is_single else "validation (dots) and train loss"
     x_label = {"step": "step", "tokens": "tokens read", "time": "seconds of training"}[x]
     axes.set(xlabel=x_label, ylabel="loss (nats per token)", title=title)
     if axes.get_legend_handles_labels()[0]:
-        # Not "best": that compares with every point, for seconds, and says so in a warning.
-        axes.legend(frameon=False, loc="upper right")
-    return axes.figure
+        axes.legend(frameon=False, loc="upper right")  # "best" compares all points, for seconds
+    return figure
 
 
-def new_axes(width: float, height: float):
-    """Return the matplotlib Axes of a new figure, width x height inches, in one style for all."""
-    # Takes half a second: only now. Not pyplot: nothing to show, nothing to close.
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(width, height), dpi=150, layout="tight").subplots()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
-def _as_written(name: str) -> str:
-    """Return a name so that matplotlib sees no formula in $...$, and text in any bytes."""
+def _plain_text(name: str) -> str:
+    """Return a name in which matplotlib sees no formula between $...$ and no invalid bytes."""
     return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:
-    """Return the mean around each row, of fewer rows at both ends."""
+    """Return the mean around each row, over fewer rows near both ends."""
     i = np.arange(len(losses))
     half = np.minimum(i, i[::-1]).clip(max=min(SMOOTHED_ROWS // 2, len(losses) // 20))
     sums = np.concatenate([[0], losses.cumsum()])
     return (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -167,14 +167,15 @@ class Progress:
             return
         if not math.isfinite(val_loss):
             raise self._diverged(f"validation loss {val_loss}", step)
-        is_best = self.best is None or val_loss < self.best[0]
-        if is_best and step > 0:
+        best = ""
+        if self.best is not None and val_loss >= self.best[0]:
+            best = f" (best {self.best[0]:.4f} at step {self.best[1]})"
+        elif step > 0:
             self.best = val_loss, step
         self._write_row(step, val_loss)
         train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
         speed = self.steps_per_s * self.config.tokens_per_iter
         speed = f", {speed:,.0f} tokens/s" if speed else ""
-        best = f" (best {self.best[0]:.4f} at step {self.best[1]})" if not is_best else ""
         loss = describe_loss(val_loss, self.bytes_per_token)
         self.print(f"step {step:6d}: {train}{loss}{best}{speed}{self._skips()}")
         if time.perf_counter() - self._drawn_s > REDRAW_S:

@@ -84,11 +84,10 @@ class Checkpoints:
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Save a state in the background, under its step.
 
+        Raises RunError if the disk is full or fails otherwise, maybe already in the save before.
+
         Args:
             val_loss: None if it was not evaluated: then it is kept as newest, never as best.
-
-        Raises:
-            RunError: the disk is full or fails otherwise, maybe already during the save before.
         """
         params = _named_leaves(state.params)
         training = _named_leaves(state._replace(params={}))
@@ -114,14 +113,12 @@ class Checkpoints:
         """Return the newest undamaged state; None if nothing was saved yet.
 
         Warn about a damaged checkpoint and fall back to an older one. Unless read_only, rename the
-        damaged one, as in 60.damaged: the run will reach its step again.
+        damaged one, as in 60.damaged: the run will reach its step again. Raises InputError if all
+        are damaged or belong to a model of another shape.
 
         Args:
             abstract: the state's shapes, each with its sharding.
             prefer: a step to try before all others.
-
-        Raises:
-            InputError: every checkpoint is damaged, or belongs to a model of another shape.
         """
 
         def restore(step: int) -> TrainState:

@@ -55,11 +55,7 @@ def choose(config: TrainConfig, corpus: Corpus) -> Path:
 
 
 def check_usable(folder: Path) -> None:
-    """Check that a folder can be created or written and is empty or holds a run.
-
-    Raises:
-        InputError: see `files.check_writable`; or it holds other things.
-    """
+    """Raise InputError unless a folder can be written and is empty or holds a run."""
     files.check_writable(folder)
     leftovers = (".partial", ".lock")
     others = [path for path in folder.glob("*") if path.suffix not in leftovers]
@@ -71,10 +67,9 @@ def check_usable(folder: Path) -> None:
 
 
 def check_room(folder: Path, checkpoint_bytes: int) -> None:
-    """Check that the disk has room for the newest checkpoint, the best, and one being written.
+    """Raise InputError unless the disk has room for the newest checkpoint, the best and a new one.
 
-    Raises:
-        InputError: it has not, even counting those that exist.
+    Those that exist count as room, since they are deleted.
     """
     checkpoints = folder / CHECKPOINTS
     counted = [checkpoints / str(step) for step in saved_steps(checkpoints)]
@@ -92,13 +87,11 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     """Return whether the folder holds a run that fits `config`; False if it holds none.
 
     A run without a checkpoint does not count: nothing is lost when it starts with other fields,
-    for example after it ran out of memory.
+    for example after it ran out of memory. Raises InputError if the folder holds something else, or
+    a run that differs; it names the fields.
 
     Args:
         fingerprint: of the corpus's tokens.
-
-    Raises:
-        InputError: the folder holds something else, or a run that differs; fields are named.
     """
     check_usable(folder)
     if not (folder / CONFIG).exists():
@@ -133,22 +126,18 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, newest first.
-
-    One cut off by a kill has a longer name, and an empty folder is none.
-    """
+    """Return the steps of the checkpoints in a folder, newest first."""
     found = checkpoints.iterdir() if checkpoints.is_dir() else []
     names = [path.name for path in found if path.is_dir() and any(path.iterdir())]
-    steps = (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
-    return sorted(steps, reverse=True)
+    # One that a kill cut off has a longer name.
+    return sorted((int(name) for name in names if re.fullmatch("0|[1-9]\\d*", name)), reverse=True)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder, and keep other processes from training in it meanwhile.
 
-    Raises:
-        InputError: it cannot be created, or another process is training there.
+    Raises InputError if that fails or another process is training there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,10 +164,9 @@ def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:
 
 
 def wait_until_visible(folder: Path, seconds: float = 60) -> None:
-    """Wait until a folder that the first process has begun is visible here too.
+    """Wait until a run that the first process has begun is visible on this host too.
 
-    Raises:
-        InputError: it is not, within a time in which a network file system would show it.
+    Raises InputError if it is not within a time in which a network file system would show it.
     """
     deadline_s = time.monotonic() + seconds
     while not (folder / CONFIG).exists():
@@ -191,11 +179,7 @@ def wait_until_visible(folder: Path, seconds: float = 60) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Delete a run's files, for --overwrite, and nothing else in the folder.
-
-    Raises:
-        InputError: the folder holds files, but no run.
-    """
+    """Delete a run's files, for --overwrite, and nothing else in the folder."""
     check_usable(folder)
     if (folder / CONFIG).exists():
         read_config(folder)  # other programs write a config.json too
@@ -206,11 +190,7 @@ def delete(folder: Path) -> None:
 
 
 def newest() -> Path:
-    """Return the run under out/ with the newest checkpoint.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Return the run under out/ with the newest checkpoint; raise InputError if there is none."""
     runs = [path.parent for path in OUT.glob(f"*/{CHECKPOINTS}") if has_checkpoint(path.parent)]
     if not runs:
         raise InputError(f"there is no run under {OUT}/ yet: train one with `python train.py`")
@@ -218,11 +198,7 @@ def newest() -> Path:
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """Return the shape of a run's model.
-
-    Raises:
-        InputError: the folder holds no run, or its shape is impossible.
-    """
+    """Return the shape of a run's model; raise InputError if there is none or it is impossible."""
     config = read_config(folder)
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     try:
@@ -237,8 +213,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 def read_config(folder: Path) -> dict:
     """Return a run's request: TrainConfig's fields, flat, and made_with.
 
-    Raises:
-        InputError: the folder holds no run, or a field has an impossible value.
+    Raises InputError if the folder holds no run, or a field has an impossible value.
     """
     path = folder / CONFIG
     with reading(path, "a run's configuration"):
@@ -246,12 +221,8 @@ def read_config(folder: Path) -> dict:
             raise InputError(f"{folder} is not a run: there is no {path}")
         loaded = files.read_json(path)
     types = field_types(TrainConfig)
-    ours = (
-        isinstance(loaded, dict)
-        and isinstance(loaded.get("made_with"), dict)
-        and loaded.keys() <= {*types, "made_with"}
-    )
-    if not ours:
+    is_ours = isinstance(loaded, dict) and isinstance(loaded.get("made_with"), dict)
+    if not is_ours or not loaded.keys() <= {*types, "made_with"}:
         raise InputError(f"{path}: must be a run's configuration, but another program wrote it")
     try:
         for name in loaded.keys() - {"made_with"}:

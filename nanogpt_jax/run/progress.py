@@ -99,24 +99,17 @@ class Progress:
         self._bar.write(line)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Note the metrics of an update that was just dispatched, and report the one before.
-
-        Raises:
-            Diverged: the loss of the update before is not finite.
-        """
+        """Note the metrics of an update that was just dispatched, and report the one before."""
         self.flush()
         if self._timed_from is None:
             self._timed_from = step - 1, time.perf_counter()
         self._pending = step, metrics
 
     def flush(self, is_evaluated: bool = False) -> None:
-        """Wait for the update that was dispatched last, and report it.
+        """Wait for the update that was dispatched last, and report it; raise Diverged if it did.
 
         Args:
             is_evaluated: an evaluation of this step follows, whose row has its metrics too.
-
-        Raises:
-            Diverged: its loss is not finite.
         """
         if self._pending is None:
             return
@@ -156,11 +149,7 @@ class Progress:
             self._bar.set_postfix_str(f"evaluating: {share:.0%}")
 
     def evaluated(self, step: int, val_loss: float | None) -> None:
-        """Report an evaluation; None: a signal stopped it, and it is repeated after resuming.
-
-        Raises:
-            Diverged: the loss is not finite.
-        """
+        """Report an evaluation; None: a signal stopped it, and it is repeated after resuming."""
         self._timed_from = None  # an evaluation does not count as training
         if val_loss is None:
             self._write_row(step)

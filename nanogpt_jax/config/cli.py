@@ -42,7 +42,7 @@ def parse_args(cls: type[Config], argv: list[str], about: str | None) -> Config:
     """Return the configuration that a command line asks for; --help prints help and exits.
 
     Args:
-        about: what --help prints above the flags.
+        about: what --help prints above the flags, usually the command's `__doc__`.
 
     Raises:
         InputError: an unknown flag, a missing value, or a value that its field refuses.
@@ -130,7 +130,7 @@ def configure(default: Config, settings: dict[str, str], about: str | None) -> C
         tyro.cli(
             type(default),
             prog=Path(sys.argv[0]).name,
-            description=about,
+            description=about or "",
             args=["--help"],
             default=default,
             use_underscores=True,

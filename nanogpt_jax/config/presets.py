@@ -260,7 +260,7 @@ def with_vocab_size(config: TrainConfig) -> TrainConfig:
 
 
 def parse_train_config(
-    argv: list[str], about: str | None = "", cls: type[TrainConfig] = TrainConfig
+    argv: list[str], about: str | None = None, cls: type[TrainConfig] = TrainConfig
 ) -> TrainConfig:
     """Return the configuration of `--config NAME|FILE.json [--any_field value ...]`.
 
@@ -286,7 +286,7 @@ def parse_train_config(
         )
     presets = "\n".join(f"  {key:20} {ABOUT[key]}" for key in PRESETS)
     default = cls(**vars(PRESETS[preset]()))
-    config = configure(default, settings, f"{about}\n\nPresets:\n{presets}")
+    config = configure(default, settings, f"{about or ''}\n\nPresets:\n{presets}")
     if config.init_from != SCRATCH and (given := flags.keys() & WEIGHTS_FIELDS):
         names = ", ".join(f"--{name}" for name in sorted(given))
         raise InputError(f"the weights of {config.init_from} determine {names}: leave it out")

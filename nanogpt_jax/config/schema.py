@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import MAX_NAME_BYTES
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,10 +41,9 @@ FRACTIONS = {"cooldown", "top_p"}
 FREE_TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
 NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
 TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
+MAX_PATH_BYTES = 4000
 
 SPLITS = ("train", "val")
-
 MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # the axes that split a batch's rows
 SCRATCH = "scratch"  # the init_from of random weights

@@ -185,9 +185,7 @@ class OptimConfig:
 
     #: AdamW, or Muon for the matrices of the blocks with Nesterov AdamW for everything else
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = (
-        6e-4  # peak learning rate, after warm-up; one value serves AdamW and Muon
-    )
+    learning_rate: float = 6e-4  # peak rate, after warm-up; one value serves AdamW and Muon
     muon_momentum: float = 0.95  # Muon's momentum; lower suits short runs
     #: decay from learning_rate to min_lr: cosine, or warm-up-stable-decay (wsd), which stays
     #: constant and then falls linearly
@@ -241,9 +239,7 @@ class ComputeConfig:
     #: chip and the model allow
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     remat: bool = False  # recompute activations in the backward pass: slower, but far less memory
-    loss_chunks: int = (
-        1  # compute logits in this many pieces (a divisor of block_size): less memory
-    )
+    loss_chunks: int = 1  # compute logits in this many pieces: less memory; divides block_size
     #: devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that remain); empty: data
     #: parallelism over as many devices as divide batch_size
     mesh: str = ""

@@ -268,9 +268,6 @@ def parse_train_config(
 
     Args:
         cls: TrainConfig, or a subclass with a command's own fields.
-
-    Raises:
-        InputError: an unknown preset, flag or field, or a value that its field refuses.
     """
     flags = split_flags(argv, cls)
     settings, name = flags, flags.get("config", TrainConfig.config)

@@ -6,7 +6,7 @@ import pytest
 from nanogpt_jax.config import MODERN, PRESETS, parse_train_config, to_flat_dict, with_vocab_size
 from nanogpt_jax.config.presets import ABOUT
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware.flops import n_params, headline_params
+from nanogpt_jax.hardware.flops import headline_params, n_params
 
 # What nanoGPT's own command line or configuration file sets; see its README and config folder.
 ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "grad_clip": 1.0, "decay_lr": True, "bias": False}

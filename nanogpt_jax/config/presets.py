@@ -254,8 +254,7 @@ WEIGHTS_FIELDS = {
 
 
 def with_vocab_size(config: TrainConfig) -> TrainConfig:
-    """Return a configuration for use without its dataset: vocab_size is tiny Shakespeare's 65 if
-    the dataset would determine it."""
+    """Return a configuration usable without its dataset: a vocab_size of None becomes 65."""
     return replace_fields(config, {"vocab_size": config.model.vocab_size or 65})
 
 

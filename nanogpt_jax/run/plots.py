@@ -1,4 +1,4 @@
-"""The curves of runs: python -m nanogpt_jax.run.plots OUT_DIR [OUT_DIR...] [--x time] [--picture PATH]
+"""The curves of runs: python -m nanogpt_jax report OUT_DIR [OUT_DIR...] [--x time]
 
 Prints a line for each run and draws their losses over each other. No JAX, so it can watch a run
 that holds the chip. --x is step, tokens or time.
@@ -23,7 +23,7 @@ from nanogpt_jax.config import (
     to_flat_dict,
 )
 from nanogpt_jax.corpora import bits_per_byte
-from nanogpt_jax.errors import InputError, reading, run_command
+from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.run.folder import METRICS, PICTURE, read_config
 
 SMOOTHED_ROWS = 21  # the running mean's widest window
@@ -229,7 +229,3 @@ def running_mean(losses: np.ndarray) -> np.ndarray:
     half = np.minimum(i, i[::-1]).clip(max=min(SMOOTHED_ROWS // 2, len(losses) // 20))
     sums = np.concatenate([[0], losses.cumsum()])
     return (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,6 +1,7 @@
 """Atomic file writes, locks on folders, and checks of a path before anything is created."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import filelock
 from nanogpt_jax.errors import InputError, first_line
 
 LOCK = ".in_use.lock"  # in a folder that is locked
+MAX_NAME_BYTES = 255  # in all common file systems
 MAX_JSON_BYTES = 2**24  # parsed, a file takes twenty times its size
 HUB_TIMEOUT_S = 10
 
@@ -163,6 +165,8 @@ def check_place(folder: Path, name: str) -> Path:
     """
     place = folder.absolute()
     try:
+        if max(len(os.fsencode(part)) for part in place.parts) > MAX_NAME_BYTES:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(place / "/".join(5 * [50 * "_"]))  # room for the files that it will contain
     except (OSError, ValueError) as error:

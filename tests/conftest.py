@@ -65,7 +65,7 @@ def book(tmp_path) -> Path:
 def run(tmp_path):
     """Run a script of the repository, or a module, in an empty folder.
 
-    Like run("train.py", "--config", "tiny") or run("-m", "nanogpt_jax.run.plots").
+    Like run("train.py", "--config", "tiny") or run("-m", "nanogpt_jax", "report").
     """
 
     def run_script(script: str, *argv: str, **kwargs) -> subprocess.CompletedProcess:

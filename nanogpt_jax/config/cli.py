@@ -2,7 +2,7 @@
 
 Both become settings first, a dict from field name to text: `--n_layer 6`, `--n-layer=6` and
 {"n_layer": 6} are the same setting. `configure` turns the texts into values; the dataclasses check
-them.
+them. Wrong input raises InputError.
 """
 
 import contextlib
@@ -42,19 +42,16 @@ def parse_args(cls: type[Config], argv: list[str], about: str | None) -> Config:
     """Return the configuration that a command line asks for; --help prints help and exits.
 
     Args:
-        about: what --help prints above the flags.
-
-    Raises:
-        InputError: an unknown flag, a missing value, or a value that its field refuses.
+        about: what --help prints above the flags, usually the command's `__doc__`.
     """
     return configure(cls(), split_flags(argv, cls), about)
 
 
 def split_words(argv: list[str], what: str) -> tuple[list[str], list[str]]:
-    """Split a command line before its first flag into words, like folders, and flags.
+    """Split a command line before its first flag into words, names of a dataset say, and flags.
 
-    Raises:
-        InputError: a word that no file can have as its name; `what` says what it stands for.
+    Args:
+        what: what a word stands for, for the message if it cannot be a name.
     """
     n_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     for word in argv[:n_words]:
@@ -63,11 +60,7 @@ def split_words(argv: list[str], what: str) -> tuple[list[str], list[str]]:
 
 
 def split_flags(argv: list[str], cls: type) -> dict[str, str]:
-    """Split a command line into settings, with "help" among them if it is asked for.
-
-    Raises:
-        InputError: an unknown flag (with its near matches), or one without its value.
-    """
+    """Split a command line into settings, with "help" among them if it is asked for."""
     known, settings, rest = field_types(cls), {}, list(argv)
     while rest:
         word = rest.pop(0)
@@ -94,13 +87,7 @@ def split_flags(argv: list[str], cls: type) -> dict[str, str]:
 
 
 def read_settings(path: Path, cls: type) -> dict[str, str]:
-    """Read settings from a JSON file of flat fields.
-
-    A run's config.json is read without its `START_FIELDS`.
-
-    Raises:
-        InputError: no such file, not a JSON object, or a field that `cls` does not have.
-    """
+    """Read settings from a JSON file of flat fields; from a run's, all but its `START_FIELDS`."""
     with reading(path, "a JSON file"):
         loaded = files.read_json(path)
     if not isinstance(loaded, dict):
@@ -119,18 +106,14 @@ def read_settings(path: Path, cls: type) -> dict[str, str]:
 
 
 def configure(default: Config, settings: dict[str, str], about: str | None) -> Config:
-    """Return `default` with settings applied, or print the help that they ask for and exit.
-
-    Raises:
-        InputError: a value that its field refuses.
-    """
+    """Return `default` with settings applied, or print the help that they ask for and exit."""
     if "help" in settings:
         import tyro  # only for help, which shows the comments of the fields
 
         tyro.cli(
             type(default),
             prog=Path(sys.argv[0]).name,
-            description=about,
+            description=about or "",
             args=["--help"],
             default=default,
             use_underscores=True,

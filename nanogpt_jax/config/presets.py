@@ -254,13 +254,12 @@ WEIGHTS_FIELDS = {
 
 
 def with_vocab_size(config: TrainConfig) -> TrainConfig:
-    """Return a configuration for use without its dataset: vocab_size is tiny Shakespeare's 65 if
-    the dataset would determine it."""
+    """Return a configuration usable without its dataset: a vocab_size of None becomes 65."""
     return replace_fields(config, {"vocab_size": config.model.vocab_size or 65})
 
 
 def parse_train_config(
-    argv: list[str], about: str | None = "", cls: type[TrainConfig] = TrainConfig
+    argv: list[str], about: str | None = None, cls: type[TrainConfig] = TrainConfig
 ) -> TrainConfig:
     """Return the configuration of `--config NAME|FILE.json [--any_field value ...]`.
 
@@ -268,9 +267,6 @@ def parse_train_config(
 
     Args:
         cls: TrainConfig, or a subclass with a command's own fields.
-
-    Raises:
-        InputError: an unknown preset, flag or field, or a value that its field refuses.
     """
     flags = split_flags(argv, cls)
     settings, name = flags, flags.get("config", TrainConfig.config)
@@ -286,7 +282,7 @@ def parse_train_config(
         )
     presets = "\n".join(f"  {key:20} {ABOUT[key]}" for key in PRESETS)
     default = cls(**vars(PRESETS[preset]()))
-    config = configure(default, settings, f"{about}\n\nPresets:\n{presets}")
+    config = configure(default, settings, f"{about or ''}\n\nPresets:\n{presets}")
     if config.init_from != SCRATCH and (given := flags.keys() & WEIGHTS_FIELDS):
         names = ", ".join(f"--{name}" for name in sorted(given))
         raise InputError(f"the weights of {config.init_from} determine {names}: leave it out")

@@ -2,7 +2,7 @@
 
 Each field belongs to the part of the program that uses it (`config.model.n_layer`); flags and JSON
 files are flat and use nanoGPT's names (`n_layer`). The comment beside a field, or above it with #:,
-is its entry in --help.
+is its entry in --help. Wrong values raise InputError, which names field, requirement and value.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import MAX_NAME_BYTES
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,10 +41,9 @@ FRACTIONS = {"cooldown", "top_p"}
 FREE_TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
 NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
 TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
+MAX_PATH_BYTES = 4000
 
 SPLITS = ("train", "val")
-
 MESH_AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # the axes that split a batch's rows
 SCRATCH = "scratch"  # the init_from of random weights
@@ -61,11 +61,7 @@ def check_fields(config: "DataclassInstance") -> None:
 
 
 def check_value(name: str, hint: Any, value: Any) -> None:
-    """Check one value against the type and range of its field.
-
-    Raises:
-        InputError: naming field, requirement and value.
-    """
+    """Refuse a value that its field's type or range does not allow."""
     if requirement := _violated(name, hint, value):
         raise InputError(f"{name} must be {requirement}, got {value!r}")
 
@@ -185,9 +181,7 @@ class OptimConfig:
 
     #: AdamW, or Muon for the matrices of the blocks with Nesterov AdamW for everything else
     optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = (
-        6e-4  # peak learning rate, after warm-up; one value serves AdamW and Muon
-    )
+    learning_rate: float = 6e-4  # peak rate, after warm-up; one value serves AdamW and Muon
     muon_momentum: float = 0.95  # Muon's momentum; lower suits short runs
     #: decay from learning_rate to min_lr: cosine, or warm-up-stable-decay (wsd), which stays
     #: constant and then falls linearly
@@ -210,24 +204,16 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
     """Return the sizes of the axes data, fsdp and tensor of a mesh like "data=2,fsdp=4".
 
     An omitted axis has size 1, but data takes all remaining devices (-1) unless another axis does.
-
-    Raises:
-        InputError: an unknown or repeated axis, a size that is not a whole number, or two -1.
     """
-    sizes = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
-        axis, _, size = part.partition("=")
-        if axis not in MESH_AXES or axis in sizes or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
-            raise InputError(
-                "mesh must give each axis a number of devices, or -1 for all that remain, like "
-                f"data=-1,fsdp=1,tensor=1, got {part!r}"
-            )
-        sizes[axis] = int(size)
-    remaining = 1 if -1 in sizes.values() else -1
-    data, fsdp, tensor = sizes.get("data", remaining), sizes.get("fsdp", 1), sizes.get("tensor", 1)
-    if (data, fsdp, tensor).count(-1) > 1:
-        raise InputError(f"mesh must have at most one -1 (all remaining devices), got {text!r}")
-    return data, fsdp, tensor
+    parts = [part.partition("=") for part in text.replace(" ", "").split(",") if part]
+    sizes = {axis: int(size) for axis, _, size in parts if re.fullmatch(r"-1|[1-9]\d{0,8}", size)}
+    n_remaining = [*sizes.values()].count(-1)
+    if len(sizes) < len(parts) or not sizes.keys() <= {*MESH_AXES} or n_remaining > 1:
+        raise InputError(
+            "mesh must give axes a number of devices, or one of them -1 for all that remain, like "
+            f"data=-1,fsdp=1,tensor=1, got {text!r}"
+        )
+    return sizes.get("data", 1 if n_remaining else -1), sizes.get("fsdp", 1), sizes.get("tensor", 1)
 
 
 @dataclass(frozen=True)
@@ -241,9 +227,7 @@ class ComputeConfig:
     #: chip and the model allow
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     remat: bool = False  # recompute activations in the backward pass: slower, but far less memory
-    loss_chunks: int = (
-        1  # compute logits in this many pieces (a divisor of block_size): less memory
-    )
+    loss_chunks: int = 1  # compute logits in this many pieces: less memory; divides block_size
     #: devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that remain); empty: data
     #: parallelism over as many devices as divide batch_size
     mesh: str = ""

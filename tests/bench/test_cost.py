@@ -18,7 +18,7 @@ from nanogpt_jax.hardware.flops import forward_flops_per_token, train_flops_per_
 
 def page(*argv, code=0, **kwargs):
     """Return what the command prints."""
-    command = [sys.executable, "-m", "nanogpt_jax.bench.cost", *argv]
+    command = [sys.executable, "-m", "nanogpt_jax", "cost", *argv]
     result = subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
     assert result.returncode == code, result.stderr
     return result.stdout if code == 0 else result.stderr

@@ -21,7 +21,7 @@ KEYS = {
 
 
 def figures_of(tmp_path, *argv):
-    command = [sys.executable, "-m", "nanogpt_jax.bench.speed", "--config", "tiny", "--json", *argv]
+    command = [sys.executable, "-m", "nanogpt_jax", "bench", "--config", "tiny", "--json", *argv]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), result.stderr

@@ -278,14 +278,14 @@ def test_the_config_json_of_a_run_gives_the_same_configuration_again(tmp_path):
         "--optimizer=muon --muon_momentum=0.9 --schedule=wsd --cooldown=0.3"
     )
     config = parse_train_config(argv.split())
-    run_folder.begin(tmp_path, config, "cafe", {"jax": "0.1"})
+    run_folder.begin(tmp_path, config, {"jax": "0.1"})
     path = tmp_path / run_folder.CONFIG
     assert json.loads(path.read_text(encoding="utf-8"))["made_with"]["jax"] == "0.1"
     again = to_flat_dict(parse_train_config(["--config", str(path)]))
     assert again.pop("config") == str(path)
     expected = to_flat_dict(config)
     del expected["config"]
-    expected["out_dir"] = None  # it lies where the file lies
+    expected["out_dir"] = None  # it is where the file is
     assert again == expected
 
 

@@ -6,7 +6,7 @@ import pytest
 from nanogpt_jax.config import MODERN, PRESETS, parse_train_config, to_flat_dict, with_vocab_size
 from nanogpt_jax.config.presets import ABOUT
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware.flops import n_params, n_params_as_told
+from nanogpt_jax.hardware.flops import headline_params, n_params
 
 # What nanoGPT's own command line or configuration file sets; see its README and config folder.
 ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "grad_clip": 1.0, "decay_lr": True, "bias": False}
@@ -131,7 +131,7 @@ def test_a_preset_carries_its_own_name(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_number_of_parameters_in_the_help_is_the_one_its_model_is_known_by(name):
     """nanoGPT leaves the position embedding out, the lecture does not."""
-    n_params = n_params_as_told(with_vocab_size(PRESETS[name]()).model)
+    n_params = headline_params(with_vocab_size(PRESETS[name]()).model)
     doc = ABOUT[name]
     if exact := re.search(r"(\d+,\d+) parameters", doc):
         assert exact[1] == f"{n_params:,}"

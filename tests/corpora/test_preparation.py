@@ -738,7 +738,7 @@ def test_of_two_at_once_the_second_waits(book, data_dir):
             assert "waiting" in process.stderr.readline()
             time.sleep(0.2)
             assert process.poll() is None
-            assert list(folder.iterdir()) == []
+            assert [path.name for path in folder.iterdir()] == [files.LOCK]
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "6,000 characters" in out

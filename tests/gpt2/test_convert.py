@@ -641,7 +641,7 @@ def test_best_and_latest_are_those_asked_for(chars_run, tmp_path, capsys):
     save_run(chars_run, config, tokenizer, random_params(config, seed=1), step=14)
     for asked, step, seed in ("best", 7, 0), ("latest", 14, 1):
         folder = tmp_path / asked
-        pretrained.main(["export", str(chars_run), str(folder), "--checkpoint", asked])
+        pretrained.main([str(chars_run), str(folder), "--checkpoint", asked])
         out = capsys.readouterr().out
         assert f"step {step}: " in out
         assert "the model has no biases" in out
@@ -753,19 +753,18 @@ def test_how_a_run_began_is_of_no_account_for_its_export(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        ([], 2, "export, the folder of a run and a new folder must be given"),
-        (["export", "out/small"], 2, "python -m nanogpt_jax.gpt2.convert export out/small small-gpt"),
-        (["import", "a", "b"], 2, "export, the folder of a run"),
-        (["export", "a", "b", "c"], 2, "export, the folder of a run"),
-        (["export", "a", "b", "--checkpont", "best"], 2, "Did you mean checkpoint?"),
-        (["export", "a", "b", "--checkpoint", "worst"], 2, "worst"),
-        (["export", "a", "b"], 2, "out_dir must hold a run, but there is no a/config.json"),
+        ([], 2, "export takes a run's folder and a new folder, got 0 words"),
+        (["out/small"], 2, "python -m nanogpt_jax export out/small small-gpt"),
+        (["a", "b", "c"], 2, "export takes a run's folder and a new folder, got 3 words"),
+        (["a", "b", "--checkpont", "best"], 2, "Did you mean checkpoint?"),
+        (["a", "b", "--checkpoint", "worst"], 2, "worst"),
+        (["a", "b"], 2, "there is no a/config.json"),
         (["--help"], 0, "--checkpoint"),
     ],
 )  # fmt: skip
 def test_the_command_answers_without_jax(tmp_path, argv, code, message):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "nanogpt_jax.gpt2.convert", *argv],
+        [sys.executable, "-X", "importtime", "-m", "nanogpt_jax", "export", *argv],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     stderr = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]

@@ -41,7 +41,7 @@ def exported(home, command, run, book):
     if not (home / "exported").exists():
         flags = (f"--dataset={book}", "--tokenizer=bpe", "--vocab_size=320", "--out_dir=own")
         command("train.py", *SHAPE, *flags, "--bias", "--activation=gelu_tanh")
-        command("-m", "nanogpt_jax.gpt2.convert", "export", "own", "exported")
+        command("-m", "nanogpt_jax", "export", "own", "exported")
     return home / "exported"
 
 

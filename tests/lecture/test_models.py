@@ -7,7 +7,7 @@ import pytest
 from conftest import layers_of
 
 from nanogpt_jax import decoding, steps
-from nanogpt_jax.config import LECTURE, MODERN, RUNGS, ModelConfig, parse_train_config
+from nanogpt_jax.config import LECTURE, LECTURE_MODELS, MODERN, ModelConfig, parse_train_config
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.lecture import models as rungs
 from nanogpt_jax.model import GPT
@@ -90,7 +90,7 @@ def written_out(rung, params, tokens_T):
     return dense(x, p["lm_head"])
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", LECTURE_MODELS)
 def test_logits_are_those_of_the_lectures_formulas(rung):
     model = make(rung)
     params, tokens_BT = init(model), tokens(B, T)
@@ -99,7 +99,7 @@ def test_logits_are_those_of_the_lectures_formulas(rung):
 
 
 def test_every_name_of_a_rung_has_its_model():
-    assert rungs.RUNGS.keys() == set(RUNGS)
+    assert rungs.RUNGS.keys() == set(LECTURE_MODELS)
     assert isinstance(rungs.make_model(ModelConfig(vocab_size=V)), GPT)
 
 
@@ -195,4 +195,4 @@ def test_what_a_rung_cannot_be_is_refused(flag):
 
 
 def test_each_rung_of_the_ladder_is_a_preset():
-    assert [preset().model.architecture for preset in LECTURE][:7] == list(RUNGS)
+    assert [preset().model.architecture for preset in LECTURE][:7] == list(LECTURE_MODELS)

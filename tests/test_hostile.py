@@ -585,7 +585,7 @@ def test_a_meta_json_cannot_name_files_elsewhere(folders, name):
         meta = json.loads((folder / "meta.json").read_text())
         meta["splits"]["train"]["files"][0]["name"] = name
         (folder / "meta.json").write_text(json.dumps(meta))
-        assert "splits must say which files" in answer_to("corpus", folder, "meta.json")
+        assert "splits must list the files of train and val" in answer_to("corpus", folder, "meta.json")
 
 
 SHAPES = [

@@ -30,7 +30,7 @@ from nanogpt_jax.corpora.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
-)  # fmt: skip
+)
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import delete_partials, locked, read_json, write_atomically, write_json
 

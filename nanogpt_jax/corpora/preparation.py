@@ -194,7 +194,7 @@ class _Preparation:
             if path.exists() and path.read_bytes().strip() != b"{}":  # as before the first journal
                 why = f"its {PROGRESS} is damaged"
         elif journal["tokenizer"] != self.spec.label:
-            why = f"it was begun with the tokenizer {journal['tokenizer']}"
+            why = f"it was started with the tokenizer {journal['tokenizer']}"
         elif not _belongs(journal, self.spec, self.stat, self.source_info):
             why = f"{self.source.name} changed"
         elif (tokenizer := self._load_tokenizer(journal["tokenizer_hash"])) is None:

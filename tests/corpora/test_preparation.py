@@ -274,8 +274,21 @@ def test_a_table_without_text_is_named(tmp_path, data_dir, bpe):
         with pytest.raises(InputError, match=r"t\.parquet: must have a column text, of strings"):
             prepare(str(path), data_dir, tokenizer=str(bpe))
     path.write_bytes(b"PAR1 and nothing")
-    with pytest.raises(InputError, match=r"t\.parquet: cannot be read"):
+    with pytest.raises(InputError, match=r"t\.parquet: must be a complete Parquet file"):
         prepare(str(path), data_dir, tokenizer=str(bpe))
+
+
+def test_a_damaged_gzip_file_is_one_line(tmp_path, data_dir, bpe):
+    path = tmp_path / "documents.jsonl.gz"
+    write_jsonl(path, some_documents(500))
+    whole = gzip.compress(path.read_bytes())
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes(8) + whole[middle + 8 :]
+    for content in (whole[:-20], damaged, b"not gzip"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"documents\.jsonl\.gz(: |, line )"):
+            prepare(str(path), data_dir, tokenizer=str(bpe))
+        assert not data_dir.exists() or list(data_dir.iterdir()) == []
 
 
 def test_too_few_documents_are_refused(tmp_path, data_dir, bpe):
@@ -344,7 +357,7 @@ def test_a_corpus_of_the_hub_is_streamed_once(data_dir, fake_hub, name, capsys):
     corpus = open_corpus(folder, 9)
     assert folder == data_dir / name
     assert decoded(corpus, "val") == END.join(texts[19::20])
-    assert "hours on this machine's" in capsys.readouterr().err
+    assert "hours on the" in capsys.readouterr().err
     assert prepare(name, data_dir) == resolve(name, data_dir, 9) == folder
     of_branch, (args, kwargs) = asked
     corpus = documents.HUB[name]
@@ -429,7 +442,7 @@ def test_a_disk_that_is_too_small_is_reported_first(data_dir, fake_hub, monkeypa
     fake_hub(["words"])
     usage = (10**12, 10**12 - 10**9, 10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": usage[2]}))
-    with pytest.raises(InputError, match=r"about \d+\.\d GB must be free .* but 1\.0 GB are"):
+    with pytest.raises(InputError, match=r"about \d+\.\d GB must be free .* but only 1\.0 GB are"):
         prepare("openwebtext", data_dir)
     assert list(data_dir.iterdir()) == []
 

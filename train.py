@@ -6,12 +6,13 @@ Run it again to resume. The run is stored in out/NAME; python sample.py writes t
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 from nanogpt_jax import corpora, gpt2, hardware
 from nanogpt_jax.config import SCRATCH, TrainConfig, parse_train_config
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import run_command
-from nanogpt_jax.run import Run, describe_loss
+from nanogpt_jax.run import Run, check_usable, describe_loss
 
 SAMPLE_TOKENS = 300  # of the text shown at the end
 
@@ -24,6 +25,8 @@ def main(argv: list[str]) -> int:
 
         return bench.compile_for(config, config.compile_for)
     processes = hardware.join_processes(config)
+    if config.out_dir:  # before the data, whose preparation may take hours
+        check_usable(Path(config.out_dir))
     source = None if config.init_from == SCRATCH else config.init_from
     if source:  # a GPT-2's weights bring their shape and their tokenizer
         config = gpt2.adopt_shape(config)

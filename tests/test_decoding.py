@@ -11,7 +11,7 @@ import pytest
 from nanogpt_jax import decoding, steps
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.config.presets import MODERN
-from nanogpt_jax.corpora.tokenizer import CharTokenizer
+from nanogpt_jax.corpora import CharTokenizer
 from nanogpt_jax.decoding import Sampling
 from nanogpt_jax.model import GPT
 

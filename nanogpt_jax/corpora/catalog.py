@@ -19,7 +19,7 @@ from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.corpora import download, preparation, shards
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogpt
 from nanogpt_jax.corpora.documents import HUB, Hub, JsonLines, Parquet, Source
-from nanogpt_jax.corpora.shards import PROGRESS, SHARD_TOKENS
+from nanogpt_jax.corpora.shards import SHARD_TOKENS
 from nanogpt_jax.corpora.text import Texts
 from nanogpt_jax.corpora.tokenizer import TokenizerSpec, load_tokenizer, save_tokenizer
 from nanogpt_jax.errors import InputError, did_you_mean
@@ -75,12 +75,6 @@ def resolve(
     Only if no dataset is named and nothing can be downloaded, Python's own manual replaces tiny
     Shakespeare, with a notice. See `prepare`.
     """
-    if dataset in HUB:
-        folder = _named_folder(dataset, Path(data_dir), _spec(dataset, tokenizer, vocab_size))
-        if (folder / "meta.json").exists() and not (folder / PROGRESS).exists():
-            return folder
-        if not shards.is_foreign(folder):
-            raise InputError(_how_to_prepare(HUB[dataset], data_dir, tokenizer, vocab_size))
     if dataset is not None:
         return prepare(dataset, data_dir, min_tokens, tokenizer, vocab_size, is_training=True)
     try:
@@ -146,29 +140,30 @@ def prepare(
                 _add_tokenizer(folder, tokenizer or spec.label, vocab_size)
             return folder
         source = _named_source(dataset, data_dir)
-        return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens)
-    for path in (data_dir / dataset, Path(dataset)):
+    else:
+        folder = data_dir / dataset
+        path = next((path for path in (folder, Path(dataset)) if path.exists()), None)
+        if path is None:
+            prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
+            hint = did_you_mean(dataset, {*NAMES, *prepared})
+            hint = hint or f" Put its train.bin and val.bin, if you have them, into {folder}"
+            raise InputError(
+                f"dataset must be one of {', '.join(NAMES)}, a text file or a folder, but there is "
+                f"no {dataset!r}.{hint}"
+            )
         shards.check_finished(path)
         if shards.has_tokens(path):
             if tokenizer is not None:
                 _add_tokenizer(path, tokenizer, vocab_size)
             return path
-        if path.is_file() or path.is_dir():
-            source = find_source(path)
-            usual = "char" if isinstance(source, Texts) else "gpt2"
-            spec = TokenizerSpec.parse(tokenizer or usual, vocab_size)
-            folder = _folder_of(path, data_dir, spec.label)
-            is_large = source.text_bytes > preparation.LARGE_BYTES
-            if is_training and is_large and not preparation.is_prepared(source, folder, spec):
-                raise InputError(_how_to_prepare(source, data_dir, tokenizer, vocab_size))
-            return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens)
-    prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
-    hint = did_you_mean(dataset, {*NAMES, *prepared})
-    hint = hint or f" If you have its train.bin and val.bin, put them into {data_dir / dataset}"
-    raise InputError(
-        f"dataset must be one of {', '.join(NAMES)}, a text file or a folder, but there is no "
-        f"{dataset!r}.{hint}"
-    )
+        source = find_source(path)
+        usual = "char" if isinstance(source, Texts) else "gpt2"
+        spec = TokenizerSpec.parse(tokenizer or usual, vocab_size)
+        folder = _folder_of(path, data_dir, spec.label)
+    is_large = source.text_bytes > preparation.LARGE_BYTES
+    if is_training and is_large and not preparation.is_prepared(source, folder, spec):
+        raise InputError(_how_to_prepare(source, data_dir, tokenizer, vocab_size))
+    return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens)
 
 
 def _spec(name: str, tokenizer: str | None, vocab_size: int | None) -> TokenizerSpec:

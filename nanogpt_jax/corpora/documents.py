@@ -74,7 +74,7 @@ class _Files(Documents):
     def stat(self) -> str:
         return sources.stat_of(self._files)
 
-    def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
+    def scan(self, wants_chars: bool, advance: Callable[[int], object]) -> dict:
         digest, done = hashlib.sha256(), 0
         for path in self._files:
             with reading(path, self.requirement), path.open("rb") as file:
@@ -132,12 +132,12 @@ def _text_of(line: bytes, place: str) -> str:
         text = json.loads(line)["text"]
         if not isinstance(text, str):
             raise TypeError
-        text.encode()  # fails for a lone surrogate, a \\ud... without its other half
-    except (ValueError, KeyError, TypeError, RecursionError):
+        text.encode()  # fails for a lone surrogate, one half of a character
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = " without lone surrogates" if isinstance(error, UnicodeEncodeError) else ""
         shown = line[:60].decode("utf-8", "replace").strip()
         raise InputError(
-            f'{place}: must be like {{"text": "..."}} in whole characters, but is {shown}: correct '
-            "or remove this line"
+            f'{place}: must be like {{"text": "..."}}{what}, but is {shown}: correct or remove it'
         ) from None
     return text
 
@@ -188,7 +188,7 @@ class Hub(Documents):
         """Return a hash of its name; the hub is not asked for a newer revision."""
         return json.dumps([self.repository, self.settings])
 
-    def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
+    def scan(self, wants_chars: bool, advance: Callable[[int], object]) -> dict:
         """Return the newest `revision`: all documents come from it, even after a restart."""
         del advance
         if wants_chars:

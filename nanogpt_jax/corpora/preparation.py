@@ -30,7 +30,7 @@ from nanogpt_jax.corpora.tokenizer import (
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
-)  # fmt: skip
+)
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import delete_partials, locked, read_json, write_atomically, write_json
 
@@ -71,18 +71,13 @@ def prepare_folder(
         n_chars = source_info["characters"]
         n_train = train_characters(n_chars)
         _check_length(source, (n_train, n_chars - n_train), min_tokens, "characters")
+    waiting = f"waiting for another process that prepares {folder}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        waiting = f"waiting for another process that prepares {folder}"
         with locked(folder, lambda: print(waiting, file=sys.stderr)):
-            folder.mkdir(exist_ok=True)  # the process that had the lock may have removed it
-            if not _is_done(folder, stat, source_info.get("sha256")):  # or finished it
+            if not _is_done(folder, stat, source_info.get("sha256")):  # by the other process
                 _Preparation(source, folder, spec, source_info, stat).run(min_tokens, shard_tokens)
     except OSError as error:
         raise unwritable(folder, error) from None
-    finally:
-        with contextlib.suppress(OSError):  # if nothing was written, leave nothing behind
-            folder.rmdir()
     return folder
 
 
@@ -132,11 +127,12 @@ def _read_journal(folder: Path) -> dict | None:
         "tokenizer": str, "tokenizer_hash": str, "source_stat": str | None, "shard_tokens": int,
         "dtype": str, "facts": dict, "position": dict, "splits": dict,
     }  # fmt: skip
+    counts = "open_tokens", "open_crc32", "crc32"
     try:
         journal = read_json(folder / PROGRESS)
         is_valid = (
             all(isinstance(journal[name], kind) for name, kind in kinds.items())
-            and all(ShardWriter.is_state(journal["splits"][split], split) for split in SPLITS)
+            and all(shards.lists_files(journal["splits"], split, *counts) for split in SPLITS)
             and journal["dtype"] in ("uint16", "uint32")
             and journal["shard_tokens"] >= 1
         )
@@ -156,7 +152,7 @@ def _belongs(
 
 def _scan(source: Source, spec: TokenizerSpec) -> dict:
     with _bar(source, "reading") as bar:
-        return source.scan(spec.label == "char", lambda done: _advance(bar, done))
+        return source.scan(spec.label == "char", lambda done: bar.update(done - bar.n))
 
 
 def _bar(source: Source, what: str, done: int = 0):
@@ -166,10 +162,6 @@ def _bar(source: Source, what: str, done: int = 0):
         desc=what, total=source.size, initial=done, unit=source.unit, unit_scale=True,
         dynamic_ncols=True, disable=None, leave=False, delay=1,
     )  # fmt: skip
-
-
-def _advance(bar, done: int) -> None:
-    bar.update(done - bar.n)
 
 
 @dataclass
@@ -202,7 +194,7 @@ class _Preparation:
             if path.exists() and path.read_bytes().strip() != b"{}":  # as before the first journal
                 why = f"its {PROGRESS} is damaged"
         elif journal["tokenizer"] != self.spec.label:
-            why = f"it was begun with the tokenizer {journal['tokenizer']}"
+            why = f"it was started with the tokenizer {journal['tokenizer']}"
         elif not _belongs(journal, self.spec, self.stat, self.source_info):
             why = f"{self.source.name} changed"
         elif (tokenizer := self._load_tokenizer(journal["tokenizer_hash"])) is None:
@@ -273,7 +265,7 @@ class _Preparation:
                     n = sum(writer.n_tokens for writer in writers.values())
                     speed = (n - first_tokens) / (time.monotonic() - start_s)
                     bar.set_postfix_str(f"{n:,} tokens, {speed:,.0f}/s", refresh=False)
-                    _advance(bar, batch[-1].done)
+                    bar.update(batch[-1].done - bar.n)
                     n_full = sum(len(writer.files) for writer in writers.values())
                     is_due = n_full > n_shards or time.monotonic() - saved_s > JOURNAL_S
                     if is_due and batch[-1].position is not None:

@@ -35,7 +35,10 @@ def read_meta(folder: Path) -> dict:
             raise InputError(
                 f"{path}: {name} must be a number above 0, got {loaded[name]!r}: correct it"
             )
-    if "splits" in loaded and not _are_splits(loaded["splits"]):
+    if "splits" in loaded and not all(
+        lists_files(loaded["splits"], split, "crc32") and loaded["splits"][split]["files"]
+        for split in SPLITS
+    ):
         raise InputError(
             f"{path}: splits must list the files of train and val, as data/prepare.py writes it: "
             "delete the folder and prepare it again"
@@ -47,18 +50,16 @@ def _is_count(value, below: int = 2**63) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
 
 
-def _is_file(file: dict, split: str) -> bool:
-    name = re.fullmatch(rf"{split}(_[0-9]{{5}})?\.bin", file["name"])  # so it is in the folder
-    return name is not None and _is_count(file["tokens"])
+def lists_files(splits, split: str, *counts: str) -> bool:
+    """Return whether an entry of meta.json or progress.json lists files in the folder, and counts.
 
-
-def _are_splits(splits) -> bool:
+    Any file may have been changed by hand, or come from somebody else.
+    """
     try:
-        return all(
-            _is_count(splits[split]["crc32"], 2**32)
-            and len(splits[split]["files"]) > 0
-            and all(_is_file(file, split) for file in splits[split]["files"])
-            for split in SPLITS
+        entry = splits[split]
+        return all(_is_count(entry[name], 2**32) for name in counts) and all(
+            re.fullmatch(rf"{split}(_[0-9]{{5}})?\.bin", file["name"]) and _is_count(file["tokens"])
+            for file in entry["files"]
         )
     except (KeyError, TypeError, IndexError):
         return False
@@ -135,15 +136,6 @@ class ShardWriter:
         self._file = self._partial.open("r+b" if self._partial.exists() else "w+b")
         self._file.truncate(self._open_tokens * self._dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
-
-    @staticmethod
-    def is_state(state, split: str) -> bool:
-        """Return whether something read from a file can be what `sync` returned."""
-        try:
-            counts = [_is_count(state[name]) for name in ("open_tokens", "open_crc32", "crc32")]
-            return all(counts) and all(_is_file(file, split) for file in state["files"])
-        except (KeyError, TypeError, IndexError):
-            return False
 
     @staticmethod
     def recover(folder: Path, split: str, journal: dict) -> bool:

@@ -66,7 +66,7 @@ def cut_text(text: str) -> Iterator[str]:
 def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[str, int]]:
     """Yield (text, offset of the byte after it) of a UTF-8 file, starting at a byte offset.
 
-    A byte order mark is skipped, and Windows line ends become "\\n".
+    A byte order mark is skipped, and Windows line ends become line feeds.
     """
     if offset == 0:
         file.seek(0)
@@ -76,18 +76,17 @@ def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[st
         file.seek(offset)
         content = file.read(length)
         is_last = len(content) < length
-        if (at := content.find(b"\0")) >= 0:
-            at += offset
-            raise InputError(
-                f"{name}: must be UTF-8 text, but is binary (a 0 at byte {at}): convert it"
-            )
+        text, n_bytes = "", 0
         try:
             text, n_bytes = codecs.utf_8_decode(content, "strict", is_last)
+            bad = content.find(b"\0")  # is UTF-8, but only in binary files
         except UnicodeDecodeError as error:
+            bad = error.start
+        if bad >= 0:
             raise InputError(
-                f"{name}: must be UTF-8 text, but byte {offset + error.start} is "
-                f"0x{content[error.start]:02x}: save it as UTF-8"
-            ) from None
+                f"{name}: must be UTF-8 text, but byte {offset + bad} is 0x{content[bad]:02x}: "
+                "save it as UTF-8"
+            )
         if not is_last:
             cut = last_cut(text)
             if not cut and length < LONGEST_BYTES:
@@ -143,7 +142,7 @@ class Texts:
         """Return a hash that changes with the files; None for a text without files."""
         return stat_of(self._files) if self._files else None
 
-    def scan(self, wants_chars: bool, advance: Callable[[int], None]) -> dict:
+    def scan(self, wants_chars: bool, advance: Callable[[int], object]) -> dict:
         """Read everything once; return its `sha256`, number of `characters` and distinct `chars`.
 
         The `sizes` of the files are added since line ends, which the hash ignores, move positions.

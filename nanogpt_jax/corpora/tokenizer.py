@@ -23,9 +23,7 @@ from nanogpt_jax.errors import InputError, did_you_mean, reading
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_FILE_BYTES = 2**26  # GPT-2's has 1.4 MB
-REQUIREMENT = (
-    'like {"type": "char", "chars": "..."} or a byte-level BPE of Hugging Face\'s tokenizers'
-)
+REQUIREMENT = 'like {"type": "char", "chars": "..."} or byte-level BPE of Hugging Face tokenizers'
 NORMALIZERS, PRE_TOKENIZERS = {"NFC", "NFD", "NFKC", "NFKD"}, {"ByteLevel", "Digits", "Split"}
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
 PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT

@@ -5,7 +5,14 @@ What needs JAX is imported only when it is asked for.
 
 from typing import TYPE_CHECKING
 
-from nanogpt_jax.run.folder import CHECKPOINTS, OUT, has_checkpoint, newest, read_model_config
+from nanogpt_jax.run.folder import (
+    CHECKPOINTS,
+    OUT,
+    check_usable,
+    has_checkpoint,
+    newest,
+    read_model_config,
+)
 from nanogpt_jax.run.plots import (
     describe_loss,
     new_figure,
@@ -23,6 +30,7 @@ __all__ = [
     "OUT",
     "Checkpoints",
     "Run",
+    "check_usable",
     "describe_loss",
     "has_checkpoint",
     "new_figure",

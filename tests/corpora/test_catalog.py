@@ -1,4 +1,7 @@
+"""Corpora by name and path, opening them, and the download of tiny Shakespeare."""
+
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt_jax.corpora import download, open_corpus, preparation, prepare, resolve
+from nanogpt_jax.config import ModelConfig, TrainConfig
+from nanogpt_jax.corpora import (
+    BPETokenizer,
+    CharTokenizer,
+    download,
+    load,
+    open_corpus,
+    preparation,
+    prepare,
+    resolve,
+)
 from nanogpt_jax.corpora import text as sources
 from nanogpt_jax.corpora.download import Unavailable
 from nanogpt_jax.errors import InputError
@@ -96,10 +109,10 @@ def write_bins(folder: Path, train, val, dtype="<u2") -> Path:
     return folder
 
 
-# A text of one's own
+# Your own text
 
 
-def test_ones_own_text_becomes_token_files_that_decode_to_it(book, data_dir):
+def test_your_own_text_becomes_token_files_that_decode_to_it(book, data_dir):
     folder = resolve(str(book), data_dir, 9)
     corpus = open_corpus(folder, 9)
     text = book.read_text(encoding="utf-8")
@@ -112,17 +125,18 @@ def test_ones_own_text_becomes_token_files_that_decode_to_it(book, data_dir):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [20, 21, 29, 1000, 1001, 1009])
-def test_the_split_is_nanogpts(tmp_path, data_dir, n):
-    text = ("abcdefghij" * n)[:n]
-    (tmp_path / "text.txt").write_text(text)
-    ours = prepare(str(tmp_path / "text.txt"), data_dir)
-    nanogpt_prepare(tmp_path / "nanogpt", text)
-    for split in ("train.bin", "val.bin"):
-        assert (ours / split).read_bytes() == (tmp_path / "nanogpt" / split).read_bytes()
+def test_the_token_files_equal_nanogpts(tmp_path, data_dir):
+    for n in (20, 21, 29, 1000, 1001, 1009):
+        text = ("abcdefghij" * n)[:n]
+        path, theirs = tmp_path / f"{n}.txt", tmp_path / f"nanogpt{n}"
+        path.write_text(text)
+        ours = prepare(str(path), data_dir)
+        nanogpt_prepare(theirs, text)
+        for split in ("train.bin", "val.bin"):
+            assert (ours / split).read_bytes() == (theirs / split).read_bytes()
 
 
-def test_what_was_prepared_is_said_and_written_beside_it(book, data_dir, capsys):
+def test_a_summary_is_printed_and_stored_in_meta_json(book, data_dir, capsys):
     folder = prepare(str(book), data_dir)
     assert "6,000 characters" in capsys.readouterr().out
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -140,7 +154,7 @@ def test_a_prepared_text_is_not_prepared_again(book, data_dir, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_changed_text_is_prepared_anew(book, data_dir):
+def test_a_changed_text_is_prepared_again(book, data_dir):
     """Also where its length, and so the size of every file, is the same."""
     old = open_corpus(prepare(str(book), data_dir), 9)
     book.write_text(book.read_text(encoding="utf-8")[::-1], encoding="utf-8")
@@ -149,19 +163,17 @@ def test_a_changed_text_is_prepared_anew(book, data_dir):
     assert new.fingerprint != old.fingerprint
 
 
-@pytest.mark.parametrize(
-    "cut_at", ["progress.json", "tokenizer.json", "train.bin", "val.bin", "meta.json"]
-)
 @pytest.mark.parametrize("then", ["old", "new"])
-def test_an_interrupted_preparation_is_made_anew(book, data_dir, monkeypatch, cut_at, then):
-    """The two texts have one length, so sizes tell nothing; meta.json, written last, must."""
+@pytest.mark.parametrize("cut_at", ["progress", "tokenizer", "train", "val", "meta"])
+def test_an_interrupted_preparation_is_repeated(book, data_dir, monkeypatch, cut_at, then):
+    """Both texts have the same length, so sizes say nothing; meta.json, written last, must."""
     texts = {"old": book.read_text(encoding="utf-8")}
     texts["new"] = texts["old"][::-1]
     folder = prepare(str(book), data_dir)
     replace = Path.replace
 
     def replace_until(path, target):
-        if target.name == cut_at:
+        if target.stem == cut_at:
             raise KeyboardInterrupt
         return replace(path, target)
 
@@ -177,16 +189,16 @@ def test_an_interrupted_preparation_is_made_anew(book, data_dir, monkeypatch, cu
     assert folder == prepare(str(book), data_dir)
 
 
-@pytest.mark.parametrize("damaged", ["train.bin", "val.bin"])
-def test_a_prepared_file_that_was_lost_or_cut_is_made_anew(book, data_dir, damaged):
+def test_a_missing_or_cut_off_token_file_is_made_again(book, data_dir):
     folder = prepare(str(book), data_dir)
-    whole = (folder / damaged).read_bytes()
-    for content in (whole[:-2], None):
-        (folder / damaged).unlink()
-        if content is not None:
-            (folder / damaged).write_bytes(content)
-        prepare(str(book), data_dir)
-        assert (folder / damaged).read_bytes() == whole
+    for path in (folder / "train.bin", folder / "val.bin"):
+        whole = path.read_bytes()
+        for content in (whole[:-2], None):
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+            prepare(str(book), data_dir)
+            assert path.read_bytes() == whole
 
 
 def test_a_folder_of_texts_is_read_in_the_order_of_names(tmp_path, data_dir):
@@ -200,7 +212,7 @@ def test_a_folder_of_texts_is_read_in_the_order_of_names(tmp_path, data_dir):
     assert corpus.tokenizer.decode(ids) == "first\n\nsecond\nthird"
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_not_learned(tmp_path, data_dir):
+def test_a_byte_order_mark_and_windows_line_ends_are_dropped(tmp_path, data_dir):
     (tmp_path / "plain.txt").write_bytes(b"one line\ntwo lines\n" * 9)
     (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbf" + b"one line\r\ntwo lines\r\n" * 9)
     plain, windows = (
@@ -211,7 +223,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_not_learned(tmp_path, data_
     assert windows.fingerprint == plain.fingerprint
 
 
-def test_two_books_of_one_name_are_kept_apart(tmp_path, data_dir):
+def test_two_files_of_the_same_name_have_different_folders(tmp_path, data_dir):
     for folder, text in (("a", "abc" * 20), ("b", "xyz" * 20)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "input.txt").write_text(text)
@@ -228,7 +240,7 @@ def test_text_beyond_ascii_is_kept(tmp_path, data_dir):
     assert corpus.tokenizer.decode(ids) == text
 
 
-def test_more_characters_than_two_bytes_can_count_take_four(tmp_path, data_dir):
+def test_more_characters_than_two_bytes_can_count_are_stored_in_four(tmp_path, data_dir):
     text = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x13000)])).replace("\r", "")
     (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="")
     folder = prepare(str(tmp_path / "text.txt"), data_dir)
@@ -238,30 +250,25 @@ def test_more_characters_than_two_bytes_can_count_take_four(tmp_path, data_dir):
     assert corpus.splits["val"].max() == len(text) - 1
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_an_unusable_text_is_refused_and_nothing_written(tmp_path, data_dir):
+    path = tmp_path / "text.txt"
+    for content, message in (
         (b"", "must contain text, but is empty"),
         (b" \n\t\r\n", "must contain text, but is empty"),
         (b"\xef\xbb\xbf", "must contain text, but is empty"),
-        (b"PK\x03\x04 some\x00 archive" * 20, r"is binary \(a 0 at byte 9\)"),
+        (b"PK\x03\x04 some\x00 archive" * 20, "byte 9 is 0x00: save it as UTF-8"),
         (b"na\xefve text in Latin-1" * 20, "byte 2 is 0xef: save it as UTF-8"),
         (b"fine text, then cut: \xf0\x9f", "byte 21 is 0xf0"),
         (b"abc" * 20, "at least block_size \\+ 1 = 9 characters, but of 60 one gets 6"),
-    ],
-)
-def test_a_text_that_cannot_be_trained_on_is_named_and_nothing_written(
-    tmp_path, data_dir, content, message
-):
-    path = tmp_path / "text.txt"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        resolve(str(path), data_dir, min_tokens=9)
-    assert str(error.value).startswith(f"{path}: ")
-    assert not data_dir.exists()
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message) as error:
+            resolve(str(path), data_dir, min_tokens=9)
+        assert str(error.value).startswith(f"{path}: ")
+        assert not data_dir.exists()
 
 
-def test_a_text_is_long_enough_to_the_character(tmp_path, data_dir):
+def test_the_required_length_is_exact(tmp_path, data_dir):
     path = tmp_path / "text.txt"
     path.write_text("abc" * 30)
     with pytest.raises(InputError, match="= 10 characters, but of 90 one gets 9"):
@@ -269,21 +276,21 @@ def test_a_text_is_long_enough_to_the_character(tmp_path, data_dir):
     assert open_corpus(resolve(str(path), data_dir, min_tokens=9), min_tokens=9)
 
 
-def test_a_folder_without_texts_is_named(tmp_path, data_dir):
+def test_a_folder_without_texts_is_refused(tmp_path, data_dir):
     (tmp_path / "notes.md").write_text("not a text file")
     with pytest.raises(InputError, match=r"must have \.txt files, or train\.bin and val\.bin"):
         prepare(str(tmp_path), data_dir)
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, data_dir, ending):
+def test_an_unreadable_file_is_named(tmp_path, data_dir, ending):
     (tmp_path / f"a.{ending}").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match=rf"a\.{ending}: cannot be read \(No such file"):
         prepare(str(tmp_path), data_dir, tokenizer="char")
 
 
-@pytest.mark.parametrize("path", ["book.txt", "book.txt/data", 256 * "x", "x/" + 256 * "x", "a\0b"])
-def test_a_data_dir_that_cannot_be_is_refused_and_nothing_written(book, tmp_path, path):
+@pytest.mark.parametrize("path", ["book.txt", "book.txt/data", 256 * "x", "a\0b"])
+def test_an_impossible_data_dir_is_refused_and_nothing_written(book, tmp_path, path):
     for dataset in str(book), "shakespeare_char":
         with pytest.raises(InputError, match="data_dir must be "):
             resolve(dataset, tmp_path / path, 9)
@@ -291,12 +298,12 @@ def test_a_data_dir_that_cannot_be_is_refused_and_nothing_written(book, tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
-def test_a_text_whose_name_is_no_utf_8_serves_as_well(book, data_dir):
+def test_a_file_name_that_is_not_utf_8_works(book, data_dir):
     other = book.rename(book.with_name("b\udcff\udcfe.txt"))
     assert open_corpus(resolve(str(other), data_dir, 9), 9).tokenizer
 
 
-def test_training_does_not_begin_a_large_text(book, data_dir, monkeypatch):
+def test_training_refuses_to_prepare_a_large_text(book, data_dir, monkeypatch):
     monkeypatch.setattr(preparation, "LARGE_BYTES", 1000)
     command = rf"data/prepare\.py {book} --tokenizer bpe --vocab_size 300 --data_dir {data_dir}"
     with pytest.raises(InputError, match=f"takes long: python {command}$"):
@@ -311,23 +318,21 @@ def test_training_does_not_begin_a_large_text(book, data_dir, monkeypatch):
         resolve(str(book), data_dir, 9, "bpe", 300)
 
 
-@pytest.mark.parametrize(
-    ("misspelt", "near"), [("shakespear_char", "shakespeare_char"), ("pydoc", "pydocs")]
-)
-def test_a_misspelt_dataset_answers_with_the_near_match(data_dir, misspelt, near):
-    with pytest.raises(InputError, match=f"no '{misspelt}'. Did you mean {near}\\b"):
-        resolve(misspelt, data_dir, 9)
+def test_a_misspelt_dataset_gets_a_suggestion(data_dir):
+    for misspelt, near in (("shakespear_char", "shakespeare_char"), ("pydoc", "pydocs")):
+        with pytest.raises(InputError, match=f"no '{misspelt}'. Did you mean {near}\\b"):
+            resolve(misspelt, data_dir, 9)
     assert not data_dir.exists()
 
 
-def test_a_near_match_may_be_what_was_prepared_before(data_dir):
+def test_prepared_datasets_are_suggested_too(data_dir):
     write_bins(data_dir / "openwebtext", range(20), range(20))
     assert resolve("openwebtext", data_dir, 9) == data_dir / "openwebtext"
     with pytest.raises(InputError, match=r"Did you mean openwebtext\?"):
         resolve("openwebtxt", data_dir, 9)
 
 
-def test_a_data_folder_that_cannot_be_written_is_named(book, tmp_path):
+def test_a_data_dir_that_is_a_file_is_named(book, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     for dataset in (str(book), "pydocs"):
@@ -335,10 +340,52 @@ def test_a_data_folder_that_cannot_be_written_is_named(book, tmp_path):
             prepare(dataset, blocked)
 
 
-def test_the_python_manual_can_be_asked_for(data_dir):
+def test_the_python_manual_is_a_dataset(data_dir):
     corpus = open_corpus(prepare("pydocs", data_dir), 257)
     assert len(corpus.splits["train"]) > 200_000
     assert corpus.name == "pydocs"
+
+
+class InOrder:
+    """Processes of which this one comes second: `first_alone` has waited for the first."""
+
+    def __init__(self):
+        self.places = []
+
+    def first_alone(self, work, place):
+        self.places.append(place)
+        work()
+        return work()
+
+
+def test_a_run_loads_its_corpus_and_gets_its_vocabulary(book, data_dir, capsys):
+    model = ModelConfig(block_size=8, n_layer=1, n_head=1, n_embd=4)
+    config = TrainConfig(dataset=str(book), data_dir=str(data_dir), model=model)
+    processes = InOrder()
+    corpus, filled = load(config, processes)
+    n_chars = len(set(book.read_text(encoding="utf-8")))
+    assert processes.places == ["prepared"]
+    assert capsys.readouterr().out.count("prepared") == 1
+    assert corpus.vocab_size == n_chars
+    model = dataclasses.replace(model, vocab_size=n_chars)
+    assert filled == dataclasses.replace(config, model=model)
+    padded = dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=64))
+    corpus, filled = load(padded, processes)
+    assert (filled.model.vocab_size, filled.model.known_tokens) == (64, n_chars)
+    too_long = dataclasses.replace(config, model=dataclasses.replace(model, block_size=600))
+    with pytest.raises(InputError, match=r"block_size \+ 1 = 601 tokens, but of 6000 one gets 600"):
+        load(too_long, processes)
+
+
+def test_pretrained_weights_bring_a_tokenizer_unless_one_is_named(book, data_dir):
+    model = ModelConfig(block_size=8, n_layer=1, n_head=1, n_embd=4, vocab_size=300)
+    config = TrainConfig(dataset=str(book), data_dir=str(data_dir), model=model)
+    corpus, _ = load(config, InOrder(), tokenizer="bpe")
+    assert isinstance(corpus.tokenizer, BPETokenizer)
+    assert corpus.vocab_size == 300
+    config = dataclasses.replace(config, tokenizer="char")
+    corpus, _ = load(config, InOrder(), tokenizer="bpe")
+    assert corpus.tokenizer == CharTokenizer.from_text(book.read_text(encoding="utf-8"))
 
 
 # Token files made elsewhere
@@ -358,7 +405,7 @@ def test_nanogpts_own_folder_works_and_its_pickle_is_never_read(tmp_path, data_d
     assert capsys.readouterr().err == ""
 
 
-def test_nanogpts_shakespeare_is_taken_from_the_data_folder(data_dir, no_network):
+def test_nanogpts_shakespeare_in_the_data_folder_is_used(data_dir, no_network):
     nanogpt_prepare(data_dir / "shakespeare_char", PLAY)
     corpus = open_corpus(resolve("shakespeare_char", data_dir, 9), 9)
     assert corpus.tokenizer.decode(corpus.splits["val"]) == PLAY[int(len(PLAY) * 0.9) :]
@@ -379,7 +426,7 @@ def test_token_files_made_elsewhere_are_never_replaced(data_dir, no_network, nam
     assert after == before
 
 
-def test_prepared_shakespeare_is_taken_without_its_text(data_dir, no_network):
+def test_prepared_shakespeare_works_without_its_text(data_dir, no_network):
     nanogpt_prepare(data_dir / "shakespeare_char", PLAY)
     (data_dir / "shakespeare_char" / "input.txt").unlink()
     assert resolve(None, data_dir, 9) == data_dir / "shakespeare_char"
@@ -397,7 +444,7 @@ def test_without_its_text_the_vocabulary_is_counted_and_the_pickle_not_read(tmp_
     assert "input.txt" in said
 
 
-def test_shards_beside_their_text_are_compared_with_it(tmp_path, monkeypatch, capsys):
+def test_shards_next_to_their_text_are_compared_with_it(tmp_path, monkeypatch, capsys):
     """Piece by piece, of both: they may be larger than the memory."""
     monkeypatch.setattr(sources, "PIECE_BYTES", 64)
     monkeypatch.setattr(np, "fromfile", None)
@@ -415,7 +462,7 @@ def test_shards_beside_their_text_are_compared_with_it(tmp_path, monkeypatch, ca
     assert open_corpus(theirs, 9).vocab_size == len(set(PLAY))  # counted
 
 
-def test_a_text_that_token_files_were_not_made_from_decodes_nothing(tmp_path, capsys):
+def test_a_text_that_token_files_were_not_made_from_is_no_tokenizer(tmp_path, capsys):
     """nanoGPT's data/shakespeare: the same input.txt, but ids of GPT-2's tokenizer."""
     nanogpt_prepare(tmp_path / "theirs", PLAY)
     np.arange(40, dtype="<u2").tofile(tmp_path / "theirs" / "train.bin")
@@ -431,17 +478,17 @@ def test_token_files_alone_get_gpt2s_padded_vocabulary(tmp_path):
     assert open_corpus(folder, 9, vocab_size=50257).vocab_size == 50257
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_truncated_bin_is_named(tmp_path, split):
-    folder = write_bins(tmp_path / "d", range(20), range(20))
-    path = folder / f"{split}.bin"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"whole uint16 ids, 2 bytes each, but has 39") as error:
-        open_corpus(folder, 9)
-    assert str(error.value).startswith(str(path))
+def test_a_truncated_bin_is_named(tmp_path):
+    for split in ("train", "val"):
+        folder = write_bins(tmp_path / split, range(20), range(20))
+        path = folder / f"{split}.bin"
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(InputError, match="whole uint16 ids, 2 bytes each, but has 39") as error:
+            open_corpus(folder, 9)
+        assert str(error.value).startswith(str(path))
 
 
-def test_a_truncated_bin_beside_its_text_is_answered_in_one_line(tmp_path, capsys):
+def test_a_truncated_bin_next_to_its_text_is_one_line(tmp_path, capsys):
     """nanoGPT's folder after a copy that was cut off."""
     nanogpt_prepare(tmp_path / "theirs", PLAY)
     path = tmp_path / "theirs" / "train.bin"
@@ -452,37 +499,38 @@ def test_a_truncated_bin_beside_its_text_is_answered_in_one_line(tmp_path, capsy
     assert said.out + said.err == ""
 
 
-@pytest.mark.parametrize("missing", ["train.bin", "val.bin"])
-@pytest.mark.parametrize("beside", ["nothing", "meta.pkl"])
-def test_a_missing_bin_is_named(tmp_path, missing, beside):
-    folder = write_bins(tmp_path / "d", range(20), range(20))
-    (folder / missing).unlink()
-    (folder / beside).touch()
-    with pytest.raises(InputError, match=f"{missing}: must exist"):
-        open_corpus(prepare(str(folder), tmp_path / "data"), 9)
+def test_a_missing_bin_is_named(tmp_path):
+    for missing in ("train.bin", "val.bin"):
+        for other in ("nothing", "meta.pkl"):
+            folder = write_bins(tmp_path / missing / other, range(20), range(20))
+            (folder / missing).unlink()
+            (folder / other).touch()
+            with pytest.raises(InputError, match=f"{missing}: must exist"):
+                open_corpus(prepare(str(folder), tmp_path / "data"), 9)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_bin_too_short_for_the_block_is_named(tmp_path, split):
-    lengths = {"train": 9, "val": 9} | {split: 8}
-    folder = write_bins(tmp_path / "d", range(lengths["train"]), range(lengths["val"]))
-    with pytest.raises(InputError, match=rf"{split}\.bin: .*block_size \+ 1 = 9 tokens, but has 8"):
-        open_corpus(folder, 9)
-    open_corpus(folder, 8)
+def test_a_bin_too_short_for_the_block_is_named(tmp_path):
+    for split in ("train", "val"):
+        lengths = {"train": 9, "val": 9} | {split: 8}
+        folder = write_bins(tmp_path / split, range(lengths["train"]), range(lengths["val"]))
+        message = rf"{split}\.bin: .*block_size \+ 1 = 9 tokens, but has 8"
+        with pytest.raises(InputError, match=message):
+            open_corpus(folder, 9)
+        open_corpus(folder, 8)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_an_id_past_the_vocabulary_is_named_with_its_place(tmp_path, split):
-    ids = {"train": np.arange(40) % 10, "val": np.arange(40) % 10}
-    ids[split][17] = 10
-    folder = write_bins(tmp_path / "d", **ids)
-    with pytest.raises(InputError, match=r"size 10, but token 17 is 10: ") as error:
-        open_corpus(folder, 9, vocab_size=10)
-    assert str(error.value).startswith(str(folder / f"{split}.bin"))
-    assert open_corpus(folder, 9, vocab_size=11).vocab_size == 11
+def test_an_id_past_the_vocabulary_is_named_with_its_position(tmp_path):
+    for split in ("train", "val"):
+        ids = {"train": np.arange(40) % 10, "val": np.arange(40) % 10}
+        ids[split][17] = 10
+        folder = write_bins(tmp_path / split, **ids)
+        with pytest.raises(InputError, match="size 10, but token 17 is 10: ") as error:
+            open_corpus(folder, 9, vocab_size=10)
+        assert str(error.value).startswith(str(folder / f"{split}.bin"))
+        assert open_corpus(folder, 9, vocab_size=11).vocab_size == 11
 
 
-def test_a_vocabulary_smaller_than_the_texts_is_refused(book, data_dir):
+def test_a_vocabulary_smaller_than_the_corpus_is_refused(book, data_dir):
     folder = prepare(str(book), data_dir)
     n_chars = len(set(book.read_text(encoding="utf-8")))
     with pytest.raises(InputError, match=f"vocab_size must be at least {n_chars} .*, got 3"):
@@ -490,19 +538,18 @@ def test_a_vocabulary_smaller_than_the_texts_is_refused(book, data_dir):
     assert open_corpus(folder, 9, vocab_size=64).vocab_size == 64
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_bin_that_disagrees_with_its_meta_json_is_named(book, data_dir, split):
+def test_a_bin_that_disagrees_with_its_meta_json_is_named(book, data_dir):
     folder = prepare(str(book), data_dir)
-    path = folder / f"{split}.bin"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"tokens, as meta\.json says, but has") as error:
-        open_corpus(folder, 9)
-    assert str(error.value).startswith(str(path))
+    for path in (folder / "val.bin", folder / "train.bin"):
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(InputError, match=r"tokens, as meta\.json says, but has") as error:
+            open_corpus(folder, 9)
+        assert str(error.value).startswith(str(path))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_an_unusable_meta_json_is_named(tmp_path):
+    folder = write_bins(tmp_path / "d", range(20), range(20))
+    for content in (
         "{",
         "[]",
         '{"dtype": "words"}',
@@ -514,16 +561,14 @@ def test_a_bin_that_disagrees_with_its_meta_json_is_named(book, data_dir, split)
         '{"splits": {"train": {}}}',
         '{"splits": {"train": {"files": [], "crc32": 0}, "val": {"files": [3], "crc32": 0}}}',
         '{"splits": {"train": {"files": [], "crc32": 0}, "val": {"files": [], "crc32": 0}}}',
-    ],
-)
-def test_a_meta_json_that_cannot_be_used_is_named(tmp_path, content):
-    folder = write_bins(tmp_path / "d", range(20), range(20))
-    (folder / "meta.json").write_text(content)
-    with pytest.raises(InputError, match=r"meta\.json"):
-        open_corpus(folder, 9)
+        '{"splits": null}',
+    ):
+        (folder / "meta.json").write_text(content)
+        with pytest.raises(InputError, match=r"meta\.json"):
+            open_corpus(folder, 9)
 
 
-def test_four_byte_ids_are_read_as_meta_json_says(tmp_path):
+def test_meta_json_says_that_ids_have_four_bytes(tmp_path):
     folder = write_bins(tmp_path / "d", [70_000] * 20, range(20), "<u4")
     (folder / "meta.json").write_text('{"dtype": "uint32", "vocab_size": 70001}')
     corpus = open_corpus(folder, 9)
@@ -562,7 +607,7 @@ def test_shakespeare_is_downloaded_once(data_dir, serve, capsys):
     assert files_below(data_dir) == PREPARED
 
 
-def test_a_text_that_lies_there_is_not_downloaded(data_dir, serve):
+def test_an_existing_text_is_not_downloaded(data_dir, serve):
     """The user's own copy is used, whichever edition it is."""
     asked = serve(PLAY)
     (data_dir / "shakespeare_char").mkdir(parents=True)
@@ -576,7 +621,7 @@ def test_a_text_that_lies_there_is_not_downloaded(data_dir, serve):
     [PLAY.swapcase(), 404, 503, PLAY[:1000], NOT_HTTP],
     ids=["another text", "not found", "unavailable", "cut off", "not http"],
 )
-def test_a_bad_mirror_is_passed_over(data_dir, serve, bad):
+def test_a_bad_mirror_is_skipped(data_dir, serve, bad):
     asked = serve(bad, PLAY)
     folder = resolve("shakespeare_char", data_dir, 9)
     assert (folder / "input.txt").read_text(encoding="utf-8") == PLAY
@@ -601,7 +646,7 @@ def test_a_wrong_checksum_everywhere_is_an_error_that_says_so(data_dir, serve):
     assert not data_dir.exists()
 
 
-def test_where_no_dataset_was_named_the_manual_stands_in_with_a_notice(
+def test_without_a_dataset_and_a_network_the_manual_is_used_with_a_notice(
     data_dir, no_network, capsys
 ):
     assert resolve(None, data_dir, 9) == data_dir / "pydocs"
@@ -613,7 +658,7 @@ def test_where_no_dataset_was_named_the_manual_stands_in_with_a_notice(
     assert {name.split("/")[0] for name in files_below(data_dir)} == {"pydocs"}
 
 
-def test_what_the_notice_says_helps(data_dir, no_network, capsys):
+def test_the_advice_in_the_notice_works(data_dir, no_network, capsys):
     resolve(None, data_dir, 9)
     (data_dir / "shakespeare_char").mkdir()
     (data_dir / "shakespeare_char" / "input.txt").write_text(PLAY)
@@ -622,7 +667,7 @@ def test_what_the_notice_says_helps(data_dir, no_network, capsys):
     assert "NOT BE SHAKESPEARE" not in capsys.readouterr().out
 
 
-def test_a_download_that_cannot_be_stored_names_the_place(tmp_path, serve):
+def test_a_download_that_cannot_be_stored_names_the_folder(tmp_path, serve):
     serve(PLAY)
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -631,7 +676,7 @@ def test_a_download_that_cannot_be_stored_names_the_place(tmp_path, serve):
 
 
 @pytest.mark.parametrize("full_at", ["input.txt", "train", "val", "meta.json"])
-def test_a_full_disk_leaves_no_file_that_is_taken_for_whole(data_dir, serve, monkeypatch, full_at):
+def test_a_full_disk_leaves_no_file_that_looks_complete(data_dir, serve, monkeypatch, full_at):
     serve(PLAY, PLAY)
     fsync = os.fsync
 

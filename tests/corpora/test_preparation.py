@@ -1,7 +1,8 @@
-"""Corpora of any kind and size: documents, tokenizers, and what interrupts their preparation."""
+"""Preparation: tokenizers, documents, and what interrupts it."""
 
 import contextlib
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -68,7 +69,7 @@ def decoded(corpus, split: str) -> str:
 # Tokenizers
 
 
-def test_a_text_in_tokens_of_a_file(book, data_dir, bpe):
+def test_a_text_is_encoded_with_a_tokenizer_file(book, data_dir, bpe):
     corpus = open_corpus(prepare(str(book), data_dir, tokenizer=str(bpe)), 9)
     text = book.read_text(encoding="utf-8")
     assert decoded(corpus, "train") == text[:5400]
@@ -89,7 +90,7 @@ def test_bpe_is_trained_on_the_text_and_always_the_same(book, tmp_path):
     assert corpora.load_tokenizer(folders[0]) == corpora.load_tokenizer(folders[1])
 
 
-def test_each_tokenizer_has_a_folder_of_its_own(book, data_dir, bpe):
+def test_each_tokenizer_has_its_own_folder(book, data_dir, bpe):
     folders = {
         prepare(str(book), data_dir, 1, *asked)
         for asked in ((), ("char",), ("bpe", 300), ("bpe", 301), (str(bpe),))
@@ -107,7 +108,7 @@ def test_each_tokenizer_has_a_folder_of_its_own(book, data_dir, bpe):
         (("book.txt",), r"book\.txt: must be like"),
     ],
 )
-def test_a_tokenizer_that_is_none_is_named(book, data_dir, monkeypatch, asked, message):
+def test_an_unusable_tokenizer_is_named(book, data_dir, monkeypatch, asked, message):
     monkeypatch.chdir(book.parent)
     with pytest.raises(InputError, match=message):
         prepare(str(book), data_dir, 1, *asked)
@@ -139,7 +140,7 @@ def test_without_gpt2s_tokenizer_nothing_is_written(book, data_dir, monkeypatch)
     assert list(data_dir.iterdir()) == []
 
 
-def test_gpt2s_tokenizer_is_known_in_whatever_file(data_dir, bpe, monkeypatch):
+def test_gpt2s_tokenizer_is_recognised_in_any_file(data_dir, bpe, monkeypatch):
     monkeypatch.setattr(tokenizer, "GPT2_HASH", tokenizer_hash(corpora.read_tokenizer(bpe)))
     (data_dir / "shakespeare").mkdir(parents=True)
     (data_dir / "shakespeare" / "input.txt").write_text("".join(make_text(3000, n_words=1000)))
@@ -165,14 +166,14 @@ def foreign_folder(folder: Path, tokenizer) -> Path:
     return folder
 
 
-def test_a_tokenizer_is_put_beside_token_files_that_have_none(tmp_path, data_dir, bpe):
+def test_a_tokenizer_is_added_to_token_files_that_have_none(tmp_path, data_dir, bpe):
     folder = foreign_folder(tmp_path / "owt", corpora.read_tokenizer(bpe))
     assert open_corpus(folder, 9).tokenizer is None
     assert resolve(str(folder), data_dir, 9, tokenizer=str(bpe)) == folder
     assert decoded(open_corpus(folder, 9), "val") == "words and words, " * 20
 
 
-def test_another_tokenizer_than_a_folders_is_refused(book, tmp_path, data_dir, bpe):
+def test_a_different_tokenizer_than_a_folders_is_refused(book, tmp_path, data_dir, bpe):
     folder = prepare(str(book), data_dir, tokenizer="bpe", vocab_size=270)
     for size in (None, 270, 50304):  # its own; what a preset says beyond that is padding
         assert resolve(str(folder), data_dir, 9, "bpe", size) == folder
@@ -191,7 +192,7 @@ def test_another_tokenizer_than_a_folders_is_refused(book, tmp_path, data_dir, b
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
-def test_every_tenth_document_validates_and_separators_stand_between(
+def test_every_tenth_document_is_for_validation_and_separators_are_between(
     tmp_path, data_dir, bpe, ending
 ):
     texts = some_documents(41)
@@ -214,7 +215,7 @@ def test_every_tenth_document_validates_and_separators_stand_between(
     assert np.count_nonzero(corpus.splits["train"] == end) == len(texts) - 1
 
 
-def test_validation_stops_at_its_limit(tmp_path, data_dir, bpe, monkeypatch):
+def test_the_validation_split_has_a_limit(tmp_path, data_dir, bpe, monkeypatch):
     monkeypatch.setattr(documents.Documents, "max_val_chars", 110)
     texts = some_documents(100)
     path = write_jsonl(tmp_path / "documents.jsonl", texts)
@@ -273,8 +274,21 @@ def test_a_table_without_text_is_named(tmp_path, data_dir, bpe):
         with pytest.raises(InputError, match=r"t\.parquet: must have a column text, of strings"):
             prepare(str(path), data_dir, tokenizer=str(bpe))
     path.write_bytes(b"PAR1 and nothing")
-    with pytest.raises(InputError, match=r"t\.parquet: cannot be read"):
+    with pytest.raises(InputError, match=r"t\.parquet: must be a complete Parquet file"):
         prepare(str(path), data_dir, tokenizer=str(bpe))
+
+
+def test_a_damaged_gzip_file_is_one_line(tmp_path, data_dir, bpe):
+    path = tmp_path / "documents.jsonl.gz"
+    write_jsonl(path, some_documents(500))
+    whole = gzip.compress(path.read_bytes())
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes(8) + whole[middle + 8 :]
+    for content in (whole[:-20], damaged, b"not gzip"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"documents\.jsonl\.gz(: |, line )"):
+            prepare(str(path), data_dir, tokenizer=str(bpe))
+        assert not data_dir.exists() or list(data_dir.iterdir()) == []
 
 
 def test_too_few_documents_are_refused(tmp_path, data_dir, bpe):
@@ -284,7 +298,7 @@ def test_too_few_documents_are_refused(tmp_path, data_dir, bpe):
     assert list(data_dir.iterdir()) == []
 
 
-def test_what_is_not_installed_is_said_in_one_line(tmp_path, data_dir, bpe, monkeypatch):
+def test_a_missing_library_is_one_line(tmp_path, data_dir, bpe, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
@@ -343,7 +357,7 @@ def test_a_corpus_of_the_hub_is_streamed_once(data_dir, fake_hub, name, capsys):
     corpus = open_corpus(folder, 9)
     assert folder == data_dir / name
     assert decoded(corpus, "val") == END.join(texts[19::20])
-    assert "hours on this machine's" in capsys.readouterr().err
+    assert "hours on the" in capsys.readouterr().err
     assert prepare(name, data_dir) == resolve(name, data_dir, 9) == folder
     of_branch, (args, kwargs) = asked
     corpus = documents.HUB[name]
@@ -353,7 +367,7 @@ def test_a_corpus_of_the_hub_is_streamed_once(data_dir, fake_hub, name, capsys):
     assert json.loads((folder / "meta.json").read_text())["source_revision"] == "sha1"
 
 
-def test_a_stream_that_broke_goes_on_where_it_was(data_dir, tmp_path, fake_hub, monkeypatch):
+def test_a_broken_stream_resumes(data_dir, tmp_path, fake_hub, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 256)
     texts = some_documents(600)
     asked = fake_hub(texts)
@@ -386,7 +400,7 @@ def test_a_stream_that_broke_goes_on_where_it_was(data_dir, tmp_path, fake_hub, 
     assert first not in others
 
 
-def test_a_commit_that_cannot_be_asked_for_is_one_line(data_dir, fake_hub, monkeypatch):
+def test_a_revision_that_cannot_be_queried_is_one_line(data_dir, fake_hub, monkeypatch):
     def fail(self, *args, **kwargs):
         raise OSError("offline mode is enabled\nand more")
 
@@ -398,7 +412,7 @@ def test_a_commit_that_cannot_be_asked_for_is_one_line(data_dir, fake_hub, monke
     assert not data_dir.exists()
 
 
-def test_no_network_is_one_line_that_says_what_to_put_where(data_dir, fake_hub, monkeypatch):
+def test_no_network_is_one_line_that_says_what_to_save(data_dir, fake_hub, monkeypatch):
     import datasets
 
     def fail(*args, **kwargs):
@@ -412,7 +426,7 @@ def test_no_network_is_one_line_that_says_what_to_put_where(data_dir, fake_hub, 
     assert list(data_dir.iterdir()) == []
 
 
-def test_training_does_not_begin_what_takes_hours(data_dir):
+def test_training_refuses_to_prepare_for_hours(data_dir):
     with pytest.raises(InputError, match=r"python data/prepare\.py fineweb-edu") as error:
         resolve("fineweb-edu", data_dir, 9)
     assert "20 GB of disk" in str(error.value)
@@ -424,11 +438,11 @@ def test_a_corpus_of_the_hub_is_not_read_twice_for_its_characters(data_dir):
         prepare("openwebtext", data_dir, tokenizer="char")
 
 
-def test_a_disk_that_is_too_small_is_said_beforehand(data_dir, fake_hub, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_first(data_dir, fake_hub, monkeypatch):
     fake_hub(["words"])
     usage = (10**12, 10**12 - 10**9, 10**9)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": usage[2]}))
-    with pytest.raises(InputError, match=r"about \d+\.\d GB must be free .* but 1\.0 GB are"):
+    with pytest.raises(InputError, match=r"about \d+\.\d GB must be free .* but only 1\.0 GB are"):
         prepare("openwebtext", data_dir)
     assert list(data_dir.iterdir()) == []
 
@@ -448,7 +462,7 @@ def test_a_split_of_several_files_is_one_array(book, data_dir, tmp_path, bpe):
     assert corpus.fingerprint == whole.fingerprint
 
 
-def test_a_shard_that_is_missing_or_cut_is_named(book, data_dir, bpe):
+def test_a_missing_or_cut_off_shard_is_named(book, data_dir, bpe):
     folder = prepare(str(book), data_dir, tokenizer=str(bpe), shard_tokens=150)
     path = folder / "train_00001.bin"
     content = path.read_bytes()
@@ -462,7 +476,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(book, data_dir, bpe):
     assert path.read_bytes() == content
 
 
-def test_a_token_that_changed_since_is_found(book, data_dir):
+def test_a_changed_token_is_found(book, data_dir):
     folder = prepare(str(book), data_dir)
     content = bytearray((folder / "val.bin").read_bytes())
     content[0] ^= 1
@@ -500,17 +514,17 @@ def position(data_dir: Path) -> dict | None:
             return json.loads(path.read_text()).get("position")
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl"])
-def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path, data_dir, bpe, kind):
+@pytest.mark.parametrize("kind", ["txt", pytest.param("jsonl", marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, data_dir, bpe, kind):
     path = tmp_path / f"text.{kind}"
-    texts = list(make_text(4_000_000, n_words=3000))
+    texts = list(make_text(2_000_000, n_words=3000))
     if kind == "txt":
         path.write_text("".join(texts))
     else:
         write_jsonl(path, [text[i : i + 3000] for text in texts for i in range(0, len(text), 3000)])
-    flags = path, "--tokenizer", bpe, "--shard_tokens", 20_000, "--data_dir"
-    whole = prepare(str(path), tmp_path / "whole", 1, str(bpe), shard_tokens=20_000)
-    randomly, went_on, kills = random.Random(0), [], 0
+    flags = path, "--tokenizer", bpe, "--shard_tokens", 10_000, "--data_dir"
+    whole = prepare(str(path), tmp_path / "whole", 1, str(bpe), shard_tokens=10_000)
+    randomly, resumed_from, kills = random.Random(0), [], 0
     for _ in range(40):
         before, process = position(data_dir), start(*flags, data_dir)
         if kills < 5:
@@ -519,7 +533,9 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path, dat
             time.sleep(randomly.uniform(0, 0.1))
             process.kill()
         out, err = process.communicate(timeout=60)
-        went_on += [int(n.replace(",", "")) for n in re.findall(r"resuming .* from ([\d,]+)", out)]
+        resumed_from += [
+            int(n.replace(",", "")) for n in re.findall(r"resuming .* from ([\d,]+)", out)
+        ]
         (folder,) = data_dir.iterdir()
         if process.returncode == 0:
             break
@@ -527,19 +543,19 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tmp_path, dat
         kills += 1
         for name, content in token_files(folder).items():  # whole, and as they will be
             assert content == (whole / name).read_bytes()
-        with pytest.raises(InputError, match="is incomplete: run the same data/prepare.py command"):
+        with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
             open_corpus(folder, 9)
-        with pytest.raises(InputError, match="is incomplete: run the same data/prepare.py command"):
+        with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
             resolve(str(folder), tmp_path, 9)
     assert kills == 5
-    assert len(went_on) == 5
-    assert went_on == sorted({*went_on})
+    assert len(resumed_from) == 5
+    assert resumed_from == sorted({*resumed_from})
     assert token_files(folder) == token_files(whole)
     assert not list(folder.glob("*.partial"))
     assert not (folder / "progress.json").exists()
 
 
-def test_a_shard_that_got_its_name_is_taken_back_where_it_was_not_noted(
+def test_a_shard_renamed_after_the_last_journal_is_reopened(
     tmp_path, data_dir, bpe, monkeypatch, capsys
 ):
     """The moment between the two: whatever it is killed at, the bytes are the same."""
@@ -580,7 +596,7 @@ def begun(book, data_dir, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("what", ["time", "shards"])
-def test_what_is_the_same_in_other_words_is_gone_on_with(
+def test_a_touched_source_or_another_shard_size_still_resumes(
     book, data_dir, begun, tmp_path, capsys, what
 ):
     """A touched or copied text, or train.py, which knows of no --shard_tokens."""
@@ -609,7 +625,7 @@ def test_what_is_the_same_in_other_words_is_gone_on_with(
         ("field", "progress.json is damaged"),
     ],
 )
-def test_what_changed_meanwhile_is_begun_anew(
+def test_a_preparation_starts_over_if_anything_changed(
     book, data_dir, bpe, begun, tmp_path, capsys, what, why
 ):
     folder = begun
@@ -643,7 +659,7 @@ def test_what_changed_meanwhile_is_begun_anew(
     assert corpora.load_tokenizer(folder) == corpora.load_tokenizer(anew)
 
 
-def test_what_was_prepared_outlives_what_is_not_begun(book, data_dir, bpe, monkeypatch):
+def test_an_old_corpus_survives_if_a_new_one_cannot_begin(book, data_dir, bpe, monkeypatch):
     """No tokenizer, or no disk: then nothing has been written, so nothing is to be deleted."""
     monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
     folder = prepare(str(book), data_dir, tokenizer="gpt2")
@@ -661,7 +677,7 @@ def test_what_was_prepared_outlives_what_is_not_begun(book, data_dir, bpe, monke
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_what_will_be_replaced_counts_as_free(book, data_dir, monkeypatch):
+def test_replaced_files_count_as_free_space(book, data_dir, monkeypatch):
     folder = prepare(str(book), data_dir)
     book.write_text(book.read_text()[::-1])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
@@ -681,7 +697,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(book, data_dir, monke
     assert list(data_dir.iterdir()) == []
 
 
-def test_a_text_that_was_touched_while_it_was_read_is_the_same(book, data_dir, monkeypatch):
+def test_a_source_may_be_touched_while_it_is_read(book, data_dir, monkeypatch):
     finish = preparation._Preparation._finish
 
     def touch_and_finish(self, *args):
@@ -702,7 +718,7 @@ def test_a_touched_text_is_not_prepared_again(book, data_dir):
     assert (folder / "train.bin").stat().st_mtime_ns == before
 
 
-def test_what_an_older_version_prepared_is_taken_as_it_is(book, data_dir):
+def test_a_corpus_of_an_older_version_is_used(book, data_dir):
     folder = prepare(str(book), data_dir)
     fingerprint = open_corpus(folder, 9).fingerprint
     meta = json.loads((folder / "meta.json").read_text())
@@ -714,7 +730,7 @@ def test_what_an_older_version_prepared_is_taken_as_it_is(book, data_dir):
     assert open_corpus(folder, 9).fingerprint == fingerprint
 
 
-def test_stopped_by_hand_it_says_how_to_go_on(tmp_path, data_dir, bpe):
+def test_ctrl_c_says_how_to_resume(tmp_path, data_dir, bpe):
     path = tmp_path / "text.txt"
     path.write_text("".join(make_text(4_000_000)))
     process = start(path, "--tokenizer", bpe, "--data_dir", data_dir, "--shard_tokens", 20_000)
@@ -728,7 +744,7 @@ def test_stopped_by_hand_it_says_how_to_go_on(tmp_path, data_dir, bpe):
     assert "Traceback" not in err
 
 
-def test_of_two_at_once_the_second_waits(book, data_dir):
+def test_a_second_process_waits(book, data_dir):
     with files.locked(book.parent, lambda: None):
         data_dir.mkdir()
         folder = catalog._folder_of(book, data_dir, "char")
@@ -745,6 +761,7 @@ def test_of_two_at_once_the_second_waits(book, data_dir):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what it takes")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["words", "no blanks", "documents"])
 def test_memory_does_not_grow_with_the_text(tmp_path, bpe, kind):
     """A line of 10 MB, or 24 MB of Chinese, costs no more than the work on a batch."""
@@ -776,18 +793,18 @@ def test_memory_does_not_grow_with_the_text(tmp_path, bpe, kind):
 # The command
 
 
-def test_the_command_takes_its_flags_in_any_of_nanogpts_forms(run, book, data_dir):
-    result = run(
-        "data/prepare.py", book, "--tokenizer=bpe", "--vocab-size", 270, f"--data_dir={data_dir}"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "vocabulary of 270" in result.stdout
+def test_the_command_accepts_all_of_nanogpts_flag_forms(book, data_dir, capsys):
+    path = ROOT / "data" / "prepare.py"
+    spec = importlib.util.spec_from_file_location("prepare", path)
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    argv = [str(book), "--tokenizer=bpe", "--vocab-size", "270", f"--data_dir={data_dir}"]
+    command.main(argv)
+    assert "vocabulary of 270" in capsys.readouterr().out
     for argv, message in (
-        (["--vocab", "3"], "there is no flag --vocab. Did you mean vocab_size?"),
+        (["--vocab", "3"], r"there is no flag --vocab\. Did you mean vocab_size\?"),
         (["--shard_tokens", "0"], "shard_tokens must be at least 1"),
         (["--shard_tokens", "many"], "must be a whole number"),
     ):
-        result = run("data/prepare.py", book, *argv)
-        assert result.returncode == 2
-        assert message in result.stderr
-        assert result.stderr.count("\n") == 1
+        with pytest.raises(InputError, match=message):
+            command.main([str(book), *argv])

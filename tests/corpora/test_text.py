@@ -1,4 +1,4 @@
-"""Pieces of a text have the tokens of the whole, and say where to go on."""
+"""Pieces of a text have the tokens of the whole, and reading resumes after each."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def texts_of(pieces) -> str:
 @pytest.mark.parametrize("length", [8, 16, 50, 1000])
 def test_pieces_have_the_tokens_of_the_whole(tokenizer, monkeypatch, length):
     monkeypatch.setattr(sources, "PIECE_BYTES", length)
-    text = "".join(make_text(3000)) + AWKWARD * 20
+    text = "".join(make_text(3000, n_words=500)) + AWKWARD * 20
     pieces = list(cut_text(text))
     assert len(pieces) > 10 or length == 1000
     assert "".join(pieces) == text
@@ -45,7 +45,7 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer, monkeypatch, length):
 def test_pieces_of_a_file_have_the_tokens_of_the_whole(tokenizer, monkeypatch, length):
     """Wherever a character of several bytes, or a line end of Windows, meets the end of a read."""
     monkeypatch.setattr(sources, "PIECE_BYTES", length)
-    text = AWKWARD * 20 + "".join(make_text(3000))
+    text = AWKWARD * 20 + "".join(make_text(3000, n_words=500))
     content = b"\xef\xbb\xbf" + text.encode()
     pieces = list(read_pieces(io.BytesIO(content), "text.txt"))
     text = text.replace("\r\n", "\n")
@@ -57,62 +57,62 @@ def test_pieces_of_a_file_have_the_tokens_of_the_whole(tokenizer, monkeypatch, l
         assert rest == pieces[i + 1 :]
 
 
-@pytest.mark.parametrize("longest", range(64, 84))
-def test_a_text_without_spaces_is_cut_in_the_end(monkeypatch, longest):
-    """Or one file without any would have to lie in memory whole. A line end is not cut in two."""
-    monkeypatch.setattr(sources, "PIECE_BYTES", longest)
-    monkeypatch.setattr(sources, "LONGEST_BYTES", longest)
+def test_a_text_without_spaces_is_cut_anywhere(monkeypatch):
+    """Otherwise a file without any would be in memory as a whole. A line end is not cut in two."""
     text = ("世界" * 7 + "\r\n") * 9
-    pieces = list(cut_text(text))
-    assert "".join(pieces) == text
-    of_file = [piece for piece, _ in read_pieces(io.BytesIO(text.encode()), "text.txt")]
-    assert "".join(of_file) == text.replace("\r\n", "\n")
-    assert max(map(len, pieces + of_file)) <= 2 * longest
+    for longest in range(64, 84):
+        monkeypatch.setattr(sources, "PIECE_BYTES", longest)
+        monkeypatch.setattr(sources, "LONGEST_BYTES", longest)
+        pieces = list(cut_text(text))
+        assert "".join(pieces) == text
+        of_file = [piece for piece, _ in read_pieces(io.BytesIO(text.encode()), "text.txt")]
+        assert "".join(of_file) == text.replace("\r\n", "\n")
+        assert max(map(len, pieces + of_file)) <= 2 * longest
 
 
-@pytest.mark.parametrize("n", [10, 99, 1000, 10 * MAX_VAL_CHARS])
-def test_of_a_text_of_usual_size_the_last_tenth_validates(n):
-    assert train_characters(n) == int(n * 0.9)
+def test_the_last_tenth_of_a_text_is_for_validation():
+    for n in (10, 99, 1000, 10 * MAX_VAL_CHARS):
+        assert train_characters(n) == int(n * 0.9)
 
 
-def test_of_a_huge_text_ten_million_characters_validate():
+def test_ten_million_characters_of_a_huge_text_are_for_validation():
     assert train_characters(10**9) == 10**9 - 10_000_000
 
 
-@pytest.mark.parametrize("n_train", [1, 5, 6, 7, 11, 12, 17])
-def test_a_separator_counts_as_a_character_of_the_split_it_falls_into(
-    tmp_path, monkeypatch, n_train
-):
+def test_a_separator_counts_as_a_character_of_its_split(tmp_path, monkeypatch):
     for name in "abc":
         (tmp_path / name).write_text(name * 5)
-    monkeypatch.setattr(sources, "train_characters", lambda n: n_train)
     source = Texts("all", [tmp_path / name for name in "abc"])
-    facts = source.scan(True, lambda done: None)
-    assert facts["characters"] == 17
-    found = {"train": "", "val": ""}
-    for piece in source.pieces(facts):
-        found[piece.split] += "\n" if piece.text is None else piece.text
-    whole = "aaaaa\nbbbbb\nccccc"
-    assert found == {"train": whole[:n_train], "val": whole[n_train:]}
+    source_info = source.scan(True, lambda done: None)
+    assert source_info["characters"] == 17
+    for n_train in (1, 5, 6, 7, 11, 12, 17):
+        monkeypatch.setattr(sources, "train_characters", lambda n, n_train=n_train: n_train)
+        found = {"train": "", "val": ""}
+        for piece in source.pieces(source_info):
+            found[piece.split] += "\n" if piece.text is None else piece.text
+        whole = "aaaaa\nbbbbb\nccccc"
+        assert found == {"train": whole[:n_train], "val": whole[n_train:]}
 
 
-def test_any_position_leads_to_the_rest(tmp_path, monkeypatch):
+def test_reading_resumes_at_any_position(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_BYTES", 64)
     for i in range(4):
-        (tmp_path / f"{i}.txt").write_text("".join(make_text(500, seed=i)) if i != 2 else "")
+        (tmp_path / f"{i}.txt").write_text(
+            "".join(make_text(500, seed=i, n_words=500)) if i != 2 else ""
+        )
     source = Texts("all", sorted(tmp_path.iterdir()))
-    facts = source.scan(False, lambda done: None)
-    pieces = list(source.pieces(facts))
-    places = [i for i, piece in enumerate(pieces) if piece.position]
-    assert len(places) > 20
-    for i in places:
+    source_info = source.scan(False, lambda done: None)
+    pieces = list(source.pieces(source_info))
+    resumable = [i for i, piece in enumerate(pieces) if piece.position]
+    assert len(resumable) > 20
+    for i in resumable:
         position = json.loads(json.dumps(pieces[i].position))
-        assert list(source.pieces(facts, position)) == pieces[i + 1 :]
+        assert list(source.pieces(source_info, position)) == pieces[i + 1 :]
     assert pieces[-1].done == source.size
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
-def test_any_position_in_documents_leads_to_the_rest(tmp_path, monkeypatch, kind):
+def test_reading_documents_resumes_at_any_position(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("nanogpt_jax.corpora.documents.PIECE_BYTES", 64)
     texts = [f"document {i} " * (i % 7) for i in range(60)]
     for name, part in (("a", texts[:25]), ("b", texts[25:])):
@@ -126,9 +126,9 @@ def test_any_position_in_documents_leads_to_the_rest(tmp_path, monkeypatch, kind
             path.write_bytes(gzip.compress(content) if kind == "jsonl.gz" else content)
     source = (Parquet if kind == "parquet" else JsonLines)("all", sorted(tmp_path.iterdir()))
     pieces = list(source.pieces({}))
-    places = [i for i, piece in enumerate(pieces) if piece.position]
-    assert len(places) > 20
-    for i in places:
+    resumable = [i for i, piece in enumerate(pieces) if piece.position]
+    assert len(resumable) > 20
+    for i in resumable:
         position = json.loads(json.dumps(pieces[i].position))
         rest = list(source.pieces({}, position))
         assert [(p.split, p.text, p.position) for p in rest] == [
@@ -136,7 +136,7 @@ def test_any_position_in_documents_leads_to_the_rest(tmp_path, monkeypatch, kind
         ]
 
 
-def test_a_long_binary_file_is_named_with_its_place(tmp_path):
+def test_a_bad_byte_far_into_a_file_is_named_with_its_position(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"words and words\n" * 10_000 + b"\xff")
     with pytest.raises(InputError, match=r"text\.txt: .* byte 160000 is 0xff"):

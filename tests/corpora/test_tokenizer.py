@@ -17,7 +17,7 @@ from nanogpt_jax.errors import InputError
 TEXT = "Grüße, 世界! 🎭🙂 naïve e\u0301\r\n\ttwo\u2028lines \U0010ffff\x00"
 
 
-def test_any_text_comes_back_as_it_was():
+def test_any_text_decodes_to_itself():
     tokenizer = CharTokenizer.from_text(TEXT)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.decode(tokenizer.encode(TEXT[::-1])) == TEXT[::-1]
@@ -29,8 +29,8 @@ def test_a_character_beyond_the_basic_plane_is_one_token():
     assert tokenizer.encode("🎭a").tolist() == [2, 0]
 
 
-def test_ids_are_those_of_nanogpts_prepare():
-    """There: stoi = {ch: i for i, ch in enumerate(sorted(list(set(data))))}."""
+def test_ids_equal_those_of_nanogpts_prepare():
+    """nanoGPT: stoi = {ch: i for i, ch in enumerate(sorted(list(set(data))))}."""
     tokenizer = CharTokenizer.from_text(TEXT)
     ids = {char: i for i, char in enumerate(sorted(set(TEXT)))}
     assert tokenizer.vocab_size == len(ids)
@@ -49,7 +49,7 @@ def test_no_text_has_no_tokens():
     assert CharTokenizer.from_text("ab").decode(ids) == ""
 
 
-def test_ids_may_come_as_any_integers():
+def test_ids_may_have_any_integer_type():
     tokenizer = CharTokenizer.from_text("abc")
     for ids in ([2, 0], np.array([2, 0], np.uint16), np.array([2, 0], np.int32)):
         assert tokenizer.decode(ids) == "ca"
@@ -64,13 +64,13 @@ def test_an_unknown_character_is_listed_wherever_it_sorts(unknown):
     )
 
 
-def test_of_many_unknown_characters_the_first_ten_are_listed():
+def test_the_first_ten_of_many_unknown_characters_are_listed():
     with pytest.raises(InputError, match=r"replace 'A', 'B', .*'J', \.\.\.$") as error:
         CharTokenizer.from_text("abc").encode(string.ascii_uppercase + "A")
     assert "'K'" not in str(error.value)
 
 
-def test_a_tokenizer_is_saved_as_json_and_comes_back(tmp_path):
+def test_a_tokenizer_is_saved_as_json_and_loaded(tmp_path):
     tokenizer = CharTokenizer.from_text(TEXT)
     corpora.save_tokenizer(tokenizer, tmp_path)
     loaded = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ def bpe() -> BPETokenizer:
     )
 
 
-def test_bpe_gives_any_text_ids_and_gives_it_back(bpe):
+def test_bpe_encodes_any_text_and_decodes_it(bpe):
     for text in (TEXT, "the cat", "", " ", "\n\n\n", "".join(map(chr, range(0x300)))):
         ids = bpe.encode(text)
         assert ids.dtype == np.int64
@@ -127,11 +127,11 @@ def test_bpe_learns_what_is_frequent(bpe):
     assert len(bpe.encode("xyzzy")) == 5
 
 
-def test_a_text_without_so_many_pairs_has_a_smaller_vocabulary():
+def test_a_text_with_few_pairs_has_a_smaller_vocabulary():
     assert BPETokenizer.train(["ab"], 5000).vocab_size == 256 + 1 + 1  # bytes, the end, "ab"
 
 
-def test_bpe_of_one_text_is_the_same_each_time(bpe, book):
+def test_training_bpe_twice_gives_the_same(bpe, book):
     text = book.read_text()
     first, again = (BPETokenizer.train([text[:3000], text[3000:]], 280) for _ in range(2))
     assert first == again
@@ -139,7 +139,7 @@ def test_bpe_of_one_text_is_the_same_each_time(bpe, book):
     assert first != bpe
 
 
-def test_every_token_is_the_bytes_that_it_decodes_to(bpe):
+def test_token_bytes_are_what_tokens_decode_to(bpe):
     assert len(bpe.token_bytes) == bpe.vocab_size
     single = {token for token in bpe.token_bytes if len(token) == 1}
     assert single == {bytes([byte]) for byte in range(256)}
@@ -147,19 +147,19 @@ def test_every_token_is_the_bytes_that_it_decodes_to(bpe):
     assert b"".join(bpe.token_bytes[i] for i in ids).decode() == TEXT + "the cat sat"
 
 
-def test_a_text_that_names_the_end_of_text_is_mere_text_but_a_prompt_is_not(bpe):
-    """Else a web page about GPT-2 would end the document it is in."""
+def test_the_end_of_text_is_a_token_in_a_prompt_but_not_in_a_text(bpe):
+    """Otherwise a web page about GPT-2 would end its document."""
     text = f"the cat{END_OF_TEXT}the mat"
     (end,) = bpe.encode_prompt(END_OF_TEXT)
     assert end not in bpe.encode(text)
     assert bpe.decode(bpe.encode(text)) == text
     assert (bpe.encode_prompt(text) == end).sum() == 1
     assert bpe.decode(bpe.encode_prompt(text)) == text
-    assert end not in bpe.encode(text), "asking for a prompt changed what a text is"
+    assert end not in bpe.encode(text), "encoding a prompt changed how a text is encoded"
     assert bpe.separator == END_OF_TEXT
 
 
-def test_many_texts_at_once_are_encoded_as_one_by_one(bpe):
+def test_a_batch_is_encoded_like_single_texts(bpe):
     texts = ["the cat", "", TEXT, "sat on\n"]
     for ids, text in zip(bpe.encode_batch(texts), texts, strict=True):
         np.testing.assert_array_equal(ids, bpe.encode(text))
@@ -174,13 +174,13 @@ def test_a_character_of_several_tokens_is_streamed_whole(bpe, text):
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_half_a_character_at_the_end_is_shown_as_decoding_shows_it(bpe):
+def test_half_a_character_at_the_end_is_streamed_as_decoded(bpe):
     ids = bpe.encode("a🎭")[:-1]
     decode = bpe.stream_decoder()
     assert "".join([decode(ids[:2]), decode(ids[2:], final=True)]) == bpe.decode(ids) == "a\ufffd"
 
 
-def test_an_id_of_the_padding_shows_as_unknown(bpe):
+def test_an_id_of_the_padding_decodes_to_a_replacement_character(bpe):
     assert bpe.decode([*bpe.encode("the"), bpe.vocab_size]) == "the\ufffd"
 
 
@@ -189,7 +189,7 @@ def test_a_lone_surrogate_is_an_input_error(bpe):
         bpe.encode("a\ud800")
 
 
-def test_bpe_travels_in_its_file(bpe, tmp_path):
+def test_bpe_is_saved_and_loaded(bpe, tmp_path):
     corpora.save_tokenizer(bpe, tmp_path)
     loaded = corpora.load_tokenizer(tmp_path)
     assert loaded == bpe
@@ -197,8 +197,8 @@ def test_bpe_travels_in_its_file(bpe, tmp_path):
     assert loaded.vocab_size == bpe.vocab_size
 
 
-def test_tokenizers_are_told_apart_by_what_they_do_not_by_how_they_are_written(bpe):
-    """Versions of the library write merges as one text or as two."""
+def test_the_hash_depends_on_what_a_tokenizer_does_not_on_its_file(bpe):
+    """Some versions of the library write a merge as one string, some as two."""
     content = json.loads(bpe.to_json())
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
     content["post_processor"] = None
@@ -208,8 +208,8 @@ def test_tokenizers_are_told_apart_by_what_they_do_not_by_how_they_are_written(b
     assert len({tokenizer_hash(tokenizer) for tokenizer in (bpe, *others)}) == 4
 
 
-def test_tokenizers_that_cut_a_text_otherwise_are_told_apart():
-    """They have the same tokens and merges, and make other ids of a text."""
+def test_tokenizers_with_different_pre_tokenizers_have_different_hashes():
+    """They have the same tokens and merges, but encode a text differently."""
     bpe = BPETokenizer.train(["in 1999 the cat, in 2024 the mat " * 20], 300)
     content = json.loads(bpe.to_json())
     digits = {"type": "Digits", "individual_digits": True}
@@ -219,7 +219,7 @@ def test_tokenizers_that_cut_a_text_otherwise_are_told_apart():
 
 
 def test_threads_do_not_disturb_each_other(bpe):
-    """The page writes for one visitor and looks for another."""
+    """The page may encode for several visitors at once."""
     text = f"the cat{END_OF_TEXT}sat"
     n_text, n_prompt = len(bpe.encode(text)), len(bpe.encode_prompt(text))
     assert n_text > n_prompt
@@ -242,14 +242,14 @@ def test_threads_do_not_disturb_each_other(bpe):
     assert not wrong
 
 
-def test_a_file_nested_without_end_is_one_line(tmp_path):
+def test_a_deeply_nested_file_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="must be like"):
         corpora.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("chars", ["ba", "aab", ""])
-def test_characters_that_are_not_each_once_in_their_order_are_refused(tmp_path, chars):
+def test_unsorted_or_repeated_characters_are_refused(tmp_path, chars):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"type": "char", "chars": chars}))
     with pytest.raises(InputError, match="not text, sorted, each once"):
         corpora.load_tokenizer(tmp_path)
@@ -309,7 +309,7 @@ def in_a_sequence(part: dict) -> dict:
         ),
     ],
 )
-def test_a_file_that_is_another_tokenizer_is_named(bpe, tmp_path, change, complaint):
+def test_other_kinds_of_tokenizers_are_refused(bpe, tmp_path, change, complaint):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(bpe.to_json()) | change))
     with pytest.raises(InputError, match=complaint) as error:
@@ -329,7 +329,7 @@ def test_a_vocabulary_with_gaps_is_refused(bpe, tmp_path):
 # Bits per byte
 
 
-def test_bytes_per_token_count_text_and_not_what_separates_it(bpe):
+def test_token_lengths_count_text_and_not_separators(bpe):
     texts = ["the cat sat on the mat", "Grüße"]
     chars = CharTokenizer.from_text("".join(texts))
     n_bytes = len("".join(texts).encode())
@@ -340,6 +340,6 @@ def test_bytes_per_token_count_text_and_not_what_separates_it(bpe):
     assert token_lengths(bpe)[ids].sum() == n_bytes
 
 
-def test_an_even_guess_of_a_byte_is_eight_bits():
+def test_a_uniform_guess_of_a_byte_is_eight_bits():
     assert corpora.bits_per_byte(np.log(256), 1.0) == pytest.approx(8)
     assert corpora.bits_per_byte(2 * np.log(256), 2.0) == pytest.approx(8)

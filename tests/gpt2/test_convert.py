@@ -16,11 +16,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nanogpt_jax import decoding, sharding, steps
+from nanogpt_jax import corpora, decoding, sharding, steps
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.config.presets import MODERN
-from nanogpt_jax.corpora import tokenizer as tokenizers
-from nanogpt_jax.corpora.tokenizer import BPETokenizer, CharTokenizer
+from nanogpt_jax.corpora import BPETokenizer, CharTokenizer
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import config as huggingface
 from nanogpt_jax.gpt2 import convert as pretrained
@@ -95,7 +94,7 @@ def save_run(folder: Path, config: ModelConfig, tokenizer, params, step: int = 7
     """Make the folder of a run as training leaves it; again: with one more checkpoint."""
     run_folder.begin(folder, TrainConfig(model=config), {"jax": jax.__version__})
     if tokenizer:
-        tokenizers.save(tokenizer, folder)
+        corpora.save_tokenizer(tokenizer, folder)
     checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS)
     state = steps.init_state(make_optimizer(TrainConfig().optim, 10), params)
     checkpoints.save(state._replace(step=jax.numpy.int32(step)), val_loss=step / 7)
@@ -392,7 +391,7 @@ def test_a_corpus_of_other_tokens_than_the_weights_know_is_refused(gpt2):
     """It would train, on noise: token 5 of the one is not token 5 of the other."""
     mine, other = (BPETokenizer.train([text * 20], 270) for text in ("the cat sat", "on a mat"))
     chars = CharTokenizer("abc")
-    tokenizers.save(mine, gpt2)
+    corpora.save_tokenizer(mine, gpt2)
     huggingface.check_tokenizer(gpt2, mine, None)
     huggingface.check_tokenizer(gpt2, None, None)  # .bin files that came without one
     for tokenizer in (other, chars):
@@ -581,7 +580,7 @@ def test_what_was_exported_comes_back_bit_for_bit(exported):
     assert again == replace(config, vocab_size=known, known_tokens=None)
     params["wte"]["embedding"] = params["wte"]["embedding"][:known]
     assert_equal(load(str(folder))[1], params)
-    assert tokenizers.load(folder) == tokenizer
+    assert corpora.load_tokenizer(folder) == tokenizer
 
 
 def test_an_export_has_every_tensor_of_a_gpt2_in_float32(exported):
@@ -708,7 +707,7 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
         pretrained.export(tmp_path / "rung", tmp_path / "hf")
     few = replace(RUNS["bpe"][0], vocab_size=100)
     run_folder.begin(tmp_path / "few", TrainConfig(model=few), {})
-    tokenizers.save(BPE, tmp_path / "few")
+    corpora.save_tokenizer(BPE, tmp_path / "few")
     (tmp_path / "few" / "checkpoints" / "7" / "params").mkdir(parents=True)
     with pytest.raises(InputError, match="at most the model's 100 tokens"):
         pretrained.export(tmp_path / "few", tmp_path / "hf")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanogpt_jax import corpora
 from nanogpt_jax.config import LECTURE, PRESETS
-from nanogpt_jax.corpora import catalog as corpora
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.lecture import climb as lecture
 from nanogpt_jax.run.plots import read_metrics

@@ -19,16 +19,15 @@ from nanogpt_jax.config import (
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware.flops import (
     check_memory,
+    estimate_memory,
     forward_flops_per_token,
     least_training_bytes,
-    memory_bytes,
     n_params,
-    n_params_as_told,
+    headline_params,
     optimizer_bytes,
     parts,
     train_flops_per_token,
 )
-from nanogpt_jax.lecture.models import make_model
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 
@@ -76,7 +75,7 @@ def test_parameter_counts_are_those_of_an_initialised_gpt(shape, newer, bias):
 @pytest.mark.parametrize("rung", LECTURE_MODELS)
 def test_a_rung_of_the_lecture_has_the_parameters_that_are_counted(rung):
     config = ModelConfig(block_size=5, vocab_size=7, n_embd=6, **layers_of(rung))
-    made = jax.eval_shape(partial(steps.init_params, make_model(config)), jax.random.key(0))
+    made = jax.eval_shape(partial(steps.init_params, steps.make_model(config)), jax.random.key(0))
     assert n_params(config) == sum(leaf.size for leaf in jax.tree.leaves(made))
 
 
@@ -102,7 +101,7 @@ def test_presets_have_their_originals_size(preset, expected, is_told_as):
     """nanoGPT leaves the position embedding out of the number it prints, the lecture does not."""
     config = with_vocab_size(PRESETS[preset]()).model
     assert n_params(config) == expected
-    assert f"{n_params_as_told(config) / 1e6:.2f}M" == is_told_as
+    assert f"{headline_params(config) / 1e6:.2f}M" == is_told_as
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_swiglu_has_no_more_weights_than_gelu_and_hardly_less(n_embd):
 @pytest.mark.parametrize(("positions", "n_told"), [("learned", 1), ("rotary", 0)])
 def test_only_a_position_embedding_that_is_there_is_left_out_of_the_number_told(positions, n_told):
     config = ModelConfig(block_size=64, vocab_size=65, n_embd=24, positions=positions)
-    assert n_params(config) - n_params_as_told(config) == n_told * 64 * 24
+    assert n_params(config) - headline_params(config) == n_told * 64 * 24
 
 
 def test_a_training_step_takes_the_flops_xla_counts_for_loss_and_gradient():
@@ -169,7 +168,7 @@ def test_a_training_step_takes_the_flops_xla_counts_for_loss_and_gradient():
 
 def compiled_gradient(config: ModelConfig, batch_size: int):
     """Return the compiled program of loss and gradient; nothing is run."""
-    model = make_model(config)
+    model = steps.make_model(config)
     abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
     batch_BT1 = jax.ShapeDtypeStruct((batch_size, config.block_size + 1), jnp.int32)
 
@@ -200,21 +199,21 @@ def test_a_rungs_step_takes_the_flops_xla_counts(rung):
 def test_activations_are_estimated_within_a_factor_of_two(preset, changes):
     config = dataclasses.replace(with_vocab_size(PRESETS[preset]()).model, **changes)
     compute = ComputeConfig(dtype="float32")
-    estimated = memory_bytes(config, compute, batch_size=2)["activations"]
+    estimated = estimate_memory(config, compute, batch_size=2)["activations"]
     needed = compiled_gradient(config, 2).memory_analysis().temp_size_in_bytes
     assert needed / 2 < estimated < 2 * needed
 
 
 def test_memory_is_saved_by_what_saves_it():
     config = with_vocab_size(PRESETS["gpt2"]()).model
-    plain = memory_bytes(config, ComputeConfig(), 16)
+    plain = estimate_memory(config, ComputeConfig(), 16)
     assert plain["weights"] == plain["gradients"] == plain["optimizer"] / 2 == 4 * n_params(config)
     for saving in {"remat": True}, {"loss_chunks": 8}:
-        saved = memory_bytes(config, ComputeConfig(**saving), 16)
+        saved = estimate_memory(config, ComputeConfig(**saving), 16)
         assert saved["activations"] < plain["activations"]
     for costly in {"dtype": "float32"}, {"attention": "xla"}:
         assert (
-            memory_bytes(config, ComputeConfig(**costly), 16)["activations"]
+            estimate_memory(config, ComputeConfig(**costly), 16)["activations"]
             > (plain["activations"])
         )
 

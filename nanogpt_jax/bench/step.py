@@ -78,14 +78,13 @@ def compile_train_step(
     def array(shape, dtype, placement):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
 
-    rows, replicated = sharding.by_rows(mesh, axis=1), sharding.replicated(mesh)
+    rows = sharding.by_rows(mesh, axis=1)
     shape, dtype = (config.gradient_accumulation_steps, config.batch_size), token_dtype(config)
     if n_tokens is None:
         windows = array((*shape, config.model.block_size + 1), dtype, rows)
         batch = data.Batch(None, windows)  # type: ignore[arg-type]  # a shape, not an array
     else:
-        corpus, offsets = array((n_tokens,), dtype, replicated), array(shape, jnp.int32, rows)
-        batch = data.Batch(corpus, offsets)  # type: ignore[arg-type]
+        corpus = array((n_tokens,), dtype, sharding.replicated(mesh))
+        batch = data.Batch(corpus, array(shape, jnp.int32, rows))  # type: ignore[arg-type]
     key = jax.eval_shape(lambda: jax.random.key(0))
-    key = array(key.shape, key.dtype, replicated)
     return jitted.train_step.lower(jitted.abstract_state, batch, key).compile()

@@ -19,7 +19,7 @@ import numpy as np
 import platformdirs
 
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.errors import InputError, first_line
+from nanogpt_jax.errors import InputError, first_line, visible
 
 Result = TypeVar("Result")
 
@@ -183,7 +183,8 @@ def use_compile_cache(requested: str, n_processes: int = 1) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         str(folder.absolute()).encode()  # XLA takes UTF-8 only
     except (OSError, ValueError) as error:
-        print(f"no compile cache: cannot create {folder} ({error}); name another --compile_cache")
+        line = f"no compile cache: cannot create {folder} ({error}); name another --compile_cache"
+        print(visible(line))
         return
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,9 +1,18 @@
-"""train.py --compile_for, with the TPU's own compiler. Most of it runs only where that is."""
+"""train.py --compile_for. What needs the TPU's own compiler runs only if it is installed."""
 
+import dataclasses
 import importlib.util
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from nanogpt_jax.bench import absent
+from nanogpt_jax.config import PRESETS, with_vocab_size
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.hardware import chip_named, forward_flops_per_token, n_params
+from nanogpt_jax.model import Compute
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="the tpu extra is not installed")
@@ -21,39 +30,75 @@ def number(text: str) -> float:
     return float(text.split()[0].replace(",", ""))
 
 
+@pytest.fixture
+def environment(monkeypatch):
+    """Compiling for absent chips changes environment variables; put them back."""
+    for name in absent.ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
 @pytest.mark.skipif(HAS_COMPILER, reason="the tpu extra is installed")
-def test_without_the_compiler_the_error_says_what_to_install(run):
-    result = run("train.py", "--config=tiny", "--compile_for=v5e:2x2")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "pip install -e '.[tpu]'" in line
-    assert not result.stdout
+def test_without_the_compiler_the_error_says_what_to_install(environment):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[tpu\]'"):
+        absent.compile_for(PRESETS["tiny"](), "v5e:2x2")
 
 
 @pytest.mark.parametrize("topology", ["v5e:4", "h100:2x2"])
-def test_what_is_no_topology_is_answered_with_an_example(run, topology):
-    result = run("train.py", "--config=tiny", f"--compile_for={topology}")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "compile_for must look like v5e:4x4" in line
+def test_what_is_no_topology_is_answered_with_an_example(topology):
+    with pytest.raises(InputError, match="compile_for must look like v5e:4x4"):
+        absent.compile_for(PRESETS["tiny"](), topology)
 
 
-def test_v4_is_refused_since_the_compiler_takes_its_cores_apart(run):
-    result = run("train.py", "--config=tiny", "--compile_for=v4:2x2x1")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: compile_for: v4 cannot be compiled for")
+def test_v4_is_refused_since_the_compiler_takes_its_cores_apart():
+    with pytest.raises(InputError, match="must be a v2, v3, v5e, v5p or v6e topology, got 'v4:"):
+        absent.compile_for(PRESETS["tiny"](), "v4:2x2x1")
+
+
+def test_the_figures_of_a_step_on_devices_that_stand_in_for_tpus(environment, monkeypatch, capsys):
+    """The path of --compile_for where no TPU compiler is: on four virtual CPU devices."""
+    monkeypatch.setattr(absent, "topology_devices", lambda _: jax.devices())
+    monkeypatch.setattr(absent, "find_chip", lambda _: chip_named("TPU v5e"))
+    config = PRESETS["tiny"]()
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert absent.compile_for(config, "v5e:2x2") == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    lines = capsys.readouterr().out
+    assert "tiny on v5e:2x2: 4 x cpu (data 4)" in lines
+    assert "GiB of 16 GiB: fits" in lines
+    flops = 3 * forward_flops_per_token(with_vocab_size(config).model) * config.tokens_per_iter / 4
+    found = re.search(r"FLOPs a step +(\S+) a device", lines)
+    assert float(found[1]) == pytest.approx(flops, rel=0.005)
+    assert "ms a step" in lines
+    assert "bytes accessed" in lines
+
+
+def test_the_least_bytes_are_weights_per_micro_batch_and_the_optimizer():
+    config = with_vocab_size(PRESETS["tiny"]())
+    n = n_params(config.model)
+    one = dataclasses.replace(config, gradient_accumulation_steps=1)
+    two = dataclasses.replace(config, gradient_accumulation_steps=2)
+    mesh, compute = {"data": 1, "fsdp": 1, "tensor": 1}, Compute(jnp.dtype("float32"))
+    assert absent.least_bytes(one, compute, mesh) == 2 * 4 * n + absent.ADAMW_BYTES * n
+    assert absent.least_bytes(two, compute, mesh) == 2 * (2 * 4 + 8) * n + absent.ADAMW_BYTES * n
+    remat = compute._replace(remat=True)
+    assert absent.least_bytes(one, remat, mesh) == 3 * 4 * n + absent.ADAMW_BYTES * n
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v99:2x2", "v5e:3x5"])
 def test_a_topology_that_does_not_exist_is_answered_in_one_line(run, topology):
     result = run("train.py", "--config=tiny", f"--compile_for={topology}")
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert f"knows no '{topology}'" in line
+    assert f"got '{topology}'" in line
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "words"),
     [
@@ -72,6 +117,7 @@ def test_a_small_model_fits_and_leaves_nothing_behind(run, tmp_path, topology, w
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_chips_that_do_not_divide_the_batch_stay_idle(run):
     """Three of four chips are no rectangle, which JAX's own make_mesh asks for."""
     printed = figures(run("train.py", "--config=tiny", "--batch_size=6", "--compile_for=v5e:2x2"))
@@ -117,7 +163,7 @@ def test_gpt2_on_sixteen_chips(run):
 
 @needs_compiler
 @pytest.mark.slow
-def test_what_cannot_fit_is_said_with_what_would_need_less(run):
+def test_a_step_that_cannot_fit_is_answered_with_what_needs_less(run):
     shape = "--config=gpt2-xl", "--batch_size=4", "--gradient_accumulation_steps=1"
     result = run("train.py", *shape, "--compile_for=v5e:2x2", timeout=900)
     assert result.returncode == 1

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nanogpt_jax import corpora
+from nanogpt_jax.corpora import load_tokenizer
 from nanogpt_jax.run.plots import read_metrics
 
 VERSE = (
@@ -47,7 +47,7 @@ def exported(home, command, run, book):
 
 @pytest.mark.xdist_group("finetune")
 def test_a_run_of_ones_own_byte_pairs_carries_them_and_tells_bits_per_byte(home, exported, command):
-    tokenizer = corpora.load_tokenizer(home / "own")
+    tokenizer = load_tokenizer(home / "own")
     assert tokenizer.vocab_size <= 320
     config = json.loads((home / "own" / "config.json").read_text())
     assert (config["vocab_size"], config["tokenizer"]) == (320, "bpe")
@@ -72,7 +72,7 @@ def test_an_exported_model_is_finetuned_on_shakespeare_from_the_command_line(
     assert "exported: val loss" in before.stdout
     argv = (*SHAPE, "--init_from=exported", "--dataset=shakespeare", "--max_iters=40")
     trained = command("train.py", *argv, "--learning_rate=3e-3", "--out_dir=out/fine")
-    assert corpora.load_tokenizer(home / "out" / "fine") == corpora.load_tokenizer(exported)
+    assert load_tokenizer(home / "out" / "fine") == load_tokenizer(exported)
     rows = [row for row in read_metrics(home / "out" / "fine") if "val_loss" in row]
     assert f"val loss {rows[0]['val_loss']:.4f}" in before.stdout, "it begins with the weights"
     assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.5

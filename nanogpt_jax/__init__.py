@@ -10,7 +10,7 @@ Importing the package imports neither JAX nor any of its own modules.
 import functools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
@@ -48,7 +48,7 @@ class Source:
     name: str  # a run's folder, or the name or folder of a GPT-2
     folder: Path | None  # of a run; None for a GPT-2
     config: "ModelConfig"
-    tokenizer: "Tokenizer | None"  # None: there is no tokenizer.json
+    tokenizer: "Tokenizer | None" = field(repr=False)  # None: there is no tokenizer.json
 
     def encode(self, prompt: str | None) -> "tuple[Tokenizer, np.ndarray]":
         """Return the tokenizer and the token ids of a prompt; None: the tokenizer's default.
@@ -73,7 +73,7 @@ class TrainedModel(Source):
     """A model with its parameters: `model.apply({"params": params}, tokens_BT)` gives logits."""
 
     model: "Model"
-    params: dict  # float32, by GPT-2's names
+    params: dict = field(repr=False)  # float32, by GPT-2's names
     step: int | None  # of the checkpoint; None for a GPT-2
 
 

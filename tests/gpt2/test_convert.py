@@ -437,13 +437,13 @@ FC = "transformer.h.0.mlp.c_fc.weight"
         (lambda t: t.update({"score.weight": t[FC]}), ["have 'score.weight' in addition"]),
         (lambda t: t.update({"h.0.mlp.c_fc.weight": t[FC]}), ["'h.0.mlp.c_fc.weight' must come o"]),
         (lambda t: t.update({"a\nb" + 999 * "c": t[FC]}), [r"have 'a\nbccc"]),
-        (edit(FC, np.transpose), ["c_fc.weight must have the shape (12, 48), as config.json says, but has (48, 12)"]),
+        (edit(FC, np.transpose), ["c_fc.weight must have the shape (12, 48), as", "has (48, 12)"]),
         (edit("transformer.wpe.weight", lambda x: x[1:]), ["wpe.weight", "(9, 12)", "(8, 12)"]),
         (edit("transformer.wte.weight", lambda x: x[1:]), ["wte.weight", "(23, 12)", "(22, 12)"]),
         (edit("transformer.wte.weight", np.sum), ["wte.weight", "(23, 12)", "(1,)"]),
         (edit(FC, lambda x: x * np.float32(np.nan)), ["c_fc.weight must be finite"]),
         (edit(FC, lambda x: x / np.float32(0)), ["c_fc.weight must be finite"]),
-        (edit(FC, lambda x: x.astype(np.int8)), ["must have dtype F32, F16, BF16, but has I8: load it with"]),
+        (edit(FC, lambda x: x.astype(np.int8)), ["dtype F32, F16, BF16, but has I8: load it with"]),
         (edit(FC, lambda x: x.astype(np.float64)), ["but has F64"]),
         (
             lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] * np.float32(1.001)}),
@@ -453,7 +453,7 @@ FC = "transformer.h.0.mlp.c_fc.weight"
             lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"][:-1]}),
             ["lm_head.weight must equal wte.weight"],
         ),
-        (lambda t: t.clear(), ["lack 'h.0.attn.c_attn.bias', ", " and 12 more", "from the same model"]),
+        (lambda t: t.clear(), ["lack 'h.0.attn.c_attn.bias', ", " 12 more: take config.json"]),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")

@@ -165,7 +165,7 @@ def test_a_run_of_ours_writes_the_same_there(tmp_path, kind):
 @pytest.mark.parametrize("tokenizer", [CHARS, BPE], ids=["chars", "bpe"])
 def test_their_tokenizer_says_the_same_of_any_text(tmp_path, tokenizer):
     config = replace(RUNS["bpe"][0], vocab_size=tokenizer.vocab_size)
-    for name, content in huggingface.config_files(config, tokenizer).items():
+    for name, content in gpt2_config.config_files(config, tokenizer).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, model_max_length=10**6)
     texts = [TEXT, "", "\n", "  \n\n  cat  ,  the", "cat,cat .", " a  t "]

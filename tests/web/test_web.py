@@ -23,12 +23,8 @@ from conftest import layers_of
 from nanogpt_jax import corpora, steps
 from nanogpt_jax.config import MAX_PAGE_TOKENS, ModelConfig, SampleConfig
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.lecture.models import make_model
-from nanogpt_jax.run import folder as run_folder
-from nanogpt_jax.web import app as web
-from nanogpt_jax.web import handlers as answers
-from nanogpt_jax.web import render as views
-from nanogpt_jax.web.session import Player
+from nanogpt_jax.web import app, handlers, render
+from nanogpt_jax.web.session import Session
 
 pytestmark = pytest.mark.xdist_group("web")  # one run for all
 
@@ -81,7 +77,7 @@ def fresh_player(architecture, reader=LETTERS):
 
 @pytest.fixture
 def answer(player, home):
-    return answers.Answers(player, CONFIG, home / "out" / "run")
+    return handlers.Handlers(player, CONFIG, home / "out" / "run")
 
 
 # The player
@@ -154,8 +150,8 @@ def test_a_page_answers_for_every_architecture(architecture, n_heads, tmp_path):
     assert player.n_heads == n_heads
     assert len("".join(player.write("\n", dataclasses.replace(CONFIG, max_new_tokens=20)))) == 20
     layer = str(len(n_heads)) if n_heads else None
-    *_, position, forecast, attention, picture = answers.Answers(player, CONFIG, tmp_path).see(
-        "abc a", layer, answers.MEAN
+    *_, position, forecast, attention, picture = handlers.Handlers(player, CONFIG, tmp_path).see(
+        "abc a", layer, handlers.MEAN
     )
     assert position == 4
     assert "nothing yet" in forecast
@@ -166,23 +162,23 @@ def test_a_page_answers_for_every_architecture(architecture, n_heads, tmp_path):
 def test_a_page_of_byte_pairs_shows_tokens(tmp_path):
     reader = corpora.BPETokenizer.train(["the cat sat on the mat\n" * 20], 290)
     player = fresh_player("gpt", reader)
-    answer = answers.Answers(player, CONFIG, None)
+    answer = handlers.Handlers(player, CONFIG, None)
     text = "the cat sat on the mat 🎭 then the rat"
     n_tokens = len(reader.encode(text))
-    seen, window, position, forecast, attention, _ = answer.see(text, "1", answers.MEAN)
+    seen, window, position, forecast, attention, _ = answer.see(text, "1", handlers.MEAN)
     assert window == text
     assert position == player.model.config.block_size - 1 < n_tokens < len(text)
     (shown,) = re.findall(r'aria-pressed="true".*?>([^<]+)</span>', seen)
     assert reader.token_bytes[reader.encode(text)[-1]] == shown.encode()
     assert "nothing yet" in forecast
-    position, forecast, attention = answer.choose(window, "1", answers.MEAN, 2)
+    position, forecast, attention = answer.choose(window, "1", handlers.MEAN, 2)
     assert position == 2
     assert "(orange)" in forecast
     assert "1 token before" in attention or "tokens before" in attention or "itself" in attention
     assert "There is no curve to draw" in answer.loss()[1]
     pieces = list(player.write("the cat", dataclasses.replace(CONFIG, max_new_tokens=9)))
     assert len(pieces) == 9
-    *_, (grown, wrong) = answer.go_on("the cat sat", "the cat", *numbers(max_new_tokens=2))
+    *_, (grown, wrong) = answer.extend("the cat sat", "the cat", *numbers(max_new_tokens=2))
     assert (wrong, grown.startswith("the cat sat")) == ("", True)
 
 
@@ -193,11 +189,11 @@ def test_text_is_escaped_wherever_it_is_shown():
     text = "<b>&\"'"
     uniform_TT = np.full((6, 6), 1 / 6)
     shown = [
-        views.surprise(text, np.full(6, 1.0), 2),
-        views.forecast(text, 2, [("<", 0.5), ("&", 0.25)], 0.1),
-        views.attention(text, uniform_TT, 0, "<i>", "character"),
-        views.error(text),
-        views.visible("<") + views.visible("&"),
+        render.surprise(text, np.full(6, 1.0), 2),
+        render.forecast(text, 2, [("<", 0.5), ("&", 0.25)], 0.1),
+        render.attention(text, uniform_TT, 0, "<i>", "character"),
+        render.error(text),
+        render.visible("<") + render.visible("&"),
     ]
     for html in shown:
         assert not re.search("<[bi]>(?!&|[↵␣])", html), html
@@ -206,27 +202,27 @@ def test_text_is_escaped_wherever_it_is_shown():
 
 
 def test_a_token_of_several_characters_is_shown_whole():
-    assert views.visible(" the\n") == "␣the↵"
-    html = views.surprise([" the", "\n\n", "cat"], np.array([np.nan, 1, 2]), 0)
+    assert render.visible(" the\n") == "␣the↵"
+    html = render.surprise([" the", "\n\n", "cat"], np.array([np.nan, 1, 2]), 0)
     assert re.findall(r">([^<>]+)</span>(\n*)", html) == [(" the", ""), ("↵↵", "\n\n"), ("cat", "")]
 
 
 def test_blanks_and_what_has_no_shape_can_be_seen():
-    assert list(map(views.visible, " \n\ta\x07\u202e")) == ["␣", "↵", "⇥", "a", "U+0007", "U+202E"]
+    assert list(map(render.visible, " \n\ta\x07\u202e")) == ["␣", "↵", "⇥", "a", "U+0007", "U+202E"]
 
 
 def test_the_character_that_came_is_marked_though_it_was_not_expected():
     expected = [("a", 0.9), ("b", 0.05)]
     marked = re.findall(
-        r'<span>(.)</span><span class="bar came"', views.forecast("xz", 0, expected, 0.01)
+        r'<span>(.)</span><span class="bar came"', render.forecast("xz", 0, expected, 0.01)
     )
     assert marked == ["z"]
-    assert "1.0%" in views.forecast("xz", 0, expected, 0.01)
-    assert 'bar came"' not in views.forecast("xz", 1, expected, None)
+    assert "1.0%" in render.forecast("xz", 0, expected, 0.01)
+    assert 'bar came"' not in render.forecast("xz", 1, expected, None)
 
 
 def test_surprise_is_the_deeper_the_less_a_character_was_expected():
-    html = views.surprise("abcd", np.array([np.nan, 0.1, 3, np.inf]), 1)
+    html = render.surprise("abcd", np.array([np.nan, 0.1, 3, np.inf]), 1)
     depths = [float(depth) for depth in re.findall(r"/ (\d\.\d+)\)", html)]
     assert depths == sorted(depths)
     assert depths[0] == 0
@@ -237,7 +233,7 @@ def test_surprise_is_the_deeper_the_less_a_character_was_expected():
 
 def test_attention_names_what_most_is_taken_from():
     weights_TT = np.tril(np.eye(4) + np.eye(4, k=-2))
-    html = views.attention("abcd", weights_TT, 3, "layer 1, head 2", "character")
+    html = render.attention("abcd", weights_TT, 3, "layer 1, head 2", "character")
     assert "layer 1, head 2, at <b>d</b>: most from <b>b</b>, 2 characters before" in html
 
 
@@ -246,7 +242,7 @@ def test_attention_names_what_most_is_taken_from():
     [("$a $\n", ["$", "a", "·", "$", "↵"]), ("日本", []), ("a" * 65, [])],
 )
 def test_the_maps_axes_are_the_text_where_it_can_be_read(text, labels, tmp_path):
-    figure = views.attention_map(text, np.tril(np.ones(2 * (len(text),))), "layer 1", "character")
+    figure = render.attention_map(text, np.tril(np.ones(2 * (len(text),))), "layer 1", "character")
     figure.savefig(tmp_path / "map.png")
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert shown == labels if labels else set("".join(shown)) <= set("0123456789\N{MINUS SIGN}")
@@ -267,21 +263,21 @@ def test_the_maps_axes_are_the_text_where_it_can_be_read(text, labels, tmp_path)
 )
 def test_numbers_from_a_browser_are_checked(name, value):
     config = SampleConfig(web=True)
-    assert answers.read_numbers(config, {name: getattr(config, name)}) == config
+    assert handlers.read_numbers(config, {name: getattr(config, name)}) == config
     with pytest.raises(InputError, match=name):
-        answers.read_numbers(config, {name: value})
+        handlers.read_numbers(config, {name: value})
 
 
 def numbers(**changes):
     config = dataclasses.replace(CONFIG, web=True, **changes)
-    return [getattr(config, name) for name in answers.NUMBERS]
+    return [getattr(config, name) for name in handlers.NUMBERS]
 
 
 @pytest.mark.parametrize(
     ("start", "complaint"),
     [
         ("QZ", "&#x27;Q&#x27;, &#x27;Z&#x27;"),
-        ("a" * (answers.MAX_START + 1), "at most 10,000 characters"),
+        ("a" * (handlers.MAX_START + 1), "at most 10,000 characters"),
         ("FILE:book.txt", "&#x27;F&#x27;"),  # no file is read for a browser
     ],
 )
@@ -301,7 +297,7 @@ def test_a_text_grows_from_its_start_and_goes_on_from_its_end(answer, player):
     shown = list(answer.write("the", *more))
     assert shown[0] == ("the", "")
     assert shown[-1] == ("the" + "".join(player.write("the", config)), "")
-    *_, (longer, _) = answer.go_on(shown[-1][0], "the", *more)
+    *_, (longer, _) = answer.extend(shown[-1][0], "the", *more)
     whole = "".join(player.write("the", dataclasses.replace(config, max_new_tokens=10)))
     assert longer == "the" + whole
     *_, (from_nothing, _) = answer.write("", *more)
@@ -309,8 +305,8 @@ def test_a_text_grows_from_its_start_and_goes_on_from_its_end(answer, player):
 
 
 def test_a_text_that_is_full_does_not_go_on(answer):
-    text = "a" * (answers.MAX_TEXT + 1)
-    assert "full" in next(answer.go_on(text, "a", *numbers()))[1]
+    text = "a" * (handlers.MAX_TEXT + 1)
+    assert "full" in next(answer.extend(text, "a", *numbers()))[1]
 
 
 def test_a_position_past_the_text_is_its_last_character(answer):
@@ -325,9 +321,9 @@ def test_pieces_are_joined_until_some_time_has_passed():
             time.sleep(0.02)
             yield piece
 
-    assert list(answers.in_time(pieces(), seconds=0)) == list("abcdef")
-    assert list(answers.in_time(pieces(), seconds=9)) == ["abcdef"]
-    assert "".join(answers.in_time(pieces(), seconds=0.05)) == "abcdef"
+    assert list(handlers.batched(pieces(), seconds=0)) == list("abcdef")
+    assert list(handlers.batched(pieces(), seconds=9)) == ["abcdef"]
+    assert "".join(handlers.batched(pieces(), seconds=0.05)) == "abcdef"
 
 
 def test_a_loss_that_was_not_kept_is_answered_with_a_sentence(answer, home, tmp_path):
@@ -336,7 +332,7 @@ def test_a_loss_that_was_not_kept_is_answered_with_a_sentence(answer, home, tmp_
     assert "best val loss" in sentence
     shutil.copytree(home / "out" / "run", tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
-    figure, sentence = answers.Answers(answer.player, CONFIG, tmp_path / "run").loss()
+    figure, sentence = handlers.Handlers(answer.player, CONFIG, tmp_path / "run").loss()
     assert figure is None
     assert "no curve" in sentence
 
@@ -346,12 +342,12 @@ def test_a_loss_that_was_not_kept_is_answered_with_a_sentence(answer, home, tmp_
 
 def test_what_cannot_be_listened_at_is_an_input_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if Gradio were there
-    with web.listen("127.0.0.1", 0) as listener:
+    with app.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port}.*--port 0"):
-            web.listen("127.0.0.1", port)
+            app.listen("127.0.0.1", port)
     with pytest.raises(InputError, match=r"nowhere\.invalid"):
-        web.listen("nowhere.invalid", 0)
+        app.listen("nowhere.invalid", 0)
 
 
 @pytest.mark.parametrize(("n_pieces", "is_whole"), [(4, True), (5, False), (10**6, False)])
@@ -369,7 +365,7 @@ def test_a_request_without_end_is_hung_up_on(n_pieces, is_whole):
             message = await receive()
             got.append(message["type"])
 
-    asyncio.run(web.with_policy(app)({"type": "http"}, receive, None))
+    asyncio.run(app.with_policy(app)({"type": "http"}, receive, None))
     assert got[-1] == ("http.request" if is_whole else "http.disconnect")
     assert len(sent) == min(n_pieces, 5)
 
@@ -377,7 +373,7 @@ def test_a_request_without_end_is_hung_up_on(n_pieces, is_whole):
 def test_without_gradio_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[web\]'"):
-        web.listen("127.0.0.1", 0)
+        app.listen("127.0.0.1", 0)
 
 
 # In a real browser

@@ -128,12 +128,11 @@ def load(
 
     import jax
 
-    from nanogpt_jax import gpt2, sharding, steps
-    from nanogpt_jax.hardware import devices
+    from nanogpt_jax import gpt2, hardware, sharding, steps
     from nanogpt_jax.run import CHECKPOINTS, Checkpoints
 
     _check_memory(source.config, 1, "a smaller model")
-    compute, _ = devices.choose_compute(requested, source.config, jax.devices()[0])
+    compute, _ = hardware.choose_compute(requested, source.config, jax.devices()[0])
     model = steps.make_model(source.config, compute)
     abstract = jax.eval_shape(functools.partial(steps.init_params, model), jax.random.key(0))
     abstract = sharding.place(abstract, sharding.make_mesh())
@@ -252,16 +251,18 @@ def until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
         free = max(0, len(held) - len(stop) + 1) if stop else len(held)
         yield held[:free]
         held = held[free:]
-    yield held
+    if held:
+        yield held
 
 
 def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:
     import jax
 
-    from nanogpt_jax.hardware import devices, flops
+    from nanogpt_jax import hardware
+    from nanogpt_jax.hardware.devices import memory_bytes
 
-    needed = flops.least_sampling_bytes(config, n_rows)
-    flops.check_memory(config, needed, devices.memory_bytes(jax.devices()[0]), 1, advice)
+    needed = hardware.least_sampling_bytes(config, n_rows)
+    hardware.check_memory(config, needed, memory_bytes(jax.devices()[0]), 1, advice)
 
 
 @functools.cache

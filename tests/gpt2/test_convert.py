@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nanogpt_jax import decoding, sharding, steps
+from nanogpt_jax import decoding, hardware, sharding, steps
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.corpora import (
@@ -28,7 +28,6 @@ from nanogpt_jax.corpora import (
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import config as gpt2_config
 from nanogpt_jax.gpt2 import convert
-from nanogpt_jax import hardware
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import folder as run_folder

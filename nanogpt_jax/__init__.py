@@ -259,10 +259,9 @@ def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:
     import jax
 
     from nanogpt_jax import hardware
-    from nanogpt_jax.hardware.devices import memory_bytes
 
     needed = hardware.least_sampling_bytes(config, n_rows)
-    hardware.check_memory(config, needed, memory_bytes(jax.devices()[0]), 1, advice)
+    hardware.check_memory(config, needed, hardware.memory_bytes(jax.devices()[0]), 1, advice)
 
 
 @functools.cache

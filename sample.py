@@ -58,10 +58,10 @@ def read_start(start: str | None) -> str | None:
 
 def load(source: nanogpt_jax.Source, config: SampleConfig) -> nanogpt_jax.TrainedModel:
     """Load the model onto the device, and say on standard error which one it is."""
-    from nanogpt_jax.hardware import devices, processes
+    from nanogpt_jax import hardware
 
-    processes.use_compile_cache(config.compile_cache)
-    devices.warn_of_unused_chip()
+    hardware.use_compile_cache(config.compile_cache)
+    hardware.warn_of_unused_chip()
     run = nanogpt_jax.load(source, checkpoint=config.checkpoint, dtype=config.dtype)
     print(run.name if run.step is None else f"{run.name}, step {run.step}", file=sys.stderr)
     return run

@@ -10,7 +10,7 @@ Importing the package imports neither JAX nor any of its own modules.
 import functools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
@@ -48,7 +48,7 @@ class Source:
     name: str  # a run's folder, or the name or folder of a GPT-2
     folder: Path | None  # of a run; None for a GPT-2
     config: "ModelConfig"
-    tokenizer: "Tokenizer | None"  # None: there is no tokenizer.json
+    tokenizer: "Tokenizer | None" = field(repr=False)  # None: there is no tokenizer.json
 
     def encode(self, prompt: str | None) -> "tuple[Tokenizer, np.ndarray]":
         """Return the tokenizer and the token ids of a prompt; None: the tokenizer's default.
@@ -73,7 +73,7 @@ class TrainedModel(Source):
     """A model with its parameters: `model.apply({"params": params}, tokens_BT)` gives logits."""
 
     model: "Model"
-    params: dict  # float32, by GPT-2's names
+    params: dict = field(repr=False)  # float32, by GPT-2's names
     step: int | None  # of the checkpoint; None for a GPT-2
 
 
@@ -128,12 +128,11 @@ def load(
 
     import jax
 
-    from nanogpt_jax import gpt2, sharding, steps
-    from nanogpt_jax.hardware import devices
+    from nanogpt_jax import gpt2, hardware, sharding, steps
     from nanogpt_jax.run import CHECKPOINTS, Checkpoints
 
     _check_memory(source.config, 1, "a smaller model")
-    compute, _ = devices.choose_compute(requested, source.config, jax.devices()[0])
+    compute, _ = hardware.choose_compute(requested, source.config, jax.devices()[0])
     model = steps.make_model(source.config, compute)
     abstract = jax.eval_shape(functools.partial(steps.init_params, model), jax.random.key(0))
     abstract = sharding.place(abstract, sharding.make_mesh())
@@ -252,16 +251,17 @@ def until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
         free = max(0, len(held) - len(stop) + 1) if stop else len(held)
         yield held[:free]
         held = held[free:]
-    yield held
+    if held:
+        yield held
 
 
 def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:
     import jax
 
-    from nanogpt_jax.hardware import devices, flops
+    from nanogpt_jax import hardware
 
-    needed = flops.least_sampling_bytes(config, n_rows)
-    flops.check_memory(config, needed, devices.memory_bytes(jax.devices()[0]), 1, advice)
+    needed = hardware.least_sampling_bytes(config, n_rows)
+    hardware.check_memory(config, needed, hardware.memory_bytes(jax.devices()[0]), 1, advice)
 
 
 @functools.cache

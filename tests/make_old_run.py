@@ -17,8 +17,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from nanogpt_jax import corpora
-from nanogpt_jax.config import SampleConfig
+import nanogpt_jax
 from nanogpt_jax.run import folder as run_folder
 from nanogpt_jax.run import plots as report
 
@@ -56,10 +55,9 @@ def told_by(main, argv: list[str]) -> str:
 
 def logits_of(folder: Path, checkpoint: str) -> list[list[float]]:
     """Return the logits, (T, V), of the first positions of the text."""
-    config = SampleConfig(checkpoint=checkpoint, compile_cache="off")
-    model, params = sample.restore(config, folder, run_folder.read_model_config(folder))
-    ids = corpora.load_tokenizer(folder).encode(TEXT)[: model.config.block_size]
-    logits_BTV, _ = model.apply({"params": params}, jnp.asarray(ids)[None])
+    run = nanogpt_jax.load(folder, checkpoint=checkpoint)
+    ids = run.tokenizer.encode(TEXT)[: run.config.block_size]
+    logits_BTV, _ = run.model.apply({"params": run.params}, jnp.asarray(ids)[None])
     return [[float(f"{logit:.9g}") for logit in logits_V] for logits_V in logits_BTV[0].tolist()]
 
 

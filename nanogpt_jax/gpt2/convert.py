@@ -17,7 +17,7 @@ from nanogpt_jax.config import ModelConfig, check_fields, parse_args, split_word
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import config as gpt2_config
 from nanogpt_jax.gpt2 import hub, weights
-from nanogpt_jax.hardware.flops import size_in_words
+from nanogpt_jax.hardware import size_in_words
 
 if TYPE_CHECKING:
     from nanogpt_jax import TrainedModel

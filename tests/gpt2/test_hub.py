@@ -1,4 +1,4 @@
-"""The files of a GPT-2: from a hub, which here is a server on loopback, or from a folder."""
+"""The files of a GPT-2: from the Hub, here a server on loopback, or from a folder."""
 
 import http.server
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_jax.config import ModelConfig, presets
+from nanogpt_jax.config import GPT2_SHAPES, ModelConfig, presets
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import hub
 from nanogpt_jax.hardware import flops as counts
@@ -20,7 +20,7 @@ COMMIT = 40 * "a"
 
 @pytest.fixture
 def server():
-    """A hub of one file, "{}" for gpt2/config.json; gpt2-xl asks too often, and what else is 404.
+    """A hub with one file, gpt2/config.json; gpt2-xl is unavailable (503), all else missing (404).
 
     Yields (address, requests).
     """
@@ -56,24 +56,25 @@ def server():
 
 @pytest.fixture
 def ask(tmp_path):
-    """Call a function of hub.py in a process of its own, since the library reads its settings once.
+    """Call a function in a new process, since huggingface_hub reads its environment only once.
 
     ask(call, **environment) -> (what it printed, what it wrote to stderr, seconds it took).
     """
 
     def ask(call: str, **environment: str):
         script = (
-            "from nanogpt_jax import hub\n"
+            "from nanogpt_jax.corpora import tokenizer\n"
+            "from nanogpt_jax.gpt2 import hub\n"
             "from nanogpt_jax.errors import run_command\n"
             f"run_command(lambda argv: print({call}))\n"
         )
         env = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"} | environment
-        begun_s = time.monotonic()
+        start_s = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", script],
             env=os.environ | env, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
-        return done.stdout, done.stderr, time.monotonic() - begun_s
+        return done.stdout, done.stderr, time.monotonic() - start_s
 
     return ask
 
@@ -87,9 +88,9 @@ def assert_one_line(stderr: str, *parts: str) -> None:
 
 ADVICE = (
     "save config.json, model.safetensors and tokenizer.json from "
-    "https://huggingface.co/openai-community/gpt2 in a folder, and give that: --init_from FOLDER"
+    "https://huggingface.co/openai-community/gpt2 in a folder and pass --init_from FOLDER"
 )
-NOBODY = "http://127.0.0.1:9"  # the port of discard, at which nothing listens
+NOBODY = "http://127.0.0.1:9"  # the discard port, on which nothing listens
 
 
 def test_a_file_is_downloaded_once(server, ask):
@@ -104,15 +105,15 @@ def test_a_file_is_downloaded_once(server, ask):
 
 
 @pytest.mark.parametrize("environment", [{"HF_ENDPOINT": NOBODY}, {"HF_HUB_OFFLINE": "1"}])
-def test_without_a_network_one_line_says_what_to_put_where(ask, environment):
-    """The library itself tries for 23 seconds, and warns each time."""
+def test_without_a_network_one_line_says_which_files_to_put_where(ask, environment):
+    """huggingface_hub alone retries for 23 seconds and warns each time."""
     stdout, stderr, seconds = ask("hub.find('gpt2', 'model.safetensors')", **environment)
     assert stdout == ""
-    assert_one_line(stderr, "gpt2: model.safetensors could not be downloaded (", ADVICE)
+    assert_one_line(stderr, "model.safetensors could not be downloaded (", ADVICE)
     assert seconds < 10
 
 
-def test_what_the_hub_does_not_have_or_cannot_send_now_is_one_line(server, ask):
+def test_a_missing_file_and_an_unavailable_hub_are_one_line_errors(server, ask):
     address, _ = server
     _, stderr, _ = ask("hub.find('gpt2', 'model.safetensors')", HF_ENDPOINT=address)
     assert_one_line(stderr, "404", ADVICE)
@@ -121,15 +122,15 @@ def test_what_the_hub_does_not_have_or_cannot_send_now_is_one_line(server, ask):
     assert seconds < 10
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(server, ask, tmp_path):
+def test_an_unwritable_cache_is_a_one_line_error(server, ask, tmp_path):
     address, _ = server
     (tmp_path / "cache").write_text("a file where a folder should be")
     _, stderr, _ = ask("hub.find('gpt2', 'config.json')", HF_ENDPOINT=address)
     assert_one_line(stderr, ADVICE)
 
 
-def test_the_tokenizer_alone_has_an_advice_of_its_own(ask):
-    _, stderr, _ = ask("hub.gpt2_tokenizer()", HF_HUB_OFFLINE="1")
+def test_the_tokenizer_alone_has_its_own_advice(ask):
+    _, stderr, _ = ask("tokenizer._gpt2_tokenizer()", HF_HUB_OFFLINE="1")
     assert_one_line(
         stderr,
         "save tokenizer.json from https://huggingface.co/openai-community/gpt2 in a folder",
@@ -144,8 +145,8 @@ def test_a_folder_needs_no_hub(tmp_path):
         hub.find(str(tmp_path), "model.safetensors")
 
 
-def test_a_folder_here_comes_before_the_hubs_name(tmp_path, monkeypatch):
-    """Who saved the files as advised may well have called the folder gpt2."""
+def test_a_local_folder_takes_precedence_over_a_name_on_the_hub(tmp_path, monkeypatch):
+    """Somebody who saved the files as advised may have called the folder gpt2."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
     assert hub.is_name("gpt2")
@@ -165,7 +166,7 @@ def test_a_folder_here_comes_before_the_hubs_name(tmp_path, monkeypatch):
         (5000 * "a", ""),
     ],
 )
-def test_what_is_neither_name_nor_folder_is_refused(source, hint):
+def test_a_source_that_is_neither_a_name_nor_a_folder_is_refused(source, hint):
     with pytest.raises(InputError) as error:
         hub.find(source, "config.json")
     assert "init_from must be gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder" in str(
@@ -177,7 +178,7 @@ def test_what_is_neither_name_nor_folder_is_refused(source, hint):
 
 def test_the_four_shapes_are_those_of_the_presets_and_have_their_known_sizes():
     n_params = {}
-    for name, shape in hub.SHAPES.items():
+    for name, shape in GPT2_SHAPES.items():
         preset = presets.PRESETS[name]().model
         assert shape == {field: getattr(preset, field) for field in shape}
         config = ModelConfig(

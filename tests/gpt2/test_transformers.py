@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
 
 from safetensors.numpy import load_file
-from test_pretrained import (
+from test_convert import (
     BPE,
     CHARS,
     RUNS,
@@ -29,8 +29,8 @@ from test_pretrained import (
     save_run,
 )
 
-from nanogpt_jax.gpt2 import config as huggingface
-from nanogpt_jax.gpt2 import convert as pretrained
+from nanogpt_jax.gpt2 import config as gpt2_config
+from nanogpt_jax.gpt2 import convert
 from nanogpt_jax.model import GPT
 
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -104,7 +104,7 @@ def test_weights_that_they_split_over_files_are_the_same(tmp_path):
 def test_a_shorter_context_and_a_padded_vocabulary_change_no_logits(tmp_path):
     theirs = random_gpt2(SHAPES[1])
     theirs.save_pretrained(tmp_path)
-    config = huggingface.read_config(str(tmp_path))
+    config = gpt2_config.read_config(str(tmp_path))
     config = replace(config, block_size=16, vocab_size=256, known_tokens=211)
     model, params = load(str(tmp_path), config, sizes=(1, 4, 1))
     batch_BT = random_batch(211, 3, 16)
@@ -118,7 +118,7 @@ def test_their_model_through_us_is_bit_for_bit_theirs(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model, params = load(str(tmp_path / "theirs"))
     save_run(tmp_path / "run", model.config, None, params)
-    pretrained.export(tmp_path / "run", tmp_path / "again")
+    convert.export(tmp_path / "run", tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     expected = theirs.state_dict()
     assert again.state_dict().keys() == expected.keys()
@@ -131,7 +131,7 @@ def test_a_run_of_ours_writes_the_same_there(tmp_path, kind):
     config, tokenizer = RUNS[kind]
     params = random_params(config)
     save_run(tmp_path / "run", config, tokenizer, params)
-    pretrained.export(tmp_path / "run", tmp_path / "hf")
+    convert.export(tmp_path / "run", tmp_path / "hf")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
@@ -165,7 +165,7 @@ def test_a_run_of_ours_writes_the_same_there(tmp_path, kind):
 @pytest.mark.parametrize("tokenizer", [CHARS, BPE], ids=["chars", "bpe"])
 def test_their_tokenizer_says_the_same_of_any_text(tmp_path, tokenizer):
     config = replace(RUNS["bpe"][0], vocab_size=tokenizer.vocab_size)
-    for name, content in huggingface.config_files(config, tokenizer).items():
+    for name, content in gpt2_config.config_files(config, tokenizer).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, model_max_length=10**6)
     texts = [TEXT, "", "\n", "  \n\n  cat  ,  the", "cat,cat .", " a  t "]
@@ -185,7 +185,7 @@ def test_they_end_at_the_end_of_a_document_where_there_is_one(tmp_path):
         config = replace(RUNS["bpe"][0], vocab_size=tokenizer.vocab_size)
         folder = tmp_path / str(expected)
         save_run(folder / "run", config, tokenizer, random_params(config))
-        pretrained.export(folder / "run", folder / "hf")
+        convert.export(folder / "run", folder / "hf")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
         found = theirs.generation_config.eos_token_id, theirs.config.eos_token_id
         assert found == (expected, expected)

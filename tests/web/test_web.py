@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,19 +21,16 @@ import numpy as np
 import pytest
 from conftest import layers_of
 
+import nanogpt_jax
 from nanogpt_jax import corpora, steps
 from nanogpt_jax.config import MAX_PAGE_TOKENS, ModelConfig, SampleConfig
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.lecture.models import make_model
-from nanogpt_jax.run import folder as run_folder
-from nanogpt_jax.web import app as web
-from nanogpt_jax.web import handlers as answers
-from nanogpt_jax.web import render as views
-from nanogpt_jax.web.session import Player
+from nanogpt_jax.web import app, handlers, render
+from nanogpt_jax.web.session import Session
 
 pytestmark = pytest.mark.xdist_group("web")  # one run for all
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 BLOCK_SIZE = 16
 HOSTILE = ("<b>bold</b>", "<script>1;", "<img src=x>", "${1+1}{{2}}&lt;")
 TEXT = "the cat sat on the mat and ate a rat, then it left.\n"
@@ -45,104 +43,82 @@ def script(name, *argv):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a run under out/, trained for a moment."""
+    """A folder with a run under out/, of a model with one layer of two heads."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "book.txt").write_text(40 * TEXT + "".join(HOSTILE) + 10 * TEXT, encoding="utf-8")
-    argv = (
-        *("--config=tiny", "--n_layer=2", "--n_embd=16", f"--block_size={BLOCK_SIZE}"),
-        *("--max_iters=60", "--eval_interval=20", "--dataset=book.txt", "--out_dir=out/run"),
-    )
-    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    subprocess.run(script("train.py", *argv), cwd=folder, env=environ, check=True)
+    shutil.copytree(ROOT / "tests" / "fixtures" / "run_v1" / "run", folder / "out" / "run")
     return folder
 
 
 @pytest.fixture(scope="module")
-def player(home):
-    """The run's player, made as sample.py makes it."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
-    sample = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sample)
-    folder = home / "out" / "run"
-    restored = sample.restore(SampleConfig(), folder, run_folder.read_model_config(folder))
-    return Player(*restored, corpora.load_tokenizer(folder))
+def session(home):
+    return Session(nanogpt_jax.load(home / "out" / "run"))
 
 
 LETTERS = corpora.CharTokenizer("\n abc")
 
 
-def fresh_player(architecture, reader=LETTERS):
-    shape = {"block_size": 8, "vocab_size": reader.vocab_size, "n_embd": 8}
-    model = make_model(ModelConfig(**shape | layers_of(architecture)))
-    return Player(model, steps.init_params(model, jax.random.key(0)), reader)
+def new_session(architecture, tokenizer=LETTERS, folder=None):
+    shape = {"block_size": 8, "vocab_size": tokenizer.vocab_size, "n_embd": 8}
+    config = ModelConfig(**shape | layers_of(architecture))
+    model = steps.make_model(config)
+    params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
+    return Session(
+        nanogpt_jax.TrainedModel("new", folder, config, tokenizer, model, params, step=0)
+    )
 
 
 @pytest.fixture
-def answer(player, home):
-    return answers.Answers(player, CONFIG, home / "out" / "run")
+def answer(session):
+    return handlers.Handlers(session, CONFIG)
 
 
-# The player
+# The session
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"start": "the cat sat on the mat"},
-        {"temperature": 1.2, "top_k": 5, "top_p": 0.9, "seed": 7},
-        {"temperature": 0.0, "exact_window": True},
-    ],
-)
-def test_a_text_of_the_page_is_the_first_that_sample_py_streams(home, player, changes):
-    config = dataclasses.replace(CONFIG, **changes)
-    asked = {"num_samples": 1, "max_new_tokens": config.max_new_tokens, **changes}
-    flags = [f"--{name}={value}" for name, value in asked.items()]
-    streamed = subprocess.run(
-        script("sample.py", *flags, "--stream"),
-        cwd=home, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    written = "".join(player.write(config.start or player.default_start, config))
-    assert (config.start or "") + written == streamed.removesuffix("\n" + 15 * "-" + "\n")
+def test_a_text_of_the_page_is_the_first_that_sample_py_writes(session):
+    config = dataclasses.replace(CONFIG, temperature=1.2, top_k=5, top_p=0.9, seed=7)
+    whole = nanogpt_jax.generate(session.run, "a cat", **nanogpt_jax.settings_of(config))
+    assert "a cat" + "".join(session.write("a cat", config)) == whole
 
 
 @pytest.mark.parametrize("n_first", [1, 5, 12])
-def test_a_text_that_stopped_goes_on_as_if_it_never_had(player, n_first):
+def test_a_text_that_was_stopped_continues_as_if_it_never_had_been(session, n_first):
     """Within the context; past it the model may keep another part of the text."""
     config = dataclasses.replace(CONFIG, temperature=1.5, max_new_tokens=13)
-    whole = "".join(player.write("the", config))
+    whole = "".join(session.write("a", config))
     first = whole[:n_first]
     rest = dataclasses.replace(config, max_new_tokens=13 - n_first)
-    assert first + "".join(player.write("the" + first, rest, made=n_first)) == whole
+    assert first + "".join(session.write("a" + first, rest, n_generated=n_first)) == whole
 
 
-@pytest.mark.parametrize("text", ["the cat", "the cat sat on the mat and ate"])
-def test_a_look_is_what_the_model_says_of_the_part_that_it_sees(player, text):
+@pytest.mark.parametrize("text", ["a cat", "a cat sat on a mat. a hat sat"])
+def test_an_insight_is_what_the_model_computes_for_the_part_that_it_sees(session, text):
     seen = text[-BLOCK_SIZE:]
-    tokens_T = player.tokenizer.encode(seen)
-    logits_BTV, _ = player.model.apply({"params": player.params}, jnp.array(tokens_T)[None])
+    tokens_T = session.tokenizer.encode(seen)
+    logits_BTV, _ = session.run.model.apply(
+        {"params": session.run.params}, jnp.array(tokens_T)[None]
+    )
     log_probs_TV = jax.nn.log_softmax(logits_BTV[0])
-    sight = player.look(text)
-    assert "".join(sight.tokens) == seen
-    assert math.isnan(sight.surprise_T[0])
+    insight = session.look(text)
+    assert "".join(insight.tokens) == seen
+    assert math.isnan(insight.surprise_T[0])
     surprise_T = [-log_probs_TV[i, token] for i, token in enumerate(tokens_T[1:])]
-    np.testing.assert_allclose(sight.surprise_T[1:], surprise_T, rtol=1e-4)
-    (best, probability), second, *_ = sight.likeliest(3, n=4)
-    assert best == player.tokenizer.chars[int(log_probs_TV[3].argmax())]
+    np.testing.assert_allclose(insight.surprise_T[1:], surprise_T, rtol=1e-4)
+    (best, probability), second, *_ = insight.likeliest(3, n=4)
+    assert best == session.tokenizer.chars[int(log_probs_TV[3].argmax())]
     assert probability == pytest.approx(float(np.exp(log_probs_TV[3].max())), rel=1e-4)
     assert second[1] <= probability
-    assert sight.probability_of_next(2) == pytest.approx(float(np.exp(-surprise_T[2])), rel=1e-4)
-    assert sight.probability_of_next(len(seen) - 1) is None
+    assert insight.probability_of_next(2) == pytest.approx(float(np.exp(-surprise_T[2])), rel=1e-4)
+    assert insight.probability_of_next(len(seen) - 1) is None
 
 
-def test_attention_of_a_look_is_of_the_text_without_its_padding(player):
-    sight = player.look("the cat")
-    of_heads = [sight.attention(1, head) for head in range(player.n_heads[1])]
+def test_the_attention_of_an_insight_has_no_padding(session):
+    insight = session.look("a cat")
+    of_heads = [insight.attention(0, head) for head in range(session.n_heads[0])]
     for weights_TT in of_heads:
-        assert weights_TT.shape == (7, 7)
+        assert weights_TT.shape == (5, 5)
         np.testing.assert_allclose(weights_TT.sum(axis=-1), 1, atol=1e-6)
-    np.testing.assert_allclose(sight.attention(1, None), np.mean(of_heads, axis=0), atol=1e-6)
+    np.testing.assert_allclose(insight.attention(0, None), np.mean(of_heads, axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -150,12 +126,12 @@ def test_attention_of_a_look_is_of_the_text_without_its_padding(player):
     [("bigram", []), ("head", [1]), ("multihead", [2]), ("layernorm", [2, 2]), ("gpt", [2, 2])],
 )
 def test_a_page_answers_for_every_architecture(architecture, n_heads, tmp_path):
-    player = fresh_player(architecture)
-    assert player.n_heads == n_heads
-    assert len("".join(player.write("\n", dataclasses.replace(CONFIG, max_new_tokens=20)))) == 20
+    session = new_session(architecture, folder=tmp_path)
+    assert session.n_heads == n_heads
+    assert len("".join(session.write("\n", dataclasses.replace(CONFIG, max_new_tokens=20)))) == 20
     layer = str(len(n_heads)) if n_heads else None
-    *_, position, forecast, attention, picture = answers.Answers(player, CONFIG, tmp_path).see(
-        "abc a", layer, answers.MEAN
+    *_, position, forecast, attention, picture = handlers.Handlers(session, CONFIG).see(
+        "abc a", layer, handlers.MEAN
     )
     assert position == 4
     assert "nothing yet" in forecast
@@ -163,26 +139,26 @@ def test_a_page_answers_for_every_architecture(architecture, n_heads, tmp_path):
     assert (picture is not None) == bool(n_heads)
 
 
-def test_a_page_of_byte_pairs_shows_tokens(tmp_path):
+def test_a_page_of_byte_pairs_shows_tokens():
     reader = corpora.BPETokenizer.train(["the cat sat on the mat\n" * 20], 290)
-    player = fresh_player("gpt", reader)
-    answer = answers.Answers(player, CONFIG, None)
+    session = new_session("gpt", reader)
+    answer = handlers.Handlers(session, CONFIG)
     text = "the cat sat on the mat 🎭 then the rat"
     n_tokens = len(reader.encode(text))
-    seen, window, position, forecast, attention, _ = answer.see(text, "1", answers.MEAN)
+    seen, window, position, forecast, attention, _ = answer.see(text, "1", handlers.MEAN)
     assert window == text
-    assert position == player.model.config.block_size - 1 < n_tokens < len(text)
+    assert position == session.run.model.config.block_size - 1 < n_tokens < len(text)
     (shown,) = re.findall(r'aria-pressed="true".*?>([^<]+)</span>', seen)
     assert reader.token_bytes[reader.encode(text)[-1]] == shown.encode()
     assert "nothing yet" in forecast
-    position, forecast, attention = answer.choose(window, "1", answers.MEAN, 2)
+    position, forecast, attention = answer.choose(window, "1", handlers.MEAN, 2)
     assert position == 2
     assert "(orange)" in forecast
     assert "1 token before" in attention or "tokens before" in attention or "itself" in attention
     assert "There is no curve to draw" in answer.loss()[1]
-    pieces = list(player.write("the cat", dataclasses.replace(CONFIG, max_new_tokens=9)))
+    pieces = list(session.write("the cat", dataclasses.replace(CONFIG, max_new_tokens=9)))
     assert len(pieces) == 9
-    *_, (grown, wrong) = answer.go_on("the cat sat", "the cat", *numbers(max_new_tokens=2))
+    *_, (grown, wrong) = answer.extend("the cat sat", "the cat", *numbers(max_new_tokens=2))
     assert (wrong, grown.startswith("the cat sat")) == ("", True)
 
 
@@ -193,11 +169,11 @@ def test_text_is_escaped_wherever_it_is_shown():
     text = "<b>&\"'"
     uniform_TT = np.full((6, 6), 1 / 6)
     shown = [
-        views.surprise(text, np.full(6, 1.0), 2),
-        views.forecast(text, 2, [("<", 0.5), ("&", 0.25)], 0.1),
-        views.attention(text, uniform_TT, 0, "<i>", "character"),
-        views.error(text),
-        views.visible("<") + views.visible("&"),
+        render.surprise(text, np.full(6, 1.0), 2),
+        render.forecast(text, 2, [("<", 0.5), ("&", 0.25)], 0.1),
+        render.attention(text, uniform_TT, 0, "<i>", "character"),
+        render.error(text),
+        render.visible("<") + render.visible("&"),
     ]
     for html in shown:
         assert not re.search("<[bi]>(?!&|[↵␣])", html), html
@@ -206,27 +182,27 @@ def test_text_is_escaped_wherever_it_is_shown():
 
 
 def test_a_token_of_several_characters_is_shown_whole():
-    assert views.visible(" the\n") == "␣the↵"
-    html = views.surprise([" the", "\n\n", "cat"], np.array([np.nan, 1, 2]), 0)
+    assert render.visible(" the\n") == "␣the↵"
+    html = render.surprise([" the", "\n\n", "cat"], np.array([np.nan, 1, 2]), 0)
     assert re.findall(r">([^<>]+)</span>(\n*)", html) == [(" the", ""), ("↵↵", "\n\n"), ("cat", "")]
 
 
 def test_blanks_and_what_has_no_shape_can_be_seen():
-    assert list(map(views.visible, " \n\ta\x07\u202e")) == ["␣", "↵", "⇥", "a", "U+0007", "U+202E"]
+    assert list(map(render.visible, " \n\ta\x07\u202e")) == ["␣", "↵", "⇥", "a", "U+0007", "U+202E"]
 
 
 def test_the_character_that_came_is_marked_though_it_was_not_expected():
     expected = [("a", 0.9), ("b", 0.05)]
     marked = re.findall(
-        r'<span>(.)</span><span class="bar came"', views.forecast("xz", 0, expected, 0.01)
+        r'<span>(.)</span><span class="bar came"', render.forecast("xz", 0, expected, 0.01)
     )
     assert marked == ["z"]
-    assert "1.0%" in views.forecast("xz", 0, expected, 0.01)
-    assert 'bar came"' not in views.forecast("xz", 1, expected, None)
+    assert "1.0%" in render.forecast("xz", 0, expected, 0.01)
+    assert 'bar came"' not in render.forecast("xz", 1, expected, None)
 
 
 def test_surprise_is_the_deeper_the_less_a_character_was_expected():
-    html = views.surprise("abcd", np.array([np.nan, 0.1, 3, np.inf]), 1)
+    html = render.surprise("abcd", np.array([np.nan, 0.1, 3, np.inf]), 1)
     depths = [float(depth) for depth in re.findall(r"/ (\d\.\d+)\)", html)]
     assert depths == sorted(depths)
     assert depths[0] == 0
@@ -237,7 +213,7 @@ def test_surprise_is_the_deeper_the_less_a_character_was_expected():
 
 def test_attention_names_what_most_is_taken_from():
     weights_TT = np.tril(np.eye(4) + np.eye(4, k=-2))
-    html = views.attention("abcd", weights_TT, 3, "layer 1, head 2", "character")
+    html = render.attention("abcd", weights_TT, 3, "layer 1, head 2", "character")
     assert "layer 1, head 2, at <b>d</b>: most from <b>b</b>, 2 characters before" in html
 
 
@@ -246,7 +222,7 @@ def test_attention_names_what_most_is_taken_from():
     [("$a $\n", ["$", "a", "·", "$", "↵"]), ("日本", []), ("a" * 65, [])],
 )
 def test_the_maps_axes_are_the_text_where_it_can_be_read(text, labels, tmp_path):
-    figure = views.attention_map(text, np.tril(np.ones(2 * (len(text),))), "layer 1", "character")
+    figure = render.attention_map(text, np.tril(np.ones(2 * (len(text),))), "layer 1", "character")
     figure.savefig(tmp_path / "map.png")
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert shown == labels if labels else set("".join(shown)) <= set("0123456789\N{MINUS SIGN}")
@@ -267,21 +243,21 @@ def test_the_maps_axes_are_the_text_where_it_can_be_read(text, labels, tmp_path)
 )
 def test_numbers_from_a_browser_are_checked(name, value):
     config = SampleConfig(web=True)
-    assert answers.read_numbers(config, {name: getattr(config, name)}) == config
+    assert handlers.read_numbers(config, {name: getattr(config, name)}) == config
     with pytest.raises(InputError, match=name):
-        answers.read_numbers(config, {name: value})
+        handlers.read_numbers(config, {name: value})
 
 
 def numbers(**changes):
     config = dataclasses.replace(CONFIG, web=True, **changes)
-    return [getattr(config, name) for name in answers.NUMBERS]
+    return [getattr(config, name) for name in handlers.NUMBERS]
 
 
 @pytest.mark.parametrize(
     ("start", "complaint"),
     [
         ("QZ", "&#x27;Q&#x27;, &#x27;Z&#x27;"),
-        ("a" * (answers.MAX_START + 1), "at most 10,000 characters"),
+        ("a" * (handlers.MAX_START + 1), "at most 10,000 characters"),
         ("FILE:book.txt", "&#x27;F&#x27;"),  # no file is read for a browser
     ],
 )
@@ -295,27 +271,27 @@ def test_a_start_that_cannot_be_is_answered_and_not_raised(
     assert "view-error" in answer.see("QZ", "1", "1")[0]
 
 
-def test_a_text_grows_from_its_start_and_goes_on_from_its_end(answer, player):
+def test_a_text_grows_from_its_start_and_continues_from_its_end(answer, session):
     config = dataclasses.replace(CONFIG, temperature=1.5, max_new_tokens=5)
     more = numbers(temperature=1.5, max_new_tokens=5)
-    shown = list(answer.write("the", *more))
-    assert shown[0] == ("the", "")
-    assert shown[-1] == ("the" + "".join(player.write("the", config)), "")
-    *_, (longer, _) = answer.go_on(shown[-1][0], "the", *more)
-    whole = "".join(player.write("the", dataclasses.replace(config, max_new_tokens=10)))
-    assert longer == "the" + whole
+    shown = list(answer.write("a c", *more))
+    assert shown[0] == ("a c", "")
+    assert shown[-1] == ("a c" + "".join(session.write("a c", config)), "")
+    *_, (longer, _) = answer.extend(shown[-1][0], "a c", *more)
+    whole = "".join(session.write("a c", dataclasses.replace(config, max_new_tokens=10)))
+    assert longer == "a c" + whole
     *_, (from_nothing, _) = answer.write("", *more)
     assert from_nothing.startswith("\n")
 
 
-def test_a_text_that_is_full_does_not_go_on(answer):
-    text = "a" * (answers.MAX_TEXT + 1)
-    assert "full" in next(answer.go_on(text, "a", *numbers()))[1]
+def test_a_text_that_is_full_is_not_continued(answer):
+    text = "a" * (handlers.MAX_TEXT + 1)
+    assert "full" in next(answer.extend(text, "a", *numbers()))[1]
 
 
 def test_a_position_past_the_text_is_its_last_character(answer):
-    assert answer.choose("the cat", "1", "1", 99)[0] == 6
-    assert answer.choose("the cat", "1", "1", -5)[0] == 0
+    assert answer.choose("a cat", "1", "1", 99)[0] == 4
+    assert answer.choose("a cat", "1", "1", -5)[0] == 0
     assert answer.choose("", "1", "1", 3) == (0, "", "")
 
 
@@ -325,18 +301,16 @@ def test_pieces_are_joined_until_some_time_has_passed():
             time.sleep(0.02)
             yield piece
 
-    assert list(answers.in_time(pieces(), seconds=0)) == list("abcdef")
-    assert list(answers.in_time(pieces(), seconds=9)) == ["abcdef"]
-    assert "".join(answers.in_time(pieces(), seconds=0.05)) == "abcdef"
+    assert list(handlers.batched(pieces(), seconds=0)) == list("abcdef")
+    assert list(handlers.batched(pieces(), seconds=9)) == ["abcdef"]
+    assert "".join(handlers.batched(pieces(), seconds=0.05)) == "abcdef"
 
 
-def test_a_loss_that_was_not_kept_is_answered_with_a_sentence(answer, home, tmp_path):
+def test_a_missing_loss_curve_is_answered_with_a_sentence(answer, tmp_path):
     figure, sentence = answer.loss()
     assert figure.axes
     assert "best val loss" in sentence
-    shutil.copytree(home / "out" / "run", tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    figure, sentence = answers.Answers(answer.player, CONFIG, tmp_path / "run").loss()
+    figure, sentence = handlers.Handlers(new_session("bigram", folder=tmp_path), CONFIG).loss()
     assert figure is None
     assert "no curve" in sentence
 
@@ -344,14 +318,14 @@ def test_a_loss_that_was_not_kept_is_answered_with_a_sentence(answer, home, tmp_
 # The server
 
 
-def test_what_cannot_be_listened_at_is_an_input_error(monkeypatch):
+def test_an_address_that_cannot_be_listened_on_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # as if Gradio were there
-    with web.listen("127.0.0.1", 0) as listener:
+    with app.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(InputError, match=f"port {port}.*--port 0"):
-            web.listen("127.0.0.1", port)
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port} .*--port 0"):
+            app.listen("127.0.0.1", port)
     with pytest.raises(InputError, match=r"nowhere\.invalid"):
-        web.listen("nowhere.invalid", 0)
+        app.listen("nowhere.invalid", 0)
 
 
 @pytest.mark.parametrize(("n_pieces", "is_whole"), [(4, True), (5, False), (10**6, False)])
@@ -363,13 +337,13 @@ def test_a_request_without_end_is_hung_up_on(n_pieces, is_whole):
         sent.append(bytes(2**20))
         return {"type": "http.request", "body": sent[-1], "more_body": len(sent) < n_pieces}
 
-    async def app(scope, receive, send):
+    async def asgi_app(scope, receive, send):
         message = {"more_body": True}
         while message.get("more_body"):
             message = await receive()
             got.append(message["type"])
 
-    asyncio.run(web.with_policy(app)({"type": "http"}, receive, None))
+    asyncio.run(app.with_policy(asgi_app)({"type": "http"}, receive, None))
     assert got[-1] == ("http.request" if is_whole else "http.disconnect")
     assert len(sent) == min(n_pieces, 5)
 
@@ -377,7 +351,7 @@ def test_a_request_without_end_is_hung_up_on(n_pieces, is_whole):
 def test_without_gradio_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[web\]'"):
-        web.listen("127.0.0.1", 0)
+        app.listen("127.0.0.1", 0)
 
 
 # In a real browser
@@ -405,8 +379,22 @@ def served(folder, *argv):
 
 
 @pytest.fixture(scope="module")
-def address(home):
-    with served(home) as (_, line):
+def trained(tmp_path_factory):
+    """A folder with a run of two layers, whose text has HTML in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "book.txt").write_text(40 * TEXT + "".join(HOSTILE) + 10 * TEXT, encoding="utf-8")
+    argv = (
+        *("--config=tiny", "--n_layer=2", "--n_embd=16", f"--block_size={BLOCK_SIZE}"),
+        *("--max_iters=60", "--eval_interval=20", "--dataset=book.txt", "--out_dir=out/run"),
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run(script("train.py", *argv), cwd=folder, env=environ, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(trained):
+    with served(trained) as (_, line):
         yield re.search(r"http://\S+", line)[0]
 
 
@@ -505,7 +493,7 @@ def test_text_arrives_piece_by_piece(controls):
 
 
 @pytest.mark.slow
-def test_stop_stops_within_a_moment_and_go_on_goes_on(controls):
+def test_stop_stops_within_a_moment_and_continue_continues(controls):
     controls.set_number("Characters", MAX_PAGE_TOKENS)
     for _ in range(5):  # a tiny model may have written all before somebody can press Stop
         controls.clear_text()
@@ -521,7 +509,7 @@ def test_stop_stops_within_a_moment_and_go_on_goes_on(controls):
     assert len(stopped) < MAX_PAGE_TOKENS
     controls.wait_for_seen(stopped[-BLOCK_SIZE:])
     controls.set_number("Characters", 10)
-    controls.press("Go on")
+    controls.press("Continue")
     longer = controls.wait_for_text(f"text.length == {len(stopped) + 10}")
     assert longer.startswith(stopped)
 
@@ -615,5 +603,5 @@ def test_ctrl_c_ends_it_though_a_page_is_open(home, browser):
 def test_an_address_that_others_reach_is_told(home):
     with served(home, "--host=0.0.0.0") as (process, line):
         port = int(re.search(r":(\d+)", line)[1])
-        assert "anybody who reaches this machine" in process.stdout.readline()
+        assert "anyone who can reach this machine" in process.stdout.readline()
         socket.create_connection(("127.0.0.1", port), timeout=10).close()

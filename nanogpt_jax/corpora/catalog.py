@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 class Processes(Protocol):
     """The processes of a run; the first one writes files."""
 
-    def first_alone(self, work: Callable[[], Result], place: str) -> Result: ...
+    def first_alone(self, work: Callable[[], Result], point: str) -> Result: ...
 
 
 def load(

@@ -137,6 +137,7 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     from nanogpt_jax import data, sharding, steps
 
     machine = hardware.choose(config, run.processes)
+    run.begin(machine)
     model = steps.make_model(config.model, machine.compute)
     init_params = partial(steps.init_params, model)
     abstract = sharding.place(jax.eval_shape(init_params, jax.random.key(0)), machine.mesh)

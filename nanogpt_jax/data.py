@@ -109,7 +109,7 @@ def put_batch(
 
 
 class TrainLoader:
-    """The batches of a run from a step on: an iterator of Batch, windows of shape (A, B).
+    """The batches of a run from a step on, one for each `next`, of shape (A, B).
 
     Args:
         tokens: ids of the train split.
@@ -136,15 +136,8 @@ class TrainLoader:
         if corpus is None:
             self._read_ahead = ReadAhead(load, start_step, READ_AHEAD_STEPS)
 
-    def __iter__(self) -> "TrainLoader":
-        return self
-
     def __next__(self) -> Batch:
-        """Return the next step's batch.
-
-        Raises:
-            InputError: a file of the corpus has ids past the vocabulary.
-        """
+        """Return the next step's batch; raise InputError if its ids are past the vocabulary."""
         if self._read_ahead is not None:
             return self._read_ahead.take()
         self._next_step += 1
@@ -188,10 +181,8 @@ def eval_batches(
     With n_batches = 0 every token but the first is predicted exactly once: the windows are
     adjacent, and the last one, if fewer tokens remain, reaches back so that it is full but counts
     only its last targets. Otherwise it is that many batches of windows, evenly spread over the
-    split. Windows that fill up the last batch count nothing.
-
-    Raises:
-        InputError: the split is too large to be evaluated whole.
+    split. Windows that fill up the last batch count nothing. Raises InputError if the split is too
+    large to be evaluated whole.
     """
     n_windows = -(-(len(tokens) - 1) // block_size)
     n_chosen = min(n_windows, n_batches * batch_size or n_windows)

@@ -43,10 +43,7 @@ def learning_rate_schedule(config: OptimConfig, max_iters: int) -> optax.Schedul
 
 
 def decay_mask(params):
-    """Return which parameters decay: those of rank 2 and more, embeddings included.
-
-    Biases and LayerNorm's scales have rank 1 and do not: pulling them to 0 regularises nothing.
-    """
+    """Return which parameters decay: those of rank 2 and more, embeddings included, none else."""
     return jax.tree.map(lambda param: param.ndim >= 2, params)
 
 
@@ -64,14 +61,9 @@ def _adamw(
 ) -> optax.GradientTransformation:
     """Source: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019."""
     return optax.adamw(
-        schedule,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=1e-8,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-        nesterov=nesterov,
-    )
+        schedule, config.beta1, config.beta2, eps=1e-8, weight_decay=config.weight_decay,
+        mask=decay_mask, nesterov=nesterov,
+    )  # fmt: skip
 
 
 def _muon_and_adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

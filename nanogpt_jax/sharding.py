@@ -95,11 +95,7 @@ def unsplit_note(mesh: Mesh | AbstractMesh, params) -> str:
 
 
 def resolve_sizes(requested: str, n_devices: int) -> tuple[int, int, int]:
-    """Return the sizes of the axes data, fsdp and tensor; -1 becomes what the others leave.
-
-    Raises:
-        InputError: there are not enough devices.
-    """
+    """Return the sizes of the axes data, fsdp and tensor; -1 becomes what the others leave."""
     sizes = mesh_sizes(requested)
     given = math.prod(size for size in sizes if size > 0)
     count = given * max(1, n_devices // given) if -1 in sizes else given
@@ -119,13 +115,10 @@ def choose_sizes(
     """Return the sizes of the axes data, fsdp and tensor for a run.
 
     If no mesh is requested and the number of devices does not divide batch_size, as many are used
-    as do.
+    as do. Raises InputError if there are too few, or the batch or the heads cannot be split.
 
     Args:
         use_all: every device must take part, because they belong to several processes.
-
-    Raises:
-        InputError: there are not enough devices, or the batch or the heads cannot be split.
     """
     requested = config.compute.mesh
     sizes = resolve_sizes(requested, n_devices)

@@ -1,12 +1,12 @@
 """A training run: its folder, from the lock to the last line printed."""
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import platform
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from nanogpt_jax.run import loggers
 from nanogpt_jax.run.plots import read_metrics
 from nanogpt_jax.run.signals import StopSignals
 
-if TYPE_CHECKING:  # JAX is imported only by who needs it
+if TYPE_CHECKING:  # these import JAX
     from nanogpt_jax.hardware import Machine
     from nanogpt_jax.run.checkpoint import Checkpoints
     from nanogpt_jax.run.progress import Progress
@@ -29,49 +29,42 @@ if TYPE_CHECKING:  # JAX is imported only by who needs it
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # Of one start on one machine, not of the run, which may resume elsewhere.
 PER_START = {"overwrite": False, "coordinator_address": "", "num_processes": 0, "process_id": -1}
+PATHS = {"out_dir", "data_dir", "dataset"}  # these may differ from host to host
 
 
+@dataclass
 class Run:
-    """A training run while it is open: what it restores, logs, saves and prints.
+    """An open training run: what it restores, logs, saves and prints.
 
-    The methods are called in this order: `open`, `begin`, `restore`, `start`; then, as the steps
-    go by, `log`, `evaluated`, `save`; and `finish`.
+    Its methods are called in the order in which they stand here.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: TrainConfig,
-        corpus: Corpus,
-        processes: Processes,
-        stop: StopSignals,
-        is_resuming: bool,
-    ):
-        self.folder, self.config, self.processes = folder, config, processes
-        self.is_resuming = is_resuming  # the folder holds a checkpoint of this run
-        self.start_step = 0
-        self.evaluated_steps: set[int] = set()
-        self._corpus, self._stop, self._opened_s = corpus, stop, time.perf_counter()
-        self._saved_step: int | None = None
-        self._stopped_by = 0  # the signal that ended the loop
-        self._checkpoints: Checkpoints | None = None
-        self._progress: Progress | None = None
+    folder: Path
+    config: TrainConfig
+    processes: Processes
+    is_resuming: bool  # the folder holds a checkpoint of this run
+    _corpus: Corpus
+    _signals: StopSignals
+    _closing: contextlib.ExitStack  # closes what the methods open
+    _opened_s: float = field(default_factory=time.perf_counter)
+    start_step: int = 0
+    _evaluated_steps: set[int] = field(default_factory=set)
+    _saved_step: int | None = None
+    _stopped_by: int = 0  # the signal that ended the loop
+    _checkpoints: "Checkpoints" = field(init=False)
+    _progress: "Progress" = field(init=False)
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, config: TrainConfig, corpus: Corpus, processes: Processes) -> Iterator["Run"]:
         """Lock the run's folder and listen for signals; close everything at the end.
 
-        Nothing is written yet, and JAX is not imported.
-
-        Raises:
-            InputError: the folder cannot be used, is in use, has no room, or holds another run.
+        Nothing is written yet, and JAX is not imported. Raises InputError if the folder cannot be
+        used, is in use, has no room, or holds another run.
         """
-        folder = folders.choose(config, corpus)
-        optim = config.optim
-        decay_iters = optim.lr_decay_iters or config.max_iters
-        optim = dataclasses.replace(optim, lr_decay_iters=decay_iters)
-        config = dataclasses.replace(config, optim=optim)
+        folder, optim = folders.choose(config, corpus), config.optim
+        optim = replace(optim, lr_decay_iters=optim.lr_decay_iters or config.max_iters)
+        config = replace(config, optim=optim)
         is_resuming, writes = False, processes.is_first and not config.eval_only
         if config.overwrite and not config.eval_only:
             folders.check_usable(folder)
@@ -83,48 +76,22 @@ class Run:
             raise InputError(
                 f"eval_only needs a run with a checkpoint, but {folder} has none: train it first"
             )
-        if writes:
-            loggers.check(config)
-        lock = folders.locked(folder) if writes else contextlib.nullcontext()
-        with lock, StopSignals() as stop:
+        with contextlib.ExitStack() as stack:
             if writes:
+                loggers.check(config)
+                stack.enter_context(folders.locked(folder))
                 size = checkpoint_bytes(config.model, config.optim.optimizer)
                 folders.check_room(folder, size)
-            run = cls(folder, config, corpus, processes, stop, is_resuming)
-            try:
-                yield run
-            finally:
-                run._close()
+            signals = stack.enter_context(StopSignals())
+            closing = stack.enter_context(contextlib.ExitStack())
+            yield cls(folder, config, processes, is_resuming, corpus, signals, closing)
 
     def begin(self, machine: "Machine") -> None:
-        """Print what will be trained, and write config.json and the tokenizer.
+        """Print what will be computed; write config.json and the tokenizer, unless eval_only.
 
-        Call it when the request is known to be possible: before, --overwrite may delete nothing.
-
-        Raises:
-            InputError: the processes differ in flags, versions or dataset.
+        Call it only when the request is known to be possible: --overwrite deletes the old run.
+        Raises InputError if the processes differ in flags, versions or dataset.
         """
-        self._print_header(machine)
-        config = dataclasses.replace(self.config, **PER_START)
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        paths = {"out_dir", "data_dir", "dataset"}  # may differ from host to host
-        shared = {name: x for name, x in to_flat_dict(config).items() if name not in paths}
-        shared |= versions | {"dataset": self._corpus.fingerprint}
-        self.processes.check_same(shared)
-        if self.processes.is_first and not self.config.eval_only:
-            if self.config.overwrite:
-                folders.delete(self.folder)
-            made_with = {"nanogpt_jax": __version__, "python": platform.python_version()}
-            made_with |= versions | {"device": machine.device, "compute": machine.reason}
-            made_with |= {"dataset_fingerprint": self._corpus.fingerprint}
-            folders.begin(self.folder, config, made_with)
-            if self._corpus.tokenizer:
-                save_tokenizer(self._corpus.tokenizer, self.folder)
-        self.processes.wait("begun")
-        if not self.config.eval_only:
-            folders.wait_until_visible(self.folder)
-
-    def _print_header(self, machine: "Machine") -> None:
         config, corpus = self.config, self._corpus
         vocabulary = f"{corpus.known_tokens or corpus.vocab_size}"
         if corpus.known_tokens not in (None, corpus.vocab_size):
@@ -135,6 +102,23 @@ class Run:
             f"{vocabulary})"
         )
         print(machine.description)
+        stored = replace(config, **PER_START)
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        shared = {name: value for name, value in to_flat_dict(stored).items() if name not in PATHS}
+        self.processes.check_same(shared | versions | {"dataset": corpus.fingerprint})
+        if config.eval_only:
+            return
+        if self.processes.is_first:
+            if config.overwrite:
+                folders.delete(self.folder)
+            made_with = {"nanogpt_jax": __version__, "python": platform.python_version()}
+            made_with |= versions | {"device": machine.device, "compute": machine.reason}
+            made_with |= {"dataset_fingerprint": corpus.fingerprint}
+            folders.begin(self.folder, stored, made_with)
+            if corpus.tokenizer:
+                save_tokenizer(corpus.tokenizer, self.folder)
+        self.processes.wait("begun")
+        folders.wait_until_visible(self.folder)
 
     def restore(self, abstract: "TrainState") -> "TrainState | None":
         """Return the state of the newest checkpoint; None for a new run.
@@ -142,31 +126,31 @@ class Run:
         Args:
             abstract: the state's shapes, each with its sharding.
         """
-        self._checkpoints = self._open_checkpoints()
+        self._open_checkpoints()
         state = self._checkpoints.restore(abstract)
         self.is_resuming = state is not None
         if state is not None:
             self.start_step = self._saved_step = int(state.step)
             rows = [row for row in read_metrics(self.folder) if row["step"] <= self.start_step]
-            self.evaluated_steps = {row["step"] for row in rows if "val_loss" in row}
+            self._evaluated_steps = {row["step"] for row in rows if "val_loss" in row}
         return state
 
     def restore_params(self, abstract_params) -> "tuple[dict, int] | None":
-        """Return (parameters, step) of the newest checkpoint, without the optimizer's state, which
-        takes twice their memory; None if there is no run."""
+        """Return (parameters, step) of the newest checkpoint, without the optimizer's state."""
         if not self.is_resuming:
             return None
-        self._checkpoints = self._open_checkpoints()
+        self._open_checkpoints()
         return self._checkpoints.restore_params(abstract_params)
 
-    def _open_checkpoints(self) -> "Checkpoints":
-        from nanogpt_jax.run.checkpoint import Checkpoints  # with JAX and Orbax
+    def _open_checkpoints(self) -> None:
+        from nanogpt_jax.run.checkpoint import Checkpoints
 
         folder = self.folder / folders.CHECKPOINTS
-        return Checkpoints(folder, self.config.eval_only, self.processes)
+        self._checkpoints = Checkpoints(folder, self.config.eval_only, self.processes)
+        self._closing.callback(self._checkpoints.close)
 
     def is_complete(self) -> bool:
-        """Return whether the restored run has nothing left to do, and say how to go on if so."""
+        """Return whether the restored run has nothing left to do; if so, say how to continue."""
         done = self.start_step
         if not self.is_resuming or done < self.config.max_iters:
             return False
@@ -204,47 +188,34 @@ class Run:
             machine.peak_flops,
             self._corpus.bytes_per_token,
         )
-        self._stop.may_save = True
-
-    def log(self, step: int, metrics: "Metrics") -> None:
-        """Report the update before the one that was just dispatched, which is not waited for.
-
-        Args:
-            step: updates done, this one included.
-
-        Raises:
-            Diverged: the loss is not finite.
-        """
-        self.progress.log(step, metrics)
-        if step == self.start_step + 1:
-            metrics.loss.block_until_ready()
-            seconds = time.perf_counter() - self._opened_s
-            self.progress.print(f"first step done {seconds:.1f} s after the start")
+        self._closing.callback(self._progress.close)
+        self._signals.may_save = True
 
     def is_evaluated(self, step: int) -> bool:
         """Return whether a step was evaluated already, perhaps by an earlier process."""
-        return step in self.evaluated_steps
+        return step in self._evaluated_steps
 
     def evaluating(self, step: int) -> Callable[[float], bool]:
         """Begin an evaluation; return what to ask, with the share done, whether to stop it.
 
         The last evaluation is the run's result: a signal does not stop it.
         """
-        self.progress.flush(is_evaluated=True)
+        self._progress.flush(is_evaluated=True)
         can_stop = self.processes.count == 1 and step < self.config.max_iters
 
         def should_stop(share: float) -> bool:
-            self.progress.evaluating(share)
-            return can_stop and bool(self._stop.number)
+            self._progress.evaluating(share)
+            return can_stop and bool(self._signals.number)
 
         return should_stop
 
     def evaluated(self, step: int, val_loss: float | None, state: "TrainState") -> None:
         """Report an evaluation and save the state; None: a signal stopped the evaluation."""
-        self.progress.evaluated(step, val_loss)
-        self.evaluated_steps |= set() if val_loss is None else {step}
-        if val_loss is not None and step > 0:
-            self._save(step, state, val_loss)
+        self._progress.evaluated(step, val_loss)
+        if val_loss is not None:
+            self._evaluated_steps.add(step)
+            if step > 0:
+                self._save(step, state, val_loss)
 
     def stop_requested(self, step: int) -> bool:
         """Return whether a signal asks to stop before the next update.
@@ -252,51 +223,48 @@ class Run:
         Several processes must agree, which costs a round trip: they do every log_interval steps.
         """
         if self.processes.count == 1:
-            self._stopped_by = self._stop.number
+            self._stopped_by = self._signals.number
         elif step % self.config.log_interval == 0:
-            self._stopped_by = self.processes.max(self._stop.number)
+            self._stopped_by = self.processes.max(self._signals.number)
         return bool(self._stopped_by)
+
+    def log(self, step: int, metrics: "Metrics") -> None:
+        """Report the update before the one that was just dispatched, which is not waited for.
+
+        Args:
+            step: updates done, this one included.
+        """
+        self._progress.log(step, metrics)
+        if step == self.start_step + 1:
+            metrics.loss.block_until_ready()
+            seconds = time.perf_counter() - self._opened_s
+            self._progress.print(f"first step done {seconds:.1f} s after the start")
 
     def finish(self, step: int, state: "TrainState") -> int:
         """Save what is not saved yet, print how the run ended, and return the exit code."""
-        self.progress.flush()
+        self._progress.flush()
         if self._stopped_by:
             self._save(step, state, None)
-        self._close()
-        self._stop.may_save = False
+        self._closing.close()
+        self._signals.may_save = False
         if self._stopped_by and step < self.config.max_iters:
             print(
                 f"stopped at step {step} and saved: the same command resumes from there, without "
                 "--overwrite"
             )
             return 128 + self._stopped_by
-        assert self.progress.best is not None, "the last step is evaluated"
-        best_loss, best_step = self.progress.best
+        assert self._progress.best is not None, "the last step is evaluated"
+        loss, best_step = self._progress.best
         is_found = self.folder.parent == folders.OUT
         flag = "" if is_found else f" --out_dir {shlex.quote(str(self.folder))}"
         print(
-            f"{step} steps in {self.progress.elapsed_s():.0f} s of training, best val loss "
-            f"{best_loss:.4f} at step {best_step}. The run is in {self.folder}: loss.png shows its "
+            f"{step} steps in {self._progress.elapsed_s():.0f} s of training, best val loss "
+            f"{loss:.4f} at step {best_step}. The run is in {self.folder}: loss.png shows its "
             f"loss, `python sample.py{flag}` writes more text like this:"
         )
         return 0
 
-    @property
-    def progress(self) -> "Progress":
-        assert self._progress is not None, "start() comes first"
-        return self._progress
-
     def _save(self, step: int, state: "TrainState", val_loss: float | None) -> None:
-        assert self._checkpoints is not None, "restore() comes first"
         if step != self._saved_step:
             self._checkpoints.save(state, val_loss)
             self._saved_step = step
-
-    def _close(self) -> None:
-        checkpoints, self._checkpoints = self._checkpoints, None
-        try:
-            if checkpoints is not None:
-                checkpoints.close()
-        finally:
-            if self._progress is not None:
-                self._progress.close()

@@ -9,16 +9,24 @@ from conftest import layers_of
 from nanogpt_jax import decoding, steps
 from nanogpt_jax.config import LECTURE, LECTURE_MODELS, MODERN, ModelConfig, parse_train_config
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.lecture import models as rungs
+from nanogpt_jax.hardware import choose_compute
+from nanogpt_jax.lecture import models
 from nanogpt_jax.model import GPT
 
 B, T, V, D, H = 2, 6, 11, 12, 3
-CAUSAL = ["head", "multihead", "feedforward", "deep", "residual", "layernorm"]
 
 
-def make(rung, **changes):
-    shape = {"block_size": 8, "vocab_size": V, "n_embd": D} | layers_of(rung, 2, H)
-    return rungs.make_model(ModelConfig(**shape | changes))
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+    """Compile in a third of the time: what is compared here is not compared bit for bit."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make(name, **changes):
+    shape = {"block_size": 8, "vocab_size": V, "n_embd": D} | layers_of(name, 2, H)
+    return steps.make_model(ModelConfig(**shape | changes))
 
 
 def tokens(*shape):
@@ -65,53 +73,48 @@ def norm(x_TD, p):
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
 
 
-def written_out(rung, params, tokens_T):
-    """The logits of a sequence, as the lecture's code says them."""
+def numpy_logits(name, params, tokens_T):
+    """Return the logits of a sequence by the lecture's formulas."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    if rung == "bigram":
+    if name == "bigram":
         return p["token_embedding_table"]["embedding"][tokens_T]
     x = p["token_embedding_table"]["embedding"][tokens_T]
     x = x + p["position_embedding_table"]["embedding"][: len(tokens_T)]
-    for i in range({"deep": 4, "residual": 2, "layernorm": 2, "feedforward": 2}.get(rung, 1)):
+    for i in range({"deep": 4, "residual": 2, "layernorm": 2, "feedforward": 2}.get(name, 1)):
         layer = p[f"layers_{i}"]
-        if rung == "head":
+        if name == "head":
             x = head(x, layer)
-        elif rung == "multihead" or (rung in ("feedforward", "deep") and i % 2 == 0):
+        elif name == "multihead" or (name in ("feedforward", "deep") and i % 2 == 0):
             x = multi_head(x, layer)
-        elif rung in ("feedforward", "deep"):
+        elif name in ("feedforward", "deep"):
             x = feed_forward(x, layer)
-        elif rung == "residual":
+        elif name == "residual":
             x = x + multi_head(x, layer["sa"])
             x = x + feed_forward(x, layer["ffwd"])
         else:
             x = x + multi_head(norm(x, layer["ln1"]), layer["sa"])
             x = x + feed_forward(norm(x, layer["ln2"]), layer["ffwd"])
-    x = norm(x, p["ln_f"]) if rung == "layernorm" else x
+    x = norm(x, p["ln_f"]) if name == "layernorm" else x
     return dense(x, p["lm_head"])
 
 
-@pytest.mark.parametrize("rung", LECTURE_MODELS)
-def test_logits_are_those_of_the_lectures_formulas(rung):
-    model = make(rung)
+@pytest.mark.parametrize("name", LECTURE_MODELS)
+def test_logits_are_those_of_the_lectures_formulas_and_see_only_the_past(name):
+    model = make(name)
     params, tokens_BT = init(model), tokens(B, T)
-    expected = np.stack([written_out(rung, params, row) for row in tokens_BT])
-    np.testing.assert_allclose(logits(model, params, tokens_BT), expected, atol=1e-5)
-
-
-def test_every_name_of_a_rung_has_its_model():
-    assert rungs.RUNGS.keys() == set(LECTURE_MODELS)
-    assert isinstance(rungs.make_model(ModelConfig(vocab_size=V)), GPT)
-
-
-@pytest.mark.parametrize("rung", CAUSAL)
-def test_a_rung_does_not_see_what_comes(rung):
-    model = make(rung)
-    params, tokens_BT = init(model), tokens(B, T)
+    expected = np.stack([numpy_logits(name, params, row) for row in tokens_BT])
+    before = logits(model, params, tokens_BT)
+    np.testing.assert_allclose(before, expected, atol=1e-5)
     changed_BT = tokens_BT.copy()
     changed_BT[:, -1] = (changed_BT[:, -1] + 1) % V
-    before, after = (logits(model, params, x) for x in (tokens_BT, changed_BT))
+    after = logits(model, params, changed_BT)
     np.testing.assert_array_equal(before[:, :-1], after[:, :-1])
     assert np.abs(before[:, -1] - after[:, -1]).max() > 1e-3
+
+
+def test_every_architecture_has_its_model():
+    assert models.MODELS.keys() == set(LECTURE_MODELS)
+    assert isinstance(steps.make_model(ModelConfig(vocab_size=V)), GPT)
 
 
 def test_parameters_start_as_pytorchs_do():
@@ -129,15 +132,15 @@ def test_parameters_start_as_pytorchs_do():
 
 
 def test_dropout_drops_weights_of_attention_projection_and_feed_forward():
-    """Half of what comes out, the rest doubled; of the weights a query has, any."""
+    """Half of the outputs, the rest doubled; of a query's attention weights, any."""
     x_BTD = jnp.array(np.random.default_rng(0).normal(size=(32, 8, 48)), jnp.float32)
-    for part in rungs.MultiHead(2, dropout=0.5), rungs.FeedForward(dropout=0.5):
+    for part in models.MultiHead(2, dropout=0.5), models.FeedForward(dropout=0.5):
         variables = part.init(jax.random.key(0), x_BTD, True)
         dropped = part.apply(variables, x_BTD, False, rngs={"dropout": jax.random.key(1)})
         assert abs(np.mean(np.asarray(dropped) == 0) - 0.5) < 0.1
         assert not np.any(np.asarray(part.apply(variables, x_BTD, True)) == 0)
 
-    head = rungs.Head(8, dropout=0.5)
+    head = models.Head(8, dropout=0.5)
     variables = head.init(jax.random.key(0), x_BTD, True)
     dropped = head.apply(variables, x_BTD, False, rngs={"dropout": jax.random.key(1)})
     first_BK = np.asarray(dropped)[:, 0]  # the first position has one weight, kept or not
@@ -148,7 +151,7 @@ def test_dropout_drops_weights_of_attention_projection_and_feed_forward():
 
 
 @pytest.mark.parametrize(
-    ("rung", "changes", "named"),
+    ("name", "changes", "named"),
     [
         ("head", {"n_layer": 2}, "n_layer"),
         ("head", {"n_head": 2}, "n_head"),
@@ -158,19 +161,19 @@ def test_dropout_drops_weights_of_attention_projection_and_feed_forward():
         *(("layernorm", {name: value}, name) for name, value in MODERN.items()),
     ],
 )
-def test_what_a_rung_does_not_have_is_refused_rather_than_ignored(rung, changes, named):
+def test_fields_that_a_model_does_not_have_are_refused_rather_than_ignored(name, changes, named):
     with pytest.raises(
-        InputError, match=rf"^{named} must be .* in the lecture's {rung}, as .*, got"
+        InputError, match=rf"^{named} must be .* for the lecture's {name} model, as .*, got"
     ):
-        ModelConfig(**{"architecture": rung, "bias": True, "n_layer": 1, "n_head": 1} | changes)
+        ModelConfig(**{"architecture": name, "bias": True, "n_layer": 1, "n_head": 1} | changes)
 
 
-@pytest.mark.parametrize("rung", ["bigram", "layernorm"])
-def test_a_rung_writes_on_past_its_context(rung):
-    """Always from the last block_size tokens, as the lecture's generate does."""
-    model = make(rung)
+@pytest.mark.parametrize("name", ["bigram", "layernorm"])
+def test_a_model_generates_past_its_context(name):
+    """It always reads the last block_size tokens, as the lecture's generate does."""
+    model = make(name)
     params, n_tokens = init(model), 12
-    written = decoding.generate(
+    generated = decoding.generate(
         model,
         params,
         np.zeros((1, 8), np.int32),
@@ -181,18 +184,16 @@ def test_a_rung_writes_on_past_its_context(rung):
     )
     text = [0]
     for _ in range(n_tokens):
-        text.append(int(written_out(rung, params, np.array(text[-8:]))[-1].argmax()))
-    assert np.asarray(written)[0].tolist() == text[1:]
+        text.append(int(numpy_logits(name, params, np.array(text[-8:]))[-1].argmax()))
+    assert np.asarray(generated)[0].tolist() == text[1:]
 
 
 @pytest.mark.parametrize("flag", ["--dtype=bfloat16", "--attention=cudnn", "--remat=true"])
-def test_what_a_rung_cannot_be_is_refused(flag):
-    from nanogpt_jax.hardware import devices
-
+def test_ways_to_compute_that_the_models_lack_are_refused(flag):
     config = parse_train_config(["--config=lecture-head", flag])
     with pytest.raises(InputError, match=flag[2:].partition("=")[0]):
-        devices.choose(config.compute, config.model, jax.devices()[0])
+        choose_compute(config.compute, config.model, jax.devices()[0])
 
 
-def test_each_rung_of_the_ladder_is_a_preset():
+def test_each_model_is_a_preset():
     assert [preset().model.architecture for preset in LECTURE][:7] == list(LECTURE_MODELS)

@@ -168,7 +168,8 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
             advance(1)
     batches.close()
     train_loss = steps.evaluate(jitted.eval_step, state.params, train_loader)
-    assert train_loss is not None and corpus.tokenizer is not None
+    assert train_loss is not None
+    assert corpus.tokenizer is not None
 
     prompt = corpus.tokenizer.encode(corpus.tokenizer.default_start)
     write = jax.jit(

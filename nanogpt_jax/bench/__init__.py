@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from nanogpt_jax.bench.absent import compile_for
 
 if TYPE_CHECKING:
-    from nanogpt_jax.bench.step import JittedSteps, jit_steps
+    from nanogpt_jax.bench.step import jit_steps
 
 
 def __getattr__(name: str):
-    if name in ("JittedSteps", "jit_steps"):
-        from nanogpt_jax.bench import step
+    if name == "jit_steps":
+        from nanogpt_jax.bench.step import jit_steps
 
-        return getattr(step, name)
+        return jit_steps
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

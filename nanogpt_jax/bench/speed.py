@@ -10,6 +10,7 @@ published peak (MFU). Times are medians; on a shared machine, compare only what 
     --profile    also trace some steps with JAX's profiler, and print where their time goes
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -245,22 +246,15 @@ def drop_from_page_cache(paths: list[Path]) -> None:
 
 def memory_figures() -> dict:
     """Return the device's peak memory, or the process's if the device does not count (CPU)."""
-    stats = jax.devices()[0].memory_stats() or {}
-    device_bytes = stats.get("peak_bytes_in_use")
-    return {
-        "train_peak_memory_bytes": device_bytes or process_peak_bytes(),
-        "train_peak_memory_of": "device" if device_bytes else "process",
-    }
+    peak, of_what = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"), "device"
+    if not peak:
+        of_what = "process"
+        with contextlib.suppress(ImportError):  # Windows does not say
+            import resource
 
-
-def process_peak_bytes() -> int | None:
-    """Return the most memory this process ever held, or None if Python cannot say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # what the operating system counts in
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            unit = 1 if sys.platform == "darwin" else 1024  # what the operating system counts in
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"train_peak_memory_bytes": peak, "train_peak_memory_of": of_what}
 
 
 def start_figures(argv: list[str]) -> dict:

@@ -50,6 +50,7 @@ def test_memory_of_variants(tmp_path):
 def test_data_times_the_reading_of_a_corpus_from_its_shards(capsys, monkeypatch):
     monkeypatch.setattr(speed, "DATA_TOKENS", 20_000)
     monkeypatch.setattr(data, "RESIDENT_BYTES", 2**18)
+    monkeypatch.setattr("nanogpt_jax.corpora.tokens.CHECKED_BYTES", 2**18)
     pinned = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: pinned.append(cores))
     speed.main(["--config=tiny", "--mesh=data=1", "--data", "--json"])

@@ -1,4 +1,4 @@
-"""The notebook, executed from start to end as Colab would, but on `tiny` and a short text."""
+"""The notebook, run from start to end as on Colab, but with `tiny` and a short text."""
 
 import json
 import os
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "colab.ipynb"
-# What the cell of parameters says on Colab, and here.
+# Changes to the cell of parameters.
 CHANGES = {
     "INSTALL": False,
     "CONFIG": "tiny",
@@ -22,8 +22,7 @@ CHANGES = {
     "BIG_ON": ("cpu",),
     "START": "the cat",
 }
-# The stop button, or a machine that is taken away, comes in the middle of a run that is too long
-# to end by itself; it goes on as if nothing had happened.
+# The stop button, or a disconnect, interrupts a run that would not end by itself; it resumes.
 STOPPED = """
 folder = f"{RUNS}/stopped"
 long = "--config=tiny", "--lr_decay_iters=60", "--eval_interval=100000"
@@ -49,7 +48,7 @@ def notebook():
 
 @pytest.fixture(scope="module")
 def executed(notebook, tmp_path_factory):
-    """Return (cells, folder): the executed notebook, in a checkout that has its own data."""
+    """Return (cells, folder): the executed notebook, in a checkout with its own data."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in "train.py", "sample.py", "nanogpt_jax":
         (folder / name).symlink_to(ROOT / name)
@@ -99,24 +98,24 @@ def test_it_trains_samples_and_shows_the_curve_inline(executed):
         and any("image/png" in output.get("data", {}) for output in cell["outputs"])
     ]  # fmt: skip
     assert len(pictures) == 5
-    text = printed(cell_with(cells, 'sample(f"{RUNS}/{CONFIG}", f"--start'))
+    text = printed(cell_with(cells, 'nanogpt_jax.load(f"{RUNS}/{CONFIG}")'))
     assert text.count("the cat") >= 2
 
 
 def test_training_again_says_that_the_run_is_complete(executed):
-    """Whoever runs the notebook again in the next session loses nothing."""
+    """Running the notebook again in the next session loses nothing."""
     cells, _ = executed
     again = [c for c in cells if c["cell_type"] == "code" and 'f"--config={CONFIG}")' in source(c)]
     assert "is complete: 60 steps are done" in printed(again[0])
 
 
-def test_the_stop_button_saves_and_the_run_goes_on(executed):
+def test_the_stop_button_saves_and_the_run_resumes(executed):
     cells, folder = executed
-    told = printed(cells[-1])
-    assert "saved: the same command goes on from there" in told
+    output = printed(cells[-1])
+    assert "saved: the same command resumes from there" in output
     rows = read_metrics(folder / "runs" / "stopped")
-    stopped_at, end = (int(word) for word in told.splitlines()[-1].split() if word.isdecimal())
-    assert f"going on with {folder / 'runs' / 'stopped'} from step" in told
+    stopped_at, end = (int(word) for word in output.splitlines()[-1].split() if word.isdecimal())
+    assert f"resuming {folder / 'runs' / 'stopped'} from step" in output
     assert end == stopped_at + 20
     assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
 
@@ -129,7 +128,7 @@ def test_it_is_committed_without_outputs_and_opens_on_a_gpu(notebook):
 
 
 def test_colabs_jax_is_never_upgraded(notebook):
-    """pip takes what satisfies the floors; a cell compares all versions of jax and its plugins."""
+    """pip keeps what satisfies the floors; a cell compares the versions of jax and its plugins."""
     code = "\n".join(source(cell) for cell in notebook["cells"] if cell["cell_type"] == "code")
     assert "%pip install -q -e .\n" in code
     assert "-U" not in code

@@ -1,5 +1,6 @@
 """GPT-2: OpenAI's weights in, and a run's weights out. JAX is imported only to load or export."""
 
+# ruff: noqa: F401 (what other packages import from here)
 from nanogpt_jax.gpt2.config import (
     adopt_shape,
     check_tokenizer,
@@ -9,14 +10,3 @@ from nanogpt_jax.gpt2.config import (
 )
 from nanogpt_jax.gpt2.convert import export, load_params
 from nanogpt_jax.gpt2.weights import open_tensors
-
-__all__ = [
-    "adopt_shape",
-    "check_tokenizer",
-    "export",
-    "is_gpt2",
-    "load_params",
-    "open_tensors",
-    "read_config",
-    "tokenizer_of",
-]

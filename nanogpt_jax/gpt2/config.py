@@ -52,11 +52,7 @@ def is_gpt2(source: str | os.PathLike) -> bool:
 
 
 def read_config(source: str) -> ModelConfig:
-    """Return the shape of a GPT-2, without dropout; for a name on the Hub, nothing is read.
-
-    Raises:
-        InputError: there is no such GPT-2, or model.py cannot compute it.
-    """
+    """Return the shape of a GPT-2, without dropout; for a name on the Hub, nothing is read."""
     if hub.is_name(source):
         sizes = {"block_size": hub.BLOCK_SIZE, "vocab_size": hub.VOCAB_SIZE, **GPT2_SHAPES[source]}
         return replace(ModelConfig(bias=True, activation="gelu_tanh"), **sizes)
@@ -109,9 +105,6 @@ def adopt_shape(config: TrainConfig) -> TrainConfig:
     """Return a configuration whose model has the shape of the GPT-2 that init_from names.
 
     The context (which may be shorter), dropout and padding of the vocabulary stay as requested.
-
-    Raises:
-        InputError: the context is longer than the GPT-2's, or `read_config` refuses it.
     """
     if config.init_from == SCRATCH:
         return config
@@ -139,11 +132,7 @@ def adopt_shape(config: TrainConfig) -> TrainConfig:
 
 
 def tokenizer_of(source: str) -> str | None:
-    """Return the path of a GPT-2's tokenizer, downloaded if necessary; None if it has none.
-
-    Raises:
-        InputError: it cannot be downloaded.
-    """
+    """Return the path of a GPT-2's tokenizer, downloaded if necessary; None if it has none."""
     if hub.is_name(source):
         return str(hub.find(source, hub.TOKENIZER))
     path = Path(source, hub.TOKENIZER)
@@ -156,9 +145,6 @@ def check_tokenizer(source: str, tokenizer: Tokenizer | None, requested: str | N
     Args:
         tokenizer: of the corpus; None cannot be checked.
         requested: --tokenizer, which is trusted if the weights come without a tokenizer.
-
-    Raises:
-        InputError: the tokens differ, or nothing says which ones the weights know.
     """
     theirs = tokenizer_of(source)
     if tokenizer is None or (theirs is None and requested is not None):
@@ -183,11 +169,7 @@ def tensor_name(path) -> str:
 
 
 def check_exportable(config: ModelConfig, run: Path) -> None:
-    """Check that the model of a run is a GPT-2, so that `transformers` can load it.
-
-    Raises:
-        InputError: it is one of the lecture's models, or has a part that GPT-2 does not have.
-    """
+    """Check that the model of a run is a GPT-2, so that `transformers` can load it."""
     if config.architecture != "gpt":
         raise InputError(
             f"{run}: `transformers` has no model like the lecture's {config.architecture}: export "
@@ -207,9 +189,6 @@ def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
 
     Args:
         config: with a vocab_size that does not count padding.
-
-    Raises:
-        InputError: the tokenizer has more tokens than the model, or a lone surrogate.
     """
     end_id = None
     if isinstance(tokenizer, BPETokenizer) and tokenizer.separator == END_OF_TEXT:

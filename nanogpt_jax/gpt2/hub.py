@@ -23,9 +23,6 @@ def find(source: str, file: str) -> Path:
     Args:
         source: one of the four names, or a folder.
         file: CONFIG, WEIGHTS or TOKENIZER.
-
-    Raises:
-        InputError: it cannot be downloaded, or the source has no such file.
     """
     if is_name(source):
         repository = f"openai-community/{source}"

@@ -31,11 +31,7 @@ class Tensor(NamedTuple):
     content: Any  # safetensors' own type: content[index] reads
 
     def read(self, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
-        """Return the part at an index within the tensor, in float32.
-
-        Raises:
-            InputError: it cannot be read, or is not finite floating-point numbers.
-        """
+        """Return the part at an index within the tensor, in float32."""
         import ml_dtypes  # noqa: F401  registers bfloat16 with numpy
 
         dtype = self.content.get_dtype()
@@ -59,9 +55,6 @@ def open_tensors(source: str) -> dict[str, Tensor]:
 
     Args:
         source: one of hub.py's names, or a folder.
-
-    Raises:
-        InputError: there are no weights, or a file is not a safetensors file.
     """
     from safetensors import safe_open
 
@@ -108,9 +101,6 @@ def check(
 
     Three kinds may come in addition: masks, a head that equals the embedding, and zero biases for a
     model without biases.
-
-    Raises:
-        InputError: a tensor is missing, unexpected, of another shape, or of other values.
     """
     zeros = set()
     if not bias:

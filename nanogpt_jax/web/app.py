@@ -51,11 +51,7 @@ footer {{ display: none !important; }}
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address; port 0 takes a free one.
-
-    Raises:
-        InputError: Gradio is missing, the port is taken, or the address is not this machine's.
-    """
+    """Return a socket that listens on an address; port 0 takes a free one."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError("--web needs gradio: pip install -e '.[web]'")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

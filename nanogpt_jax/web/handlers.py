@@ -117,11 +117,7 @@ class Handlers:
 
 
 def read_numbers(config: SampleConfig, numbers: dict) -> SampleConfig:
-    """Return a configuration with the page's numbers, checked like flags.
-
-    Raises:
-        InputError: one is not a number, or is out of range.
-    """
+    """Return a configuration with the page's numbers, checked like flags."""
     checked = {}
     for name, value in numbers.items():
         is_whole = isinstance(getattr(config, name), int)

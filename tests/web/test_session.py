@@ -18,7 +18,7 @@ from nanogpt_jax.web import session
 
 def test_a_reading_has_the_models_forecasts_and_the_weights_of_each_layer(model_config):
     model = GPT(model_config)
-    params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
+    params = steps.init_params(model, jax.random.key(0))
     tokens_T = jnp.array([3, 1, 4, 1, 5])
     reading = jax.jit(partial(session.read_text, model))(params, tokens_T)
     logits_BTV, _ = jax.jit(model.apply)({"params": params}, tokens_T[None])
@@ -32,8 +32,7 @@ def test_a_reading_has_the_models_forecasts_and_the_weights_of_each_layer(model_
 
 @pytest.mark.parametrize(
     ("architecture", "n_layers", "n_heads"),
-    [("bigram", 0, 0), ("head", 1, 1), ("multihead", 1, 4), ("feedforward", 1, 4)]
-    + [("deep", 2, 4), ("residual", 2, 4), ("layernorm", 2, 4)],
+    [("bigram", 0, 0), ("head", 1, 1), ("multihead", 1, 4), ("layernorm", 2, 4)],
 )
 def test_a_reading_of_a_lecture_model_has_all_its_heads_by_layer(architecture, n_layers, n_heads):
     model, params = lecture_model(architecture)
@@ -76,7 +75,7 @@ def test_layers_and_heads_are_in_their_order_past_the_tenth():
 
 def test_padding_at_the_end_changes_nothing_before_it(model_config):
     model = GPT(model_config)
-    params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
+    params = steps.init_params(model, jax.random.key(0))
     read_text = jax.jit(partial(session.read_text, model))
     short = read_text(params, jnp.array([3, 1, 4]))
     padded = read_text(params, jnp.array([3, 1, 4, 0, 9]))
@@ -87,7 +86,7 @@ def test_padding_at_the_end_changes_nothing_before_it(model_config):
 def test_training_keeps_no_weights(model_config):
     """They are kept only on request."""
     model = GPT(model_config)
-    params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
+    params = steps.init_params(model, jax.random.key(0))
     assert set(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))) >= {
         "params"
     }

@@ -9,7 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from nanogpt_jax import steps
-from nanogpt_jax.config import MODERN, OptimConfig
+from nanogpt_jax.config import OptimConfig
+from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import decay_mask, is_for_muon, learning_rate_schedule, make_optimizer
 

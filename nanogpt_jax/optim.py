@@ -32,11 +32,13 @@ def learning_rate_schedule(config: OptimConfig, max_iters: int) -> optax.Schedul
     peak, warmup_iters = config.learning_rate, config.warmup_iters
     if not config.decay_lr:
         return optax.constant_schedule(peak)
-    span = max(1, (config.lr_decay_iters or max_iters) - warmup_iters)
-    if config.schedule == "cosine":
+    span = (config.lr_decay_iters or max_iters) - warmup_iters
+    if span <= 0:
+        decay = optax.constant_schedule(config.min_lr)
+    elif config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, span, alpha=config.min_lr / peak if peak else 0)
     else:  # wsd: constant, then a straight line
-        cooldown_iters = round(config.cooldown * span)
+        cooldown_iters = max(1, round(config.cooldown * span))
         decay = optax.linear_schedule(peak, config.min_lr, cooldown_iters, span - cooldown_iters)
     warmup = optax.linear_schedule(peak / (warmup_iters + 1), peak, max(1, warmup_iters))
     return optax.join_schedules([warmup, decay], [warmup_iters])

@@ -1,25 +1,28 @@
-import itertools
+"""Batches: which windows they hold, and their way to the devices."""
 
+import itertools
+import threading
+import time
+
+import jax
 import numpy as np
 import pytest
 
-from nanogpt_jax import data
-from nanogpt_jax.corpora import open_tokens
-from nanogpt_jax.data import TrainBatches, batch_offsets, eval_batches
+from nanogpt_jax import data, steps
+from nanogpt_jax.data import EvalLoader, ReadAhead, TrainLoader, batch_offsets, eval_batches, gather
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.sharding import by_rows, make_mesh
+
+TOKENS = np.random.default_rng(0).integers(0, 999, 501).astype(np.uint16)
+BLOCK_SIZE = 8
+SHAPE = (2, 4)
+MESHES = ((1, 1, 1), (4, 1, 1), (2, 2, 1), (1, 1, 4))
 
 
-def gather(tokens, offsets, length):
-    """Windows of ids, of shape (*offsets.shape, length), one by one."""
+def windows_at(tokens, offsets, length=BLOCK_SIZE + 1):
+    """The windows that begin at some offsets, one by one: shape (*offsets.shape, length)."""
     windows = [tokens[offset : offset + length] for offset in np.ravel(offsets)]
     return np.array(windows).reshape(*np.shape(offsets), length)
-
-
-@pytest.fixture
-def tokens(tmp_path):
-    """501 ids in a file, mapped as a run maps them."""
-    np.random.default_rng(0).integers(0, 999, 501).astype("<u2").tofile(tmp_path / "train.bin")
-    return open_tokens([tmp_path / "train.bin"], "uint16", 999, 9)[0]
 
 
 # Where the windows of a batch begin
@@ -35,7 +38,7 @@ def tokens(tmp_path):
     ],
 )
 def test_offsets_never_change(seed, split, step, expected):
-    """Else a run that is resumed with a newer NumPy would read other batches than it began with.
+    """Otherwise a run resumed with a newer NumPy would read other batches than before.
 
     The numbers are those of an independent Philox4x64-10, counted from (1, step, 0, 0).
     """
@@ -44,7 +47,7 @@ def test_offsets_never_change(seed, split, step, expected):
     assert offsets.dtype == np.int64
 
 
-def test_offsets_are_a_function_of_seed_split_and_step_alone():
+def test_offsets_depend_only_on_seed_split_and_step():
     first = batch_offsets(1, "train", 7, 10_000, 8, (2, 3))
     for step in (6, 8, 0):
         batch_offsets(1, "train", step, 10_000, 8, (2, 3))
@@ -52,25 +55,25 @@ def test_offsets_are_a_function_of_seed_split_and_step_alone():
     np.testing.assert_array_equal(batch_offsets(1, "train", 7, 10_000, 8, (2, 3)), first)
 
 
-def test_offsets_of_other_seeds_splits_and_steps_are_others():
+def test_different_seeds_splits_and_steps_have_different_offsets():
     keys = list(itertools.product((0, 1, 1337, 2**32 - 1), data.SPLITS, (0, 1, 2, 600_000)))
     batches = {tuple(batch_offsets(*key, 10**6, 8, (12,))) for key in keys}
     assert len(batches) == len(keys)
 
 
-def test_steps_share_no_window_by_more_than_chance():
+def test_steps_share_windows_only_by_chance():
     offsets = np.array([batch_offsets(0, "train", step, 10**9, 8, (64,)) for step in range(200)])
     assert len(np.unique(offsets)) >= offsets.size - 3
 
 
-def test_a_batch_is_the_same_however_it_is_cut_into_micro_batches():
+def test_a_batch_does_not_depend_on_how_it_is_split_into_micro_batches():
     flat = batch_offsets(5, "train", 3, 10_000, 8, (12,))
     np.testing.assert_array_equal(batch_offsets(5, "train", 3, 10_000, 8, (3, 4)).ravel(), flat)
     np.testing.assert_array_equal(batch_offsets(5, "train", 3, 10_000, 8, (5,)), flat[:5])
 
 
 @pytest.mark.parametrize(("n_tokens", "block_size"), [(9, 8), (10, 8), (13, 8), (40, 1)])
-def test_every_window_can_be_drawn_and_none_past_the_end(n_tokens, block_size):
+def test_every_window_can_be_drawn_and_none_goes_past_the_end(n_tokens, block_size):
     draws = [batch_offsets(0, "train", step, n_tokens, block_size, (64,)) for step in range(20)]
     windows = np.arange(n_tokens - block_size)
     assert set(np.ravel(draws)) == set(windows)
@@ -84,78 +87,178 @@ def test_offsets_are_uniform():
     assert counts.max() < 1100
 
 
-# Batches as the device takes them
+def test_windows_are_read_at_their_offsets(tmp_path):
+    TOKENS.tofile(tmp_path / "train.bin")
+    offsets_AB = batch_offsets(1, "train", 0, len(TOKENS), 8, (2, 3))
+    windows_ABT1 = data.read_windows(np.memmap(tmp_path / "train.bin", "u2"), offsets_AB, 9)
+    np.testing.assert_array_equal(windows_ABT1, windows_at(TOKENS, offsets_AB))
+    assert not isinstance(windows_ABT1, np.memmap)
 
 
-def test_a_small_corpus_lies_on_the_device_whole(tokens, monkeypatch):
-    assert data.is_resident(tokens)
-    monkeypatch.setattr(data, "RESIDENT_BYTES", tokens.nbytes - 1)
-    assert not data.is_resident(tokens)
+# Training batches, with the corpus on the devices or read ahead
 
 
-def test_offsets_of_some_steps_are_those_of_each_step(tokens):
-    batches = TrainBatches(tokens, 1337, 8, (2, 3), most_steps=5)
-    assert batches.most_steps == 5
-    offsets_NAB = batches.offsets(10, 4)
-    assert offsets_NAB.shape == (5, 2, 3)
-    for i in range(4):
-        expected = batch_offsets(1337, "train", 10 + i, len(tokens), 8, (2, 3))
-        np.testing.assert_array_equal(offsets_NAB[i], expected)
-    assert not offsets_NAB[4].any()
+@pytest.fixture(params=[True, False], ids=["on the devices", "read ahead"])
+def is_resident(request, monkeypatch):
+    limit = TOKENS.nbytes if request.param else TOKENS.nbytes - 1
+    monkeypatch.setattr(data, "RESIDENT_BYTES", limit)
+    return request.param
 
 
-def test_windows_are_read_where_they_begin(tokens):
-    offsets_NAB = TrainBatches(tokens, 1, 8, (2, 3), most_steps=3).offsets(0, 3)
-    windows_NABT1 = data.read_windows(tokens, offsets_NAB, 9)
-    np.testing.assert_array_equal(windows_NABT1, gather(tokens, offsets_NAB, 9))
-    assert not isinstance(windows_NABT1, np.memmap)
+def train_loader(mesh, start_step=0, tokens=TOKENS) -> TrainLoader:
+    return TrainLoader(tokens, 1337, BLOCK_SIZE, SHAPE, mesh, start_step)
 
 
-def test_reading_steps_one_by_one_or_together_gives_the_same(tokens):
-    batches = TrainBatches(tokens, 1, 8, (1, 4), most_steps=6)
-    one_by_one = [batches.offsets(step, 1)[0] for step in range(3, 9)]
-    np.testing.assert_array_equal(batches.offsets(3, 6), one_by_one)
+def test_each_step_gets_its_batch_on_any_mesh(is_resident):
+    gather_windows = jax.jit(gather, static_argnums=1)
+    for sizes in MESHES:
+        loader = train_loader(make_mesh(sizes), start_step=7)
+        for step in range(7, 14):
+            batch = next(loader)
+            assert (batch.corpus is not None) == is_resident
+            offsets_AB = batch_offsets(1337, "train", step, len(TOKENS), BLOCK_SIZE, SHAPE)
+            windows_ABT1 = gather_windows(batch, BLOCK_SIZE + 1)
+            np.testing.assert_array_equal(windows_ABT1, windows_at(TOKENS, offsets_AB))
+            assert windows_ABT1.dtype == np.int32
+        loader.close()
 
 
-def test_few_steps_are_read_at_once_where_windows_are_large(tokens, monkeypatch):
-    step_bytes = 2 * 3 * 9 * tokens.itemsize
-    for limit, most_steps in ((8 * 3 * step_bytes, 3), (8 * 3 * step_bytes - 8, 2), (0, 1)):
-        monkeypatch.setattr(data, "RESIDENT_BYTES", limit)
-        large = np.broadcast_to(tokens[:1], 10**6)
-        assert TrainBatches(large, 1, 8, (2, 3), most_steps=100).most_steps == most_steps
+def test_a_resumed_loader_continues_the_sequence(is_resident):
+    loader, resumed = train_loader(make_mesh()), train_loader(make_mesh(), start_step=5)
+    batches = list(itertools.islice(loader, 9))
+    for batch, expected in zip(itertools.islice(resumed, 4), batches[5:], strict=True):
+        np.testing.assert_array_equal(batch.windows, expected.windows)
+    loader.close()
+    resumed.close()
+
+
+def test_rows_are_spread_over_the_devices(is_resident):
+    for sizes in ((4, 1, 1), (2, 2, 1)):
+        mesh = make_mesh(sizes)
+        loader = train_loader(mesh)
+        windows = next(loader).windows
+        loader.close()
+        n_axes = 2 if is_resident else 3
+        assert windows.sharding.is_equivalent_to(by_rows(mesh, axis=1), n_axes)
+        for device, shard in enumerate(windows.addressable_shards):
+            assert shard.device == jax.devices()[device]
+            np.testing.assert_array_equal(shard.data, np.asarray(windows)[:, device : device + 1])
+
+
+def test_each_device_reads_only_its_own_rows(monkeypatch):
+    read = []
+
+    def spy(tokens, offsets, length):
+        read.append(offsets.ravel().tolist())
+        return read_windows(tokens, offsets, length)
+
+    read_windows = data.read_windows
+    monkeypatch.setattr(data, "read_windows", spy)
+    rows = by_rows(make_mesh((4, 1, 1)), axis=1)
+    data.put_batch(TOKENS, None, np.arange(16).reshape(2, 8), 9, rows)
+    assert sorted(read) == [[i, i + 1, i + 8, i + 9] for i in (0, 2, 4, 6)]
+
+
+def test_a_bad_file_raises_where_its_batch_is_requested(monkeypatch):
+    """A large corpus is not checked in advance, but as its windows are read."""
+    monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
+
+    class BadFile:
+        dtype, nbytes = TOKENS.dtype, TOKENS.nbytes
+
+        def __len__(self):
+            return len(TOKENS)
+
+        def __getitem__(self, index):
+            if index.start in bad_offsets:
+                raise InputError("train_00001.bin: ids must be below 500")
+            return TOKENS[index]
+
+    early = batch_offsets(1337, "train", 0, len(TOKENS), BLOCK_SIZE, SHAPE)
+    bad_offsets = set(batch_offsets(1337, "train", 1, len(TOKENS), BLOCK_SIZE, SHAPE).flat)
+    bad_offsets -= set(early.flat)
+    loader = train_loader(make_mesh(), tokens=BadFile())
+    next(loader)
+    with pytest.raises(InputError, match=r"train_00001\.bin"):
+        next(loader)
+    loader.close()
+
+
+# Reading ahead
+
+
+def test_steps_are_read_while_nothing_is_requested():
+    read, enough = [], threading.Event()
+
+    def note(step):
+        read.append(step)
+        if len(read) == 4:
+            enough.set()
+        return step
+
+    ahead = ReadAhead(note, first_step=3, ahead=4)
+    assert enough.wait(timeout=30)
+    assert [ahead.take() for _ in range(5)] == [3, 4, 5, 6, 7]
+    ahead.close()
+    assert read == sorted(set(read))
+
+
+def test_reading_ahead_is_limited():
+    read = []
+    ahead = ReadAhead(read.append, first_step=0, ahead=3)
+    time.sleep(0.2)
+    assert read == [0, 1, 2]
+    ahead.close()
+
+
+def test_an_error_of_reading_is_raised_when_its_step_is_taken():
+    def fail(step):
+        if step == 1:
+            raise ValueError("the disk is gone")
+        return step
+
+    ahead = ReadAhead(fail, first_step=0, ahead=3)
+    assert ahead.take() == 0
+    with pytest.raises(ValueError, match="the disk is gone"):
+        ahead.take()
+    ahead.close()
+
+
+@pytest.mark.usefixtures("is_resident")
+def test_a_closed_loader_leaves_no_thread_behind():
+    loader = train_loader(make_mesh())
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
 
 
 # Evaluation
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 5, 8])
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_an_evaluation_predicts_each_token_but_the_first_once(block_size, batch_size):
-    for n_tokens in range(block_size + 1, 4 * block_size + 4):
-        ids = np.arange(n_tokens, dtype="<u2")  # an id is its own place
-        offsets_NB, counts_NB = eval_batches(ids, block_size, batch_size)
-        assert offsets_NB.shape == counts_NB.shape
-        assert offsets_NB.shape[1] == batch_size
-        windows_NBT1 = gather(ids, offsets_NB, block_size + 1)
-        counted = [
-            place
-            for window, count in zip(
-                windows_NBT1.reshape(-1, block_size + 1), counts_NB.ravel(), strict=True
-            )
-            for place in window[block_size + 1 - count :]
-        ]
-        assert sorted(counted) == list(range(1, n_tokens))
-        assert counts_NB.min() >= 0
-        assert counts_NB.max() <= block_size
+def test_an_evaluation_predicts_each_token_but_the_first_once():
+    for block_size, batch_size in itertools.product((1, 2, 5, 8), (1, 3, 4)):
+        for n_tokens in range(block_size + 1, 4 * block_size + 4):
+            ids = np.arange(n_tokens, dtype="<u2")  # each id is its position
+            offsets_NB, counts_NB = eval_batches(ids, block_size, batch_size)
+            assert offsets_NB.shape == counts_NB.shape
+            assert offsets_NB.shape[1] == batch_size
+            windows = windows_at(ids, offsets_NB.ravel(), block_size + 1)
+            counted = [
+                position
+                for window, count in zip(windows, counts_NB.ravel(), strict=True)
+                for position in window[block_size + 1 - count :]
+            ]
+            assert sorted(counted) == list(range(1, n_tokens))
+            assert counts_NB.min() >= 0
+            assert counts_NB.max() <= block_size
 
 
-def test_a_whole_evaluation_has_no_batch_that_counts_nothing():
+def test_a_whole_evaluation_has_no_empty_batch():
     for n_tokens in range(9, 60):
         _, counts_NB = eval_batches(np.zeros(n_tokens, "<u2"), 8, 3)
         assert counts_NB.sum(axis=1).all()
 
 
-def test_a_limited_evaluation_has_so_many_batches_and_is_fixed():
+def test_a_limited_evaluation_has_a_fixed_set_of_batches():
     ids = np.arange(1001, dtype="<u2")
     first, again = (eval_batches(ids, 8, 3, n_batches=5) for _ in range(2))
     for one, other in zip(first, again, strict=True):
@@ -165,7 +268,7 @@ def test_a_limited_evaluation_has_so_many_batches_and_is_fixed():
     assert counts_NB.sum() == 5 * 3 * 8
 
 
-def test_a_limited_evaluation_is_evenly_spread_from_the_first_window_to_the_last():
+def test_a_limited_evaluation_is_evenly_spread_from_first_to_last_window():
     ids = np.arange(1001, dtype="<u2")
     offsets_NB, _ = eval_batches(ids, 8, 3, n_batches=5)
     offsets = offsets_NB.ravel()
@@ -186,7 +289,7 @@ def test_a_limit_above_the_whole_split_is_the_whole_split():
 
 
 def test_an_evaluation_takes_no_more_memory_than_its_windows():
-    """However many batches are asked for, and however long the split is."""
+    """However many batches are requested, and however long the split is."""
     short = eval_batches(np.zeros(101, "<u2"), 8, 3, 2**30)
     assert short[0].shape == (5, 3)
     long = np.lib.stride_tricks.as_strided(np.zeros(1, "<u2"), [10**11], [0])
@@ -195,10 +298,25 @@ def test_an_evaluation_takes_no_more_memory_than_its_windows():
     assert offsets_NB.tolist()[-1][-1] == 10**11 - 2
     assert counts_NB.sum() == 6
     for n_batches in (0, 2**30):
-        with pytest.raises(InputError, match=r"eval_iters must be given .* like --eval_iters 200"):
+        with pytest.raises(InputError, match=r"eval_iters must be set .* try --eval_iters 200"):
             eval_batches(long, 1, 3, n_batches)
 
 
-def test_a_dispatch_of_huge_batches_has_few_steps():
-    batches = data.TrainBatches(np.zeros(101, "<u2"), 0, 8, (1024, 1024), 1024)
-    assert batches.offsets(0, 1).shape == (2, 1024, 1024)
+@pytest.mark.usefixtures("is_resident")
+def test_an_evaluation_is_the_mean_over_its_targets_on_any_mesh():
+    @jax.jit
+    def eval_step(scale, batch, counts_B):
+        """The loss of a target is its id, scaled."""
+        windows_BT1 = gather(batch, BLOCK_SIZE + 1)
+        counted_BT = np.arange(BLOCK_SIZE)[None] >= BLOCK_SIZE - counts_B[:, None]
+        return (scale * windows_BT1[:, 1:] * counted_BT).sum(), counts_B.sum()
+
+    for sizes, n_batches in itertools.product(MESHES, (0, 3)):
+        loader = EvalLoader(TOKENS, BLOCK_SIZE, 4, make_mesh(sizes), n_batches)
+        offsets_NB, counts_NB = eval_batches(TOKENS, BLOCK_SIZE, 4, n_batches)
+        assert len(loader) == len(counts_NB)
+        assert loader.n_targets == counts_NB.sum()
+        targets = windows_at(TOKENS, offsets_NB)[..., 1:]
+        counted = np.arange(BLOCK_SIZE) >= BLOCK_SIZE - counts_NB[..., None]
+        loss = steps.evaluate(eval_step, np.float32(2), loader)
+        assert loss == pytest.approx(2 * targets[counted].mean(), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Numbers equal PyTorch's: tests/golden/, made by make_golden.py with transformers and torch."""
+"""Numbers equal PyTorch's, which make_golden.py stored in tests/golden/."""
 
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ def make_config(cls, fields: dict):
 
 
 def assert_close(actual, golden) -> None:
-    """Within 1e-5 of the array's largest value, or of 1 where that is larger."""
+    """Within 1e-5 of the array's largest value, or within 1e-5 if that is larger than 1."""
     flat_actual, flat_golden = (flatten_dict({"": tree}, sep=".") for tree in (actual, golden))
     assert flat_actual.keys() == flat_golden.keys()
     for name, array in flat_golden.items():
@@ -59,7 +59,7 @@ def states_and_metrics(adamw) -> tuple[dict, steps.Metrics]:
     tx = make_optimizer(make_config(OptimConfig, adamw["optim"]), N_STEPS)
     train_step = jax.jit(partial(steps.train_step, model, tx))
     params = jax.tree.map(jax.numpy.asarray, adamw["params"]["0"])
-    state, metrics = steps.first_state(tx, params), []
+    state, metrics = steps.init_state(tx, params), []
     states = {}
     for batch_ABT1 in adamw["batches_NABT1"]:
         state, now = train_step(state, batch_ABT1, jax.random.key(0))
@@ -71,8 +71,8 @@ def states_and_metrics(adamw) -> tuple[dict, steps.Metrics]:
 def without_key_biases(params: dict) -> dict:
     """Return params without the biases of attention's keys.
 
-    Softmax does not see a number added to all scores of a query, so their gradient is 0 but for
-    rounding; and AdamW scales that noise up to steps of the size of the learning rate.
+    Softmax ignores a number added to all scores of a query, so their gradient is rounding noise,
+    which AdamW scales up to steps as large as the learning rate.
     """
     return {
         name: dict(block, attn=dict(block["attn"], c_attn=_without_keys(block["attn"]["c_attn"])))
@@ -87,23 +87,24 @@ def _without_keys(c_attn: dict) -> dict:
     return {"kernel": c_attn["kernel"], "bias": np.concatenate([query, value])}
 
 
-def test_pytorch_parameters_fill_exactly_our_tree(golden, model):
+def test_pytorchs_parameters_fill_exactly_our_tree(golden, model):
     ours = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
     assert jax.tree.map(np.shape, golden["params"]) == jax.tree.map(np.shape, ours)
 
 
-def test_logits_equal_pytorch(golden, model):
-    logits_BTV, _ = model.apply({"params": golden["params"]}, golden["batch_BT1"][:, :-1])
-    assert_close(logits_BTV, golden["logits_BTV"])
+def test_logits_loss_and_gradients_equal_pytorchs(golden, model):
+    batch_BT1 = golden["batch_BT1"]
 
+    def mean_loss(params):
+        return steps.token_losses(model, params, batch_BT1).mean()
 
-def test_loss_and_gradients_equal_pytorch(golden, model):
     @jax.jit
-    @jax.value_and_grad
-    def loss_and_grads(params):
-        return steps.token_losses(model, params, golden["batch_BT1"]).mean()
+    def compute(params):
+        logits_BTV, _ = model.apply({"params": params}, batch_BT1[:, :-1])
+        return logits_BTV, *jax.value_and_grad(mean_loss)(params)
 
-    loss, grads = loss_and_grads(golden["params"])
+    logits_BTV, loss, grads = compute(golden["params"])
+    assert_close(logits_BTV, golden["logits_BTV"])
     assert_close(loss, golden["loss"])
     assert_close(grads, golden["grads"])
 
@@ -122,8 +123,8 @@ def test_ten_updates_report_pytorchs_losses_and_gradient_norms(adamw, states_and
     np.testing.assert_allclose(metrics.grad_norm, adamw["grad_norms"], rtol=1e-5)
 
 
-def test_the_ten_updates_see_clipping_warm_up_and_decay(adamw):
-    """Else the comparison above would say little."""
+def test_the_ten_updates_include_clipping_warm_up_and_decay(adamw):
+    """Otherwise the comparison above would say little."""
     clipped = adamw["grad_norms"] > adamw["optim"]["grad_clip"]
     assert clipped.sum() >= 3
     assert (~clipped).sum() >= 3

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanogpt_jax import mesh as meshes
+from nanogpt_jax import sharding as meshes
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware import devices

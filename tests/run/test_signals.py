@@ -52,7 +52,7 @@ BUSY = "import hashlib; print('busy', flush=True); hashlib.pbkdf2_hmac('md5', b'
 
 def started(may_save, then):
     script = f"""
-from nanogpt_jax.stopping import StopSignals
+from nanogpt_jax.run.signals import StopSignals
 with StopSignals() as stop:
     stop.may_save = {may_save}
     {then}

@@ -22,17 +22,20 @@ import json, os, pathlib
 class Error(Exception): pass
 def login():
     return not os.environ.get("LOGGED_OUT")
+def note(**what):
+    with pathlib.Path(os.environ["LOGGED"]).open("a") as file:
+        file.write(json.dumps(what) + "\\n")
 def init(**kwargs):
     if os.environ.get("REFUSE"):
         raise Error("quota exceeded")
-    lines = pathlib.Path(os.environ["LOGGED"]).open("a")
-    lines.write(json.dumps({"init": kwargs}) + "\\n")
+    note(init=kwargs)
     class Run:
         def log(self, row, step):
             if os.environ.get("BREAK"):
                 raise OSError("the network is gone")
-            lines.write(json.dumps({"step": step, "row": row}) + "\\n")
-        def finish(self): lines.write(json.dumps({"finished": True}) + "\\n"); lines.close()
+            note(step=step, row=row)
+        def finish(self):
+            note(finished=True)
     return Run()
 """
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from nanogpt_jax import corpora, gpt2, hardware
+from nanogpt_jax import bench, corpora, gpt2, hardware
 from nanogpt_jax.config import SCRATCH, TrainConfig, parse_train_config
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import run_command
@@ -21,8 +21,6 @@ def main(argv: list[str]) -> int:
     """Validate the request and prepare the data before importing JAX; then train."""
     config = parse_train_config(argv, __doc__ or "")
     if config.compile_for:
-        from nanogpt_jax import bench
-
         return bench.compile_for(config, config.compile_for)
     processes = hardware.join_processes(config)
     if config.out_dir:  # before the data, whose preparation may take hours
@@ -36,6 +34,7 @@ def main(argv: list[str]) -> int:
     with Run.open(config, corpus, processes) as run:
         if source and not run.is_resuming:  # downloaded and found readable, or refused now
             processes.first_alone(lambda: gpt2.open_tensors(source), "downloaded")
+        hardware.start_jax(config, processes)
         return (evaluate_only if config.eval_only else train)(run.config, corpus, run)
 
 

@@ -1,9 +1,9 @@
-"""Make tests/fixtures/run_v1: a run as it is left today, which every later version shall read.
+"""Make tests/fixtures/run_v1: a run in today's format, which every later version must read.
 
     python tests/make_old_run.py
 
-It was made with the oldest supported versions, since newer ones read older files. It is not made
-again, unless a change of format is meant to leave such runs behind: then it gets another number.
+It was made with the oldest supported versions, since newer ones read older files. Make it again
+only for a change of format that drops such runs: then it gets another number.
 """
 
 import contextlib
@@ -18,8 +18,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 import nanogpt_jax
-from nanogpt_jax.run import folder as run_folder
-from nanogpt_jax.run import plots as report
+from nanogpt_jax.run import plots, read_metrics
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "fixtures" / "run_v1"
@@ -29,8 +28,8 @@ TRAIN = [
     *("--learning_rate=0.05", "--decay_lr=False", "--lr_decay_iters=140", "--mesh=data=1"),
     *("--eval_interval=20", "--log_interval=20", "--dataset=text.txt", "--out_dir=run"),
 ]
-N_STEPS, N_STEPS_MORE = 140, 10  # where the best is another than the newest
-GO_ON = "--log_interval=1", "--eval_interval=1000", f"--max_iters={N_STEPS + N_STEPS_MORE}"
+N_STEPS, N_STEPS_MORE = 140, 10  # the best checkpoint is then not the newest
+RESUME = "--log_interval=1", "--eval_interval=1000", f"--max_iters={N_STEPS + N_STEPS_MORE}"
 SAMPLE = "--out_dir=run", "--num_samples=1", "--max_new_tokens=60", "--temperature=0"
 
 
@@ -45,8 +44,8 @@ def load(name: str):
 train, sample = load("train"), load("sample")
 
 
-def told_by(main, argv: list[str]) -> str:
-    """Return what a command prints, which must do what it was asked."""
+def printed_by(main, argv: list[str]) -> str:
+    """Return what a command prints, which must succeed."""
     stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout):
         assert not main(list(argv))
@@ -62,8 +61,8 @@ def logits_of(folder: Path, checkpoint: str) -> list[list[float]]:
 
 
 def without_traces(folder: Path) -> None:
-    """Take out of a run what is no part of its format: the picture, and where and when it was."""
-    (folder / run_folder.PICTURE).unlink()
+    """Remove from a run what is not part of its format: the picture, and its place and time."""
+    (folder / "loss.png").unlink()
     for path in folder.rglob("commit_success.txt"):
         path.write_text(path.read_text().replace(f"{folder.absolute().parent}/", ""))
     for path in folder.rglob("_CHECKPOINT_METADATA"):
@@ -75,17 +74,17 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):
         run = Path("run")
         Path("text.txt").write_text(TEXT, encoding="utf-8")
-        print(told_by(train.main, [*TRAIN, f"--max_iters={N_STEPS}"]))
+        print(printed_by(train.main, [*TRAIN, f"--max_iters={N_STEPS}"]))
         without_traces(run)
         shutil.rmtree(FOLDER, ignore_errors=True)
         shutil.copytree(run, FOLDER / run)
         shutil.copy("text.txt", FOLDER)
         expected = {
             "logits": {name: logits_of(run, name) for name in ("best", "latest")},
-            "sample": told_by(sample.main, SAMPLE),
-            "report": told_by(report.main, [str(run)]).splitlines()[0],
+            "sample": printed_by(sample.main, SAMPLE),
+            "report": printed_by(plots.main, [str(run)]).splitlines()[0],
         }
-        print(told_by(train.main, [*TRAIN, *GO_ON]))
-        rows = report.read_metrics(run)
+        print(printed_by(train.main, [*TRAIN, *RESUME]))
+        rows = read_metrics(run)
         expected["losses"] = [row["train_loss"] for row in rows if row["step"] > N_STEPS]
         (FOLDER / "expected.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")

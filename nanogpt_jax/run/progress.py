@@ -74,9 +74,9 @@ class Progress:
         if is_first:
             kept = "".join(json.dumps(row) + "\n" for row in rows)
             files.write_atomically(folder / METRICS, kept.encode())
+        self._loggers = open_loggers(config, folder, resumed_at) if is_first else []
         path = folder / METRICS if is_first else Path(os.devnull)
         self._file = path.open("a", encoding="utf-8")
-        self._loggers = open_loggers(config, folder, resumed_at) if is_first else []
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
         self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0

@@ -1,3 +1,5 @@
+"""The folder of a run: where it is, whether it can be used, resumed and overwritten."""
+
 import json
 import os
 import shutil
@@ -15,26 +17,28 @@ from nanogpt_jax.config import (
     field_types,
     to_flat_dict,
 )
+from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.run import folder as run_folder
 
 FINGERPRINT = "0123456789abcdef"
+MADE_WITH = {"jax": "0.0", "dataset_fingerprint": FINGERPRINT}
 
 
 @pytest.fixture
 def begun(tmp_path, tiny_config) -> Path:
     """The folder of a run of tiny_config."""
     folder = tmp_path / "out" / "tiny"
-    run_folder.begin(folder, tiny_config, FINGERPRINT, {"jax": "0.0"})
+    run_folder.begin(folder, tiny_config, MADE_WITH)
     (folder / "checkpoints" / "30" / "params").mkdir(parents=True)
     return folder
 
 
 def test_a_run_without_a_checkpoint_may_start_with_other_fields(begun, tiny_config):
-    """It ran out of memory, say, and the user takes the advice to make the batch smaller."""
+    """It ran out of memory, say, and the user makes the batch smaller, as the message advises."""
     (begun / "checkpoints" / "30").rename(begun / "checkpoints" / "30.orbax-checkpoint-tmp")
     smaller = replace(tiny_config, batch_size=1)
-    assert not run_folder.check_resumable(begun, smaller, FINGERPRINT)
+    assert not run_folder.can_resume(begun, smaller, FINGERPRINT)
 
 
 def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
@@ -48,7 +52,7 @@ def test_a_second_process_may_not_train_in_the_same_folder(tmp_path):
 
 HOLDS = """
 import pathlib, sys, time
-from nanogpt_jax import run_folder
+from nanogpt_jax.run import folder as run_folder
 with run_folder.locked(pathlib.Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(60)
@@ -68,10 +72,10 @@ def test_a_process_that_was_killed_holds_its_folder_no_longer(tmp_path):
 
 
 def test_a_folder_in_which_a_start_was_killed_is_as_good_as_empty(tmp_path, tiny_config):
-    """Between a file's first byte and its name lies a moment."""
+    """A file may have been written, but not renamed yet."""
     (tmp_path / "config.json.123.partial").write_text('{"n_la')
-    assert not run_folder.check_resumable(tmp_path, tiny_config, FINGERPRINT)
-    run_folder.begin(tmp_path, tiny_config, FINGERPRINT, {})
+    assert not run_folder.can_resume(tmp_path, tiny_config, FINGERPRINT)
+    run_folder.begin(tmp_path, tiny_config, MADE_WITH)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -83,46 +87,34 @@ def files_of_someone_else(folder: Path, config_json: str | None = None) -> Path:
     return folder
 
 
-# What a config.json holds that is none of ours; the first is of a Hugging Face model.
+# Contents of a config.json that another program wrote; the first is a Hugging Face model's.
 FOREIGN = ['{"model_type": "gpt2", "n_layer": 12, "n_head": 12}', "[]", "3", "{", "", "{}"]
 
 
-# Where a run lies
+# Where a run is
 
 
-@pytest.mark.parametrize(
-    ("config", "dataset", "folder"),
-    [
+def test_a_run_is_in_out_dir_or_under_the_names_of_its_config_and_dataset():
+    for config, dataset, folder in [
         (TrainConfig(config="small"), "shakespeare_char", "out/small"),
         (TrainConfig(config="small"), "book-1234", "out/small-book-1234"),
+        (TrainConfig(config="gpt2"), "openwebtext", "out/gpt2"),
         (TrainConfig(config="some/where/mine.json"), "shakespeare_char", "out/mine"),
+        (TrainConfig(config="out/small/config.json"), "book-1234", "out/small"),
         (TrainConfig(config="small", out_dir="runs/a"), "book-1234", "runs/a"),
-    ],
-)
-def test_a_run_lies_where_it_is_told_or_under_its_names(config, dataset, folder):
-    assert run_folder.choose(config, dataset, "shakespeare_char") == Path(folder)
+    ]:
+        corpus = Corpus(dataset, {}, 65, None, FINGERPRINT)
+        assert run_folder.choose(config, corpus) == Path(folder)
 
 
 # Whether it can be written
 
 
-def test_a_folder_that_is_there_or_can_be_made_is_writable_and_is_not_made(tmp_path):
-    run_folder.check_usable(tmp_path)
-    run_folder.check_usable(tmp_path / "a" / "b" / "c")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_relative_folder_is_writable(tmp_path, monkeypatch):
+def test_a_folder_that_exists_or_can_be_created_is_usable_and_is_not_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_folder.check_usable(Path("out/small"))
-
-
-@pytest.mark.parametrize("below", ["", "a", "a/b"])
-def test_a_file_or_a_place_below_one_is_named(tmp_path, below):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    with pytest.raises(InputError, match=f"out_dir must be a folder, but {file} is a file"):
-        run_folder.check_usable(file / below)
+    for folder in tmp_path, tmp_path / "a" / "b" / "c", Path("out/small"):
+        run_folder.check_usable(folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_read_only_place_is_named(tmp_path, monkeypatch):
@@ -140,34 +132,29 @@ def test_a_folder_without_permission_is_named(tmp_path):
     tmp_path.chmod(0o700)
 
 
-def test_a_link_to_nowhere_is_named(tmp_path):
+def test_a_path_that_no_folder_can_have_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to("nowhere")
-    for place in tmp_path / "link", tmp_path / "link" / "run":
-        with pytest.raises(InputError, match=f"{tmp_path}/link is a link to nowhere"):
-            run_folder.check_usable(place)
-
-
-@pytest.mark.parametrize(
-    ("path", "reason"),
-    [
+    before = sorted(tmp_path.rglob("*"))
+    for path, reason in [
+        ("file", f"out_dir must be a folder, but {tmp_path}/file is a file"),
+        ("file/a/b", f"out_dir must be a folder, but {tmp_path}/file is a file"),
+        ("link", f"{tmp_path}/link is a broken link"),
+        ("link/run", f"{tmp_path}/link is a broken link"),
         (256 * "x", "File name too long"),
-        (f"missing/{256 * 'x'}", "File name too long"),
-        (f"missing/{128 * 'ü'}", "File name too long"),
+        (128 * "ü", "File name too long"),
         ("/".join(25 * [160 * "x"]), "File name too long"),
-        ("a\0b", "embedded null byte"),
-    ],
-)
-def test_a_path_that_no_folder_can_have_is_refused_in_a_line(tmp_path, path, reason):
-    with pytest.raises(InputError, match=f"out_dir must be the path of a folder.*{reason}") as told:
-        run_folder.check_usable(tmp_path / path)
-    assert "\n" not in str(told.value)
-    assert list(tmp_path.iterdir()) == []
+        ("a\0b", "embedded null"),
+    ]:
+        with pytest.raises(InputError, match=reason) as error:
+            run_folder.check_usable(tmp_path / path)
+        assert str(error.value).startswith("out_dir must be ")
+        assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_path_that_orbax_reads_as_a_pattern_is_refused_wherever_that_stands(
-    tmp_path, monkeypatch
-):
-    """It saved, and could not restore what it had saved."""
+def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path, monkeypatch):
+    """Wherever the pattern is in it: Orbax would save, and could not restore what it saved."""
     for name in "run [1]", "run*", "what?":
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
@@ -175,10 +162,12 @@ def test_a_path_that_orbax_reads_as_a_pattern_is_refused_wherever_that_stands(
             run_folder.check_usable(Path("out/a"))
 
 
-def test_a_folder_that_cannot_be_made_after_all_is_refused():
+def test_a_folder_that_cannot_be_created_after_all_is_refused():
     if not Path("/proc/self").exists():
         pytest.skip("there is no /proc")
-    refused = pytest.raises(InputError, match=r"out_dir: /proc/run cannot be made \(No such file")
+    refused = pytest.raises(
+        InputError, match=r"out_dir: /proc/run cannot be created \(No such file"
+    )
     with refused, run_folder.locked(Path("/proc/run")):
         pass
 
@@ -186,7 +175,7 @@ def test_a_folder_that_cannot_be_made_after_all_is_refused():
 # Whether there is room
 
 
-def test_there_must_be_room_for_three_checkpoints_with_those_that_are_there(tmp_path, monkeypatch):
+def test_there_must_be_room_for_three_checkpoints_counting_those_that_exist(tmp_path, monkeypatch):
     """The newest, the best, and the one being written."""
     free = {"bytes": 299}
     usage = shutil.disk_usage(tmp_path)
@@ -206,24 +195,24 @@ def test_there_must_be_room_for_three_checkpoints_with_those_that_are_there(tmp_
     run_folder.check_room(new, 100)  # the system does not know
 
 
-# Whether a run can go on in it
+# Whether a run can resume in it
 
 
 def test_a_new_or_empty_folder_holds_no_run(tmp_path, tiny_config):
-    assert not run_folder.check_resumable(tmp_path / "none", tiny_config, FINGERPRINT)
-    assert not run_folder.check_resumable(tmp_path, tiny_config, FINGERPRINT)
+    assert not run_folder.can_resume(tmp_path / "none", tiny_config, FINGERPRINT)
+    assert not run_folder.can_resume(tmp_path, tiny_config, FINGERPRINT)
 
 
-def test_the_same_configuration_goes_on(begun, tiny_config):
-    assert run_folder.check_resumable(begun, tiny_config, FINGERPRINT)
+def test_the_same_configuration_resumes(begun, tiny_config):
+    assert run_folder.can_resume(begun, tiny_config, FINGERPRINT)
 
 
-def test_what_does_not_touch_the_updates_may_change(begun, tiny_config):
+def test_fields_that_do_not_affect_the_updates_may_change(begun, tiny_config):
     changed = replace(
         tiny_config, config="other", out_dir="b", dataset="c", data_dir="d", max_iters=999,
         eval_interval=7, eval_first=False, log_interval=3, eval_only=True, overwrite=True,
     )  # fmt: skip
-    assert run_folder.check_resumable(begun, changed, FINGERPRINT)
+    assert run_folder.can_resume(begun, changed, FINGERPRINT)
 
 
 OTHERS = (77, 0.25, True, False, "gelu_tanh", "bigram", "gpt2", "rotary", "rmsnorm", "muon", "wsd")
@@ -238,7 +227,7 @@ def is_another(name: str, value, other) -> bool:
     return other != value
 
 
-def test_every_field_that_touches_the_updates_is_named_when_it_differs(begun, tiny_config):
+def test_every_field_that_affects_the_updates_is_named_if_it_differs(begun, tiny_config):
     for name, value in to_flat_dict(tiny_config).items():
         if name in run_folder.FREE_FIELDS:
             continue
@@ -247,7 +236,7 @@ def test_every_field_that_touches_the_updates_is_named_when_it_differs(begun, ti
         another = next(other for other in OTHERS if is_another(name, value, other))
         path.write_text(json.dumps(json.loads(original) | {name: another}))
         with pytest.raises(InputError) as error:
-            run_folder.check_resumable(begun, tiny_config, FINGERPRINT)
+            run_folder.can_resume(begun, tiny_config, FINGERPRINT)
         assert f"a run that differs: {name} {another!r} -> {value!r}. " in str(error.value)
         path.write_text(original)
 
@@ -255,7 +244,7 @@ def test_every_field_that_touches_the_updates_is_named_when_it_differs(begun, ti
 def test_all_differing_fields_are_named_with_both_values(begun, tiny_config):
     wider = replace(tiny_config, batch_size=3, model=replace(tiny_config.model, n_embd=16))
     with pytest.raises(InputError) as error:
-        run_folder.check_resumable(begun, wider, FINGERPRINT)
+        run_folder.can_resume(begun, wider, FINGERPRINT)
     message = str(error.value)
     assert "batch_size 8 -> 3; n_embd 12 -> 16" in message
     assert all(word in message for word in (str(begun), "--out_dir", "--overwrite"))
@@ -265,40 +254,40 @@ def test_all_differing_fields_are_named_with_both_values(begun, tiny_config):
 def test_another_text_is_named(begun, tiny_config):
     """The same path may hold another text than when the run began."""
     with pytest.raises(InputError, match="differs: the dataset's tokens, another text or"):
-        run_folder.check_resumable(begun, tiny_config, "fedcba9876543210")
+        run_folder.can_resume(begun, tiny_config, "fedcba9876543210")
 
 
-@pytest.mark.parametrize("config_json", [None, *FOREIGN])
-def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path, tiny_config, config_json):
-    folder = files_of_someone_else(tmp_path / "thesis", config_json)
-    with pytest.raises(InputError, match=r"config\.json"):
-        run_folder.check_resumable(folder, tiny_config, FINGERPRINT)
-    assert (folder / "thesis.tex").read_text() == "years of work"
+def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path, tiny_config):
+    for i, config_json in enumerate([None, *FOREIGN]):
+        folder = files_of_someone_else(tmp_path / str(i), config_json)
+        with pytest.raises(InputError, match=r"config\.json"):
+            run_folder.can_resume(folder, tiny_config, FINGERPRINT)
+        assert (folder / "thesis.tex").read_text() == "years of work"
 
 
 # config.json
 
 
-def test_beginning_writes_all_that_was_asked_and_what_it_was_made_with(begun, tiny_config):
+def test_beginning_writes_the_whole_request_and_what_it_was_made_with(begun, tiny_config):
     loaded = json.loads((begun / "config.json").read_text(encoding="utf-8"))
     made_with = loaded.pop("made_with")
     assert loaded == to_flat_dict(tiny_config)
-    assert made_with == {"jax": "0.0", "dataset_fingerprint": FINGERPRINT}
+    assert made_with == MADE_WITH
     assert sorted(path.name for path in begun.iterdir()) == ["checkpoints", "config.json"]
 
 
-def test_going_on_brings_the_config_up_to_date(begun, tiny_config):
-    run_folder.begin(begun, replace(tiny_config, max_iters=99), FINGERPRINT, {"jax": "0.1"})
+def test_resuming_updates_the_config(begun, tiny_config):
+    run_folder.begin(begun, replace(tiny_config, max_iters=99), MADE_WITH | {"jax": "0.1"})
     loaded = json.loads((begun / "config.json").read_text(encoding="utf-8"))
     assert (loaded["max_iters"], loaded["made_with"]["jax"]) == (99, "0.1")
-    assert run_folder.check_resumable(begun, tiny_config, FINGERPRINT)
+    assert run_folder.can_resume(begun, tiny_config, FINGERPRINT)
 
 
 def test_awkward_numbers_survive_the_file(begun, tiny_config):
     optim = OptimConfig(learning_rate=0.1 + 0.2, min_lr=1e-300, beta2=1 - 2**-50)
     config = replace(tiny_config, optim=optim)
-    run_folder.begin(begun, config, FINGERPRINT, {})
-    assert run_folder.check_resumable(begun, config, FINGERPRINT)
+    run_folder.begin(begun, config, MADE_WITH)
+    assert run_folder.can_resume(begun, config, FINGERPRINT)
 
 
 def test_the_models_shape_is_read_from_a_run(begun, tiny_config):
@@ -308,7 +297,9 @@ def test_the_models_shape_is_read_from_a_run(begun, tiny_config):
 def test_a_folder_without_a_run_has_no_model(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path, tmp_path / "none", tmp_path / "file"):
-        with pytest.raises(InputError, match=f"must hold a run, but there is no {folder}"):
+        with pytest.raises(
+            InputError, match=f"{folder} is not a run: there is no {folder}/config.json"
+        ):
             run_folder.read_model_config(folder)
 
 
@@ -317,11 +308,11 @@ def test_a_path_that_no_folder_can_have_has_no_model(tmp_path):
         run_folder.read_model_config(tmp_path / (256 * "x"))
 
 
-@pytest.mark.parametrize("config_json", [*FOREIGN, '{"n_layer": "four"}'])
-def test_a_config_json_of_something_else_has_no_model(tmp_path, config_json):
-    folder = files_of_someone_else(tmp_path / "thesis", config_json)
-    with pytest.raises(InputError, match="must be a run's configuration"):
-        run_folder.read_model_config(folder)
+def test_a_config_json_of_something_else_has_no_model(tmp_path):
+    for i, config_json in enumerate([*FOREIGN, '{"n_layer": "four"}']):
+        folder = files_of_someone_else(tmp_path / str(i), config_json)
+        with pytest.raises(InputError, match="must be a run's configuration"):
+            run_folder.read_model_config(folder)
 
 
 # --overwrite
@@ -334,7 +325,7 @@ def test_overwriting_deletes_a_run(begun):
     assert not any(begun.iterdir())
 
 
-def test_overwriting_leaves_what_lies_beside_the_run(begun):
+def test_overwriting_leaves_other_files_in_the_folder(begun):
     (begun / "notes.txt").write_text("worked well")
     run_folder.delete(begun)
     assert [path.name for path in begun.iterdir()] == ["notes.txt"]
@@ -354,13 +345,13 @@ def test_overwriting_nothing_is_fine(tmp_path):
     assert tmp_path.exists()
 
 
-@pytest.mark.parametrize("config_json", [None, *FOREIGN])
-def test_overwriting_never_deletes_what_is_not_a_run(tmp_path, config_json):
+def test_overwriting_never_deletes_what_is_not_a_run(tmp_path):
     """Many a tool keeps its own config.json; a folder with one need not be ours."""
-    folder = files_of_someone_else(tmp_path / "thesis", config_json)
-    with pytest.raises(InputError, match=f"{folder}"):
-        run_folder.delete(folder)
-    assert (folder / "thesis.tex").read_text() == "years of work"
+    for i, config_json in enumerate([None, *FOREIGN]):
+        folder = files_of_someone_else(tmp_path / str(i), config_json)
+        with pytest.raises(InputError, match=f"{folder}"):
+            run_folder.delete(folder)
+        assert (folder / "thesis.tex").read_text() == "years of work"
 
 
 # The newest run
@@ -373,7 +364,7 @@ def make_run(name: str, mtime_s: int, checkpoint: str = "60") -> Path:
     return checkpoints.parent
 
 
-def test_the_newest_run_is_that_of_the_newest_checkpoint(tmp_path, monkeypatch):
+def test_the_newest_run_has_the_newest_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_run("b", 1000)
     newest = make_run("a", 3000)
@@ -390,9 +381,9 @@ def test_a_run_without_a_checkpoint_is_not_the_newest(tmp_path, monkeypatch):
     assert run_folder.newest() == done
 
 
-@pytest.mark.parametrize("made", ["", "out", "out/begun/checkpoints"])
-def test_where_there_is_no_run_the_command_that_makes_one_is_named(tmp_path, monkeypatch, made):
+def test_the_command_that_trains_is_named_if_there_is_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path(made).mkdir(parents=True, exist_ok=True)
-    with pytest.raises(InputError, match=r"no run lies under out/ yet.*python train\.py"):
-        run_folder.newest()
+    for created in "", "out", "out/begun/checkpoints":
+        Path(created).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(InputError, match=r"there is no run under out/ yet.*python train\.py"):
+            run_folder.newest()

@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are told: each row of metrics.jsonl."""
+"""TensorBoard and Weights & Biases get each row of metrics.jsonl."""
 
 import importlib.util
 import json
@@ -6,39 +6,45 @@ import struct
 import sys
 
 import pytest
+from runs import train
 
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.run import loggers
+from nanogpt_jax.run import loggers, progress
 from nanogpt_jax.run.plots import read_metrics
 
-QUICK = ("--config=lecture-bigram", "--max_iters=20", "--eval_interval=10")
+QUICK = ["--config=lecture-bigram", "--max_iters=20", "--eval_interval=10", "--mesh=data=1"]
 NAMES = {"loss/train": "train_loss", "loss/val": "val_loss"}
 
-# In place of wandb, whose service is not here: it notes what it is told.
+# In place of wandb, whose service is not here: it notes what it gets.
 FAKE_WANDB = """
 import json, os, pathlib
 class Error(Exception): pass
 def login():
     return not os.environ.get("LOGGED_OUT")
-def init(**told):
+def note(**what):
+    with pathlib.Path(os.environ["LOGGED"]).open("a") as file:
+        file.write(json.dumps(what) + "\\n")
+def init(**kwargs):
     if os.environ.get("REFUSE"):
         raise Error("quota exceeded")
-    lines = pathlib.Path(os.environ["TOLD"]).open("a")
-    lines.write(json.dumps({"init": told}) + "\\n")
+    note(init=kwargs)
     class Run:
         def log(self, row, step):
             if os.environ.get("BREAK"):
                 raise OSError("the network is gone")
-            lines.write(json.dumps({"step": step, "row": row}) + "\\n")
-        def finish(self): lines.write(json.dumps({"finished": True}) + "\\n"); lines.close()
+            note(step=step, row=row)
+        def finish(self):
+            note(finished=True)
     return Run()
 """
 
 
 def tensorboard_events(folder):
-    """Return the events of a folder's files; each record has its length, a checksum, itself, one
-    more checksum."""
+    """Return the events of a folder's files.
+
+    Each record is its length, a checksum, its content and one more checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     events = []
@@ -52,27 +58,40 @@ def tensorboard_events(folder):
 
 
 @pytest.fixture
-def wandb_run(tmp_path, monkeypatch, run):
-    """train.py with --wandb and the fake."""
-    (tmp_path / "fakes").mkdir()
-    (tmp_path / "fakes" / "wandb.py").write_text(FAKE_WANDB)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
-    monkeypatch.setenv("TOLD", str(tmp_path / "told.jsonl"))
-
-    def start(*argv):
-        result = run("train.py", *QUICK, "--wandb", *argv)
-        path = tmp_path / "told.jsonl"
-        told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return result, told
-
-    return start
+def start(tmp_path, book, monkeypatch):
+    """Train in this process, in the folder `run`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "draw", lambda folder, title: None)
+    return lambda *argv: train.main([*QUICK, f"--dataset={book}", "--out_dir=run", *argv])
 
 
-def test_tensorboard_has_every_row_of_metrics_jsonl(tmp_path, book, run):
+@pytest.fixture
+def start_with_wandb(tmp_path, monkeypatch, start):
+    """Train with --wandb and the fake; return all that the fake has got so far."""
+    put_fake(tmp_path, monkeypatch, "wandb", FAKE_WANDB)
+    path = tmp_path / "logged.jsonl"
+    monkeypatch.setenv("LOGGED", str(path))
+
+    def run(*argv):
+        assert start("--wandb", *argv) == 0
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    return run
+
+
+def put_fake(tmp_path, monkeypatch, package, code):
+    """Let `import package` find this code."""
+    (tmp_path / "fakes").mkdir(exist_ok=True)
+    (tmp_path / "fakes" / f"{package}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path / "fakes")
+    monkeypatch.setitem(sys.modules, package, None)  # so that it is forgotten afterwards
+    del sys.modules[package]
+
+
+def test_tensorboard_has_every_row_of_metrics_jsonl(tmp_path, start):
     pytest.importorskip("tensorboardX")
-    result = run("train.py", *QUICK, "--tensorboard", f"--dataset={book}", "--out_dir=run")
-    assert result.returncode == 0, result.stderr
-    told = {
+    assert start("--tensorboard") == 0
+    logged = {
         (event.step, NAMES.get(value.tag, value.tag)): value.simple_value
         for event in tensorboard_events(tmp_path / "run" / "tensorboard")
         for value in event.summary.value
@@ -83,7 +102,7 @@ def test_tensorboard_has_every_row_of_metrics_jsonl(tmp_path, book, run):
         for name, value in row.items()
         if name != "step"
     }
-    assert told == pytest.approx(expected, rel=1e-6)
+    assert logged == pytest.approx(expected, rel=1e-6)
 
 
 def test_tensorboard_hides_what_a_killed_run_had_logged_past_its_checkpoint(tmp_path):
@@ -97,59 +116,50 @@ def test_tensorboard_hides_what_a_killed_run_had_logged_past_its_checkpoint(tmp_
         assert [event.step for event in events if event.HasField("session_log")] == [first]
 
 
-def test_wandb_is_told_every_row_and_goes_on_with_the_same_curves(tmp_path, book, wandb_run):
-    argv = f"--dataset={book}", "--out_dir=run", "--lr_decay_iters=20"
+def test_wandb_gets_every_row_and_a_resumed_run_continues_its_curves(tmp_path, start_with_wandb):
     for max_iters in 20, 30:
-        result, told = wandb_run(*argv, f"--max_iters={max_iters}")
-        assert result.returncode == 0, result.stderr
-    rows = [line["row"] for line in told if "row" in line]
+        logged = start_with_wandb("--lr_decay_iters=20", f"--max_iters={max_iters}")
+    rows = [line["row"] for line in logged if "row" in line]
     assert rows == read_metrics(tmp_path / "run")
-    assert all(line["step"] == line["row"]["step"] for line in told if "row" in line)
-    first, second = (line["init"] for line in told if "init" in line)
+    assert all(line["step"] == line["row"]["step"] for line in logged if "row" in line)
+    first, second = (line["init"] for line in logged if "init" in line)
     assert first["id"] == second["id"]
     assert first["resume"] == "allow"
     assert (first["project"], first["name"]) == ("nanogpt_jax", "run")
     assert first["config"]["learning_rate"] == 1e-2
-    assert sum("finished" in line for line in told) == 2
+    assert sum("finished" in line for line in logged) == 2
 
 
-def test_a_run_that_starts_anew_has_new_curves(tmp_path, book, wandb_run):
-    for more in (), ("--overwrite",):
-        _, told = wandb_run(f"--dataset={book}", "--out_dir=run", *more)
-    first, second = (line["init"]["id"] for line in told if "init" in line)
+def test_a_run_that_starts_over_has_new_curves_and_needs_a_login_before_the_old_one_is_deleted(
+    tmp_path, start_with_wandb, monkeypatch
+):
+    start_with_wandb()
+    rows = read_metrics(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setenv("LOGGED_OUT", "1")
+        with pytest.raises(InputError, match="--wandb needs a login"):
+            start_with_wandb("--overwrite")
+    assert read_metrics(tmp_path / "run") == rows
+    logged = start_with_wandb("--overwrite")
+    first, second = (line["init"]["id"] for line in logged if "init" in line)
     assert first != second
 
 
-def test_what_wandb_refuses_is_said_in_one_line(book, wandb_run, monkeypatch):
+def test_what_wandb_refuses_is_one_line(start_with_wandb, monkeypatch):
     monkeypatch.setenv("REFUSE", "1")
-    result, _ = wandb_run(f"--dataset={book}", "--out_dir=run")
-    assert result.returncode == 2
-    assert "error: --wandb: Weights & Biases refuses: quota exceeded" in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(InputError, match=r"^--wandb: Weights & Biases refuses: quota exceeded"):
+        start_with_wandb()
 
 
-def test_whoever_is_not_logged_in_hears_it_before_a_run_is_deleted(
-    tmp_path, book, wandb_run, monkeypatch
-):
-    wandb_run(f"--dataset={book}", "--out_dir=run")
-    rows = read_metrics(tmp_path / "run")
-    monkeypatch.setenv("LOGGED_OUT", "1")
-    result, _ = wandb_run(f"--dataset={book}", "--out_dir=run", "--overwrite")
-    assert result.returncode == 2
-    assert "error: --wandb needs a login" in result.stderr
-    assert read_metrics(tmp_path / "run") == rows
-
-
-def test_a_logger_that_fails_does_not_end_the_run(tmp_path, book, wandb_run, monkeypatch):
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, start_with_wandb, monkeypatch, capsys):
     monkeypatch.setenv("BREAK", "1")
-    result, _ = wandb_run(f"--dataset={book}", "--out_dir=run")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("a logger failed, and is told no more: the network is gone") == 1
+    start_with_wandb()
+    shown = capsys.readouterr().out
+    assert shown.count("logger disabled after an error: the network is gone") == 1
     assert read_metrics(tmp_path / "run")[-1]["step"] == 20
-    assert (tmp_path / "run" / "loss.png").exists()
 
 
-def test_a_folder_that_has_the_packages_name_is_not_it(tmp_path, monkeypatch):
+def test_a_folder_with_the_packages_name_is_not_the_package(tmp_path, monkeypatch):
     """Old runs leave one called wandb where train.py is started."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -158,7 +168,7 @@ def test_a_folder_that_has_the_packages_name_is_not_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", loggers.PACKAGES)
-def test_a_package_that_is_missing_is_said_before_anything_is_done(flag, monkeypatch):
+def test_a_missing_package_is_named_before_anything_is_done(flag, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = TrainConfig(**{flag: True})
     with pytest.raises(InputError, match=rf"--{flag} needs .*\[{flag}\]"):
@@ -166,21 +176,17 @@ def test_a_package_that_is_missing_is_said_before_anything_is_done(flag, monkeyp
     loggers.check(TrainConfig())
 
 
-def test_neither_is_imported_unless_it_is_asked_for(tmp_path, book, run, monkeypatch):
-    (tmp_path / "fakes").mkdir()
+def test_neither_is_imported_unless_it_is_requested(tmp_path, start, monkeypatch):
     for package in loggers.PACKAGES.values():
-        (tmp_path / "fakes" / f"{package}.py").write_text("raise SystemExit('imported')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
-    result = run("train.py", *QUICK, f"--dataset={book}", "--out_dir=run")
-    assert result.returncode == 0, result.stderr
+        put_fake(tmp_path, monkeypatch, package, "raise SystemExit('imported')")
+    assert start() == 0
     assert not any((tmp_path / "run" / name).exists() for name in loggers.PACKAGES)
 
 
 @pytest.mark.slow
-def test_the_real_wandb_takes_it_offline(tmp_path, book, run, monkeypatch):
+def test_the_real_wandb_logs_offline(tmp_path, start, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    result = run("train.py", *QUICK, "--wandb", f"--dataset={book}", "--out_dir=run")
-    assert result.returncode == 0, result.stderr
+    assert start("--wandb") == 0
     (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"val_loss" in written.read_bytes()

@@ -2,22 +2,18 @@
 
 import dataclasses
 import json
-import time
-import tracemalloc
 
-import jax
 import numpy as np
 import pytest
 
-from nanogpt_jax.hardware.flops import train_flops_per_token
-from nanogpt_jax.optim import learning_rate_schedule
+from nanogpt_jax.config import ComputeConfig
+from nanogpt_jax.hardware import train_flops_per_token
+from nanogpt_jax.run import progress as rooms
 from nanogpt_jax.run.plots import read_metrics
-from nanogpt_jax.run.progress import Diverged, Progress
+from nanogpt_jax.run.progress import MAX_SKIPPED, Diverged, Progress
 from nanogpt_jax.steps import Metrics
 
 LOSSES = (3.0 + np.random.default_rng(0).normal(size=100)).astype(np.float32)
-
-MOST_STEPS = 2**30
 
 
 @pytest.fixture
@@ -25,23 +21,28 @@ def config(tiny_config):
     return dataclasses.replace(tiny_config, max_iters=20, eval_interval=10, log_interval=4)
 
 
-def train(progress, begin, end, at_once=3, losses=LOSSES):
-    """Report steps as train.py does: some steps a dispatch, evaluations where they are due."""
-    step = begin
-    while True:
-        if progress.evaluation_due(step) and (step == 0 or step != begin):
-            progress.catch_up()
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Draw no picture, unless a test is about it."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(rooms, "draw", lambda folder, title: None)
+
+
+def metrics_of(step, losses=LOSSES, skipped=0):
+    """Return what an update reports: a loss of its own, and a learning rate to know it by."""
+    loss = losses[step - 1]
+    return Metrics(loss, loss, np.int32(skipped), np.float32(step / 100))
+
+
+def train(progress, begin, end, losses=LOSSES):
+    """Report steps as train.py does: every 10th step is evaluated, unless it was before."""
+    for step in range(begin, end + 1):
+        if step % 10 == 0 and (step == 0 or step != begin):
+            progress.flush(is_evaluated=True)
             progress.evaluated(step, 5 - step / 100)
-        if step == end:
-            break
-        n_steps = min(at_once, end - step, progress.config.eval_interval - step % 10)
-        filled = np.zeros(7, np.float32)
-        filled[:n_steps] = losses[step : step + n_steps]
-        progress.dispatched(
-            step, n_steps, time.perf_counter(), Metrics(filled, filled, np.zeros(7, int))
-        )
-        step += n_steps
-    progress.catch_up()
+        if step < end:
+            progress.log(step + 1, metrics_of(step + 1, losses))
+    progress.flush()
 
 
 def run(folder, config, begin=None, end=20, **kwargs):
@@ -54,7 +55,7 @@ def run(folder, config, begin=None, end=20, **kwargs):
 
 
 def numbers(folder):
-    """The rows without what the clock makes of them."""
+    """Return the rows without those columns that depend on the clock."""
     return [
         {name: x for name, x in row.items() if name not in ("tokens_per_s", "elapsed_s")}
         for row in read_metrics(folder)
@@ -73,12 +74,15 @@ def test_rows_are_at_log_points_and_evaluations(tmp_path, config):
     assert rows[1]["tokens_per_s"] > 0
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 7])
-def test_rows_do_not_depend_on_the_rhythm_of_dispatches(tmp_path, config, at_once):
-    for name, n in ("ones", 1), ("more", at_once):
-        (tmp_path / name).mkdir()
-        run(tmp_path / name, config, at_once=n)
-    assert numbers(tmp_path / "more") == numbers(tmp_path / "ones")
+def test_an_update_is_reported_when_the_next_one_was_dispatched(tmp_path, config):
+    """So that the device computes while the host reports."""
+    progress = Progress(tmp_path, config, None)
+    for step in range(1, 6):
+        progress.log(step, metrics_of(step))
+        assert [row["step"] for row in read_metrics(tmp_path)] == [4] * (step == 5)
+    progress.flush()
+    progress.close()
+    assert progress.train_loss == float(LOSSES[4])
 
 
 def test_a_log_interval_past_the_end_leaves_the_evaluations(tmp_path, config):
@@ -95,36 +99,12 @@ def test_losses_come_back_exactly(tmp_path, config):
 
 
 def test_the_learning_rate_is_that_of_the_update_before(tmp_path, config):
-    run(tmp_path, config)
-    schedule = learning_rate_schedule(config.optim, config.max_iters)
-    for row in read_metrics(tmp_path)[1:]:
-        assert row["lr"] == pytest.approx(float(schedule(row["step"] - 1)), rel=1e-6)
-
-
-def test_the_learning_rate_is_exactly_what_all_of_them_computed_at_once_are(tmp_path, config):
-    optim = dataclasses.replace(config.optim, warmup_iters=50, lr_decay_iters=150_000)
-    config = dataclasses.replace(config, optim=optim, max_iters=200_000)
-    schedule = learning_rate_schedule(config.optim, config.max_iters)
-    rates = np.asarray(jax.jit(schedule)(np.arange(config.max_iters)))
-    progress = Progress(tmp_path, config, None)
-    logged = [1, 49, 50, 51, 65_535, 65_536, 65_537, 131_072, 131_073, 149_999, 150_001, 200_000]
-    for step in logged:
-        progress.evaluated(step, 2.0)
+    progress = Progress(tmp_path, config, None, learning_rate=0.5)
+    train(progress, 0, 20)
     progress.close()
-    assert [row["lr"] for row in read_metrics(tmp_path)] == [float(rates[s - 1]) for s in logged]
-
-
-def test_a_run_of_a_billion_steps_begins_as_quickly_as_a_short_one(tmp_path, config):
-    """The learning rates of all its steps would take 24 GB."""
-    config = dataclasses.replace(config, max_iters=MOST_STEPS)
-    tracemalloc.start()
-    progress = Progress(tmp_path, config, None)
-    progress.evaluated(MOST_STEPS, 2.0)
-    most_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    progress.close()
-    assert most_bytes < 50e6
-    assert read_metrics(tmp_path)[0]["lr"] == np.float32(config.optim.min_lr)
+    rows = read_metrics(tmp_path)
+    assert rows[0]["lr"] == 0.5  # of the first update
+    assert [row["lr"] for row in rows[1:]] == [np.float32(r["step"] / 100) for r in rows[1:]]
 
 
 def test_a_resumed_run_has_the_rows_of_one_straight_through(tmp_path, config):
@@ -133,7 +113,26 @@ def test_a_resumed_run_has_the_rows_of_one_straight_through(tmp_path, config):
     stopped.mkdir()
     run(straight, config)
     run(stopped, config, end=18)
-    run(stopped, config, begin=10)  # the checkpoint lay at 10: 12 and 16 are made again
+    run(stopped, config, begin=10)  # the checkpoint is of step 10: 12 and 16 are repeated
+    assert numbers(stopped) == numbers(straight)
+
+
+def test_an_evaluation_that_a_signal_stopped_is_logged_when_it_is_repeated(tmp_path, config):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight.mkdir()
+    stopped.mkdir()
+    run(straight, config)
+    progress = Progress(stopped, config, None)
+    train(progress, 0, 9)
+    progress.log(10, metrics_of(10))
+    progress.flush(is_evaluated=True)
+    progress.evaluated(10, None)
+    progress.close()
+    assert "val_loss" not in read_metrics(stopped)[-1]
+    progress = Progress(stopped, config, 10, learning_rate=0.5, evaluates_first=True)
+    progress.evaluated(10, 4.9)
+    train(progress, 10, 20)
+    progress.close()
     assert numbers(stopped) == numbers(straight)
 
 
@@ -165,24 +164,24 @@ def test_resuming_remembers_the_best_and_the_time(tmp_path, config):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_loss_that_is_no_number_is_told_with_its_step(tmp_path, config, bad):
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_named_with_its_step(tmp_path, config, bad):
     losses = np.where(np.arange(100) == 6, bad, LOSSES)
-    with pytest.raises(Diverged, match=f"at step 7: loss {bad} and"):
+    with pytest.raises(Diverged, match=f"at step 7: loss {bad} and .*, learning rate 0.07"):
         run(tmp_path, config, losses=losses)
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 4]
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_before_its_parameters_are_saved(
+def test_a_gradient_that_is_not_finite_ends_the_run_before_its_parameters_are_saved(
     tmp_path, config
 ):
     progress = Progress(tmp_path, config, None)
-    progress.dispatched(0, 1, 0.0, Metrics(np.float32([2.0]), np.float32([np.inf]), [0]))
+    progress.log(1, metrics_of(1)._replace(grad_norm=np.float32(np.inf)))
     with pytest.raises(Diverged, match=r"at step 1: .* gradient norm inf"):
-        progress.catch_up()
+        progress.flush()
     progress.close()
 
 
-def test_a_validation_loss_that_is_no_number_is_told_with_its_step(tmp_path, config):
+def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path, config):
     progress = Progress(tmp_path, config, None)
     with pytest.raises(Diverged, match="at step 10: validation loss nan"):
         progress.evaluated(10, float("nan"))
@@ -190,25 +189,46 @@ def test_a_validation_loss_that_is_no_number_is_told_with_its_step(tmp_path, con
     assert read_metrics(tmp_path) == []
 
 
-def test_mfu_is_told_where_the_chips_peak_is_known(tmp_path, config):
+def test_updates_skipped_in_float16_are_counted_and_too_many_in_a_row_end_the_run(
+    tmp_path, config, capsys
+):
+    config = dataclasses.replace(config, compute=ComputeConfig(dtype="float16"), log_interval=1)
+    overflowed = metrics_of(1, np.full(99, np.inf, np.float32))
+    progress = Progress(tmp_path, config, None, skipped=2)
+    progress.log(1, overflowed._replace(skipped=np.int32(3)))
+    progress.log(2, metrics_of(2, skipped=3))
+    progress.flush(is_evaluated=True)
+    progress.evaluated(2, 4.0)
+    rows = read_metrics(tmp_path)
+    assert [row["skipped_updates"] for row in rows] == [3, 3]
+    assert ["train_loss" in row for row in rows] == [False, True]
+    assert "skipped updates: 3" in capsys.readouterr().out
+    for i in range(1, MAX_SKIPPED + 2):
+        progress.log(2 + i, overflowed._replace(skipped=np.int32(3 + i)))
+    with pytest.raises(Diverged, match=f"float16 overflowed in {MAX_SKIPPED} updates"):
+        progress.flush()
+    progress.close()
+
+
+def test_mfu_is_shown_if_the_chips_peak_is_known(tmp_path, config):
     """The share of the peak that the products of a step's tokens take."""
     progress = Progress(tmp_path, config, None, peak_flops=1e12)
     train(progress, 0, 10)
     progress.close()
-    first, *_, told = read_metrics(tmp_path)
+    first, *_, last = read_metrics(tmp_path)
     assert "mfu" not in first  # nothing was computed yet
     step_flops = train_flops_per_token(config.model) * config.tokens_per_iter
     assert progress.mfu() == pytest.approx(progress.steps_per_s * step_flops / 1e12)
-    assert told["mfu"] == pytest.approx(progress.mfu(), rel=0.005)
+    assert last["mfu"] == pytest.approx(progress.mfu(), rel=0.005)
 
 
-def test_no_mfu_is_told_of_a_chip_that_is_not_known(tmp_path, config):
+def test_no_mfu_is_shown_for_an_unknown_chip(tmp_path, config):
     progress = run(tmp_path, config)
     assert progress.mfu() is None
     assert not any("mfu" in row for row in read_metrics(tmp_path))
 
 
-def test_a_log_that_is_damaged_meanwhile_costs_the_picture_and_not_the_run(
+def test_a_log_that_is_damaged_meanwhile_costs_the_picture_but_not_the_run(
     tmp_path, config, capsys
 ):
     progress = Progress(tmp_path, config, None)

@@ -1,4 +1,4 @@
-"""The first signal asks, the second ends; where there is nothing to save, the first one does."""
+"""The first signal asks, the second ends; if there is nothing to save, the first one ends."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from nanogpt_jax.run.signals import NUMBERS, SAME_S, StopSignals
 NAMES = [signal.Signals(number).name for number in NUMBERS]
 
 
-def test_the_first_signal_is_noted_and_told(capfd):
+def test_the_first_signal_is_noted_and_reported(capfd):
     with StopSignals() as stop:
         stop.may_save = True
         assert stop.number == 0
@@ -52,7 +52,7 @@ BUSY = "import hashlib; print('busy', flush=True); hashlib.pbkdf2_hmac('md5', b'
 
 def started(may_save, then):
     script = f"""
-from nanogpt_jax.stopping import StopSignals
+from nanogpt_jax.run.signals import StopSignals
 with StopSignals() as stop:
     stop.may_save = {may_save}
     {then}
@@ -103,7 +103,7 @@ def test_a_signal_that_comes_twice_at_once_is_one():
         assert process.wait(timeout=20) == 130
 
 
-def test_a_signal_is_heard_though_nobody_reads_what_is_told():
+def test_a_signal_is_heard_though_nobody_reads_the_message():
     """As in `train.py 2>&1 | tee log`, where tee gets it too."""
     with started(False, BUSY) as process:
         process.stderr.close()

@@ -13,8 +13,7 @@ import pytest
 
 from nanogpt_jax.attention import init_cache
 from nanogpt_jax.config.presets import MODERN
-from nanogpt_jax.model import Compute
-from nanogpt_jax.model import GPT, flat_dot_general
+from nanogpt_jax.model import GPT, Compute, flat_dot_general
 from nanogpt_jax.steps import init_params, token_losses
 
 B, T, V = 3, 8, 11

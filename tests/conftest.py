@@ -46,7 +46,7 @@ def layers_of(architecture: str, n_layer: int = 2, n_head: int = 2) -> dict:
 
 @pytest.fixture
 def model_config() -> ModelConfig:
-    """A GPT that compiles in a second; all sizes differ, so that no axis is mistaken for another."""
+    """A GPT that compiles in a second; all sizes differ, so no axis is mistaken for another."""
     return ModelConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=12)
 
 

@@ -37,9 +37,8 @@ class Progress:
         learning_rate: of the first update.
         evaluates_first: an evaluation is due at the step that the run resumes from.
         is_first: only one of several processes writes files and shows the bar.
-        peak_flops: FLOP/s that the makers publish for all devices together; None for an unknown
-            chip: no MFU is shown.
-        bytes_per_token: of the validation split, for bits per byte; None if unknown.
+        peak_flops: FLOP/s that the makers publish for all devices together; None: no MFU is shown.
+        bytes_per_token: of the validation split, for bits per byte; None: unknown.
     """
 
     def __init__(
@@ -55,9 +54,8 @@ class Progress:
         bytes_per_token: float | None = None,
     ):
         self.folder, self.config, self.bytes_per_token = folder, config, bytes_per_token
-        self.steps_per_s = 0.0
         self.train_loss, self.learning_rate, self.skipped = None, learning_rate, skipped
-        self._skipped_in_a_row = 0
+        self._is_first, self._peak_flops, self._skipped_in_a_row = is_first, peak_flops, 0
         # A run that was killed may have logged past the checkpoint that it resumes from.
         start_step = -1 if resumed_at is None else resumed_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
@@ -66,23 +64,21 @@ class Progress:
             self.learning_rate = rows[-1].get("lr", learning_rate)
             if evaluates_first and "val_loss" not in rows[-1]:
                 rows.pop()  # a signal stopped its evaluation; it is logged again with its loss
-        self._is_first = is_first
-        self._mfu_per_step_s = None
-        if peak_flops is not None:
-            step_flops = config.tokens_per_iter * train_flops_per_token(config.model)
-            self._mfu_per_step_s = step_flops / peak_flops
         if is_first:
             kept = "".join(json.dumps(row) + "\n" for row in rows)
             files.write_atomically(folder / METRICS, kept.encode())
+        self._file = (folder / METRICS if is_first else Path(os.devnull)).open(
+            "a", encoding="utf-8"
+        )
         self._loggers = open_loggers(config, folder, resumed_at) if is_first else []
-        path = folder / METRICS if is_first else Path(os.devnull)
-        self._file = path.open("a", encoding="utf-8")
+        # Step 0 is not saved, so it cannot be the best.
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
-        self.best = min(evaluated, default=None)  # step 0 is not saved, so it cannot be the best
+        self.best = min(evaluated, default=None)
         self._elapsed_before_s = rows[-1]["elapsed_s"] if rows else 0.0
         self._start_s = self._drawn_s = self._shown_s = time.perf_counter()
         self._pending: tuple[int, Metrics] | None = None
         self._timed_from: tuple[int, float] | None = None  # step and time that speed counts from
+        self.steps_per_s = 0.0
         self._bar = tqdm(
             initial=resumed_at or 0,
             total=config.max_iters,
@@ -125,14 +121,16 @@ class Progress:
         if np.isfinite(loss):
             self.train_loss = float(loss)
         assert self._timed_from is not None
-        from_step, from_s = self._timed_from
-        now_s = time.perf_counter()
+        (from_step, from_s), now_s = self._timed_from, time.perf_counter()
         self.steps_per_s = (step - from_step) / (now_s - from_s)
         if step % self.config.log_interval == 0:
             self._timed_from = step, now_s
             if not is_evaluated:
                 self._write_row(step)
-            self._bar.set_postfix_str(self._postfix(), refresh=False)
+            mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
+            loss = math.nan if self.train_loss is None else self.train_loss
+            speed = f"{self.tokens_per_s():,.0f} tokens/s{mfu}{self._skips()}"
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         self._bar.update()
 
     def _diverged(self, what: str, step: int) -> Diverged:
@@ -162,21 +160,26 @@ class Progress:
         elif step > 0:
             self.best = val_loss, step
         self._write_row(step, val_loss)
-        train = f"train loss {self.train_loss:.4f}, " if self.train_loss is not None else ""
-        speed = self.steps_per_s * self.config.tokens_per_iter
-        speed = f", {speed:,.0f} tokens/s" if speed else ""
+        train = "" if self.train_loss is None else f"train loss {self.train_loss:.4f}, "
+        speed = f", {self.tokens_per_s():,.0f} tokens/s" if self.steps_per_s else ""
         loss = describe_loss(val_loss, self.bytes_per_token)
         self.print(f"step {step:6d}: {train}{loss}{best}{speed}{self._skips()}")
         if time.perf_counter() - self._drawn_s > REDRAW_S:
             self._draw()
             self._drawn_s = time.perf_counter()
 
+    def tokens_per_s(self) -> float:
+        """Return the speed of training since the last logged step."""
+        return self.steps_per_s * self.config.tokens_per_iter
+
     def mfu(self) -> float | None:
         """Return the share of the peak FLOP/s reached; None for an unknown chip.
 
-        0 before the first update, and for a model that multiplies no matrices: not shown.
+        0, which is not shown, before the first update and for a model without matrix products.
         """
-        return None if self._mfu_per_step_s is None else self._mfu_per_step_s * self.steps_per_s
+        if self._peak_flops is None:
+            return None
+        return self.tokens_per_s() * train_flops_per_token(self.config.model) / self._peak_flops
 
     def elapsed_s(self) -> float:
         """Return the seconds that the run has trained, earlier starts included."""
@@ -190,12 +193,6 @@ class Progress:
         finally:  # even if the disk is full
             self._draw()
             self._notify(lambda logger: logger.close())
-
-    def _postfix(self) -> str:
-        mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
-        tokens_per_s = self.steps_per_s * self.config.tokens_per_iter
-        loss = math.nan if self.train_loss is None else self.train_loss
-        return f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s{mfu}{self._skips()}"
 
     def _skips(self) -> str:
         return f", skipped updates: {self.skipped}" if self.skipped else ""
@@ -219,7 +216,7 @@ class Progress:
         row["lr"] = self.learning_rate
         if self.config.compute.dtype == "float16":
             row["skipped_updates"] = self.skipped
-        row["tokens_per_s"] = round(self.steps_per_s * self.config.tokens_per_iter)
+        row["tokens_per_s"] = round(self.tokens_per_s())
         if mfu := self.mfu():
             row["mfu"] = float(f"{mfu:.3g}")
         row["elapsed_s"] = round(self.elapsed_s(), 2)

@@ -204,7 +204,7 @@ class Checkpoints:
 
     def _read(self, step: int, **items) -> Any:
         """Return items of a checkpoint as Orbax reads them; raise Damaged if it cannot."""
-        failure, read = None, None
+        failure, read = "", None
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many types, Exception itself among them
@@ -220,7 +220,7 @@ class Checkpoints:
                     f"{self._path(step)} cannot be read right now ({failure}): nothing was "
                     "changed, try again"
                 ) from None
-        if self._processes.any(failure is not None):
+        if self._processes.any(bool(failure)):
             reason = failure or "in another process"
             raise Damaged(f"{self._path(step)}: {', '.join(items)} cannot be restored ({reason})")
         return read
@@ -231,7 +231,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait as `wait` does, and release all resources."""
+        """Wait, and release all resources."""
         try:
             self.wait()
         finally:
@@ -261,14 +261,11 @@ class Checkpoints:
         except Exception as error:  # of many types: OSError, ValueError, JAX's own
             if self._lost_a_peer(error):
                 raise
-            failure = first_line(error)
-        else:
-            return
-        self._has_failed = True
-        raise RunError(
-            f"a checkpoint could not be saved in {self.folder} ({failure}): fix that and run the "
-            "same command, which resumes from the checkpoint before"
-        )
+            self._has_failed = True
+            raise RunError(
+                f"a checkpoint could not be saved in {self.folder} ({first_line(error)}): fix that "
+                "and run the same command, which resumes from the checkpoint before"
+            ) from None
 
 
 class _NewestAndBest:

@@ -1,4 +1,4 @@
-"""Precision and attention kernel, chosen for devices that are not there."""
+"""The dtype and the attention kernel, chosen for devices that this machine does not have."""
 
 import os
 import subprocess
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanogpt_jax import sharding as meshes
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware import devices
-from nanogpt_jax.hardware.devices import Compute, choose, describe, memory_levers
+from nanogpt_jax.hardware.devices import choose_compute, describe, memory_levers
+from nanogpt_jax.model import Compute
+from nanogpt_jax.sharding import make_mesh
 
 
 def gpu(device_kind, compute_capability):
@@ -27,7 +28,7 @@ def tpu(device_kind):
 
 
 def model(head_size=64, **fields):
-    """GPT-2's shape, but for these fields."""
+    """A model of GPT-2's shape, except for these fields."""
     return ModelConfig(vocab_size=50304, n_embd=12 * head_size, **fields)
 
 
@@ -41,17 +42,17 @@ V5E = tpu("TPU v5 lite")
 GPT2 = model()
 
 
-def chosen(device, model=GPT2, **asked):
-    compute, _ = choose(ComputeConfig(**asked), model, device)
+def chosen(device, model=GPT2, **requested):
+    compute, _ = choose_compute(ComputeConfig(**requested), model, device)
     return compute.dtype.name, compute.attention
 
 
-def reason(device, model=GPT2, **asked):
-    return choose(ComputeConfig(**asked), model, device)[1]
+def reason(device, model=GPT2, **requested):
+    return choose_compute(ComputeConfig(**requested), model, device)[1]
 
 
 @pytest.mark.parametrize("device", [A100, L4, H100, H200], ids=lambda device: device.device_kind)
-def test_nvidia_from_ampere_on_computes_in_bfloat16_with_cudnn(device):
+def test_nvidia_gpus_from_ampere_on_compute_in_bfloat16_with_cudnn(device):
     assert chosen(device) == ("bfloat16", "cudnn")
 
 
@@ -60,7 +61,7 @@ def test_a_tpu_computes_in_bfloat16_with_splash(kind):
     assert chosen(tpu(kind)) == ("bfloat16", "splash")
 
 
-def test_a_t4_computes_in_float32_and_the_reason_says_what_is_faster():
+def test_a_t4_computes_in_float32_and_the_reason_suggests_what_is_faster():
     assert chosen(T4) == ("float32", "xla")
     assert "7.5" in reason(T4)
     assert "--dtype float16" in reason(T4)
@@ -72,13 +73,13 @@ def test_a_cpu_computes_in_float32():
     assert chosen(jax.devices()[0], dtype="bfloat16") == ("bfloat16", "xla")
 
 
-def test_a_gpu_that_is_not_nvidias_computes_in_float32():
+def test_a_gpu_of_another_maker_computes_in_float32():
     assert chosen(MI300X) == ("float32", "xla")
     assert chosen(MI300X, dtype="bfloat16") == ("bfloat16", "xla")
 
 
 @pytest.mark.parametrize(
-    ("device", "model", "asked", "because"),
+    ("device", "model", "requested", "because"),
     [
         (A100, model(dropout=0.1), {}, "dropout"),
         (A100, model(head_size=60), {}, "60"),
@@ -93,26 +94,26 @@ def test_a_gpu_that_is_not_nvidias_computes_in_float32():
     ],
     ids=lambda part: getattr(part, "device_kind", None),
 )
-def test_a_kernel_that_does_not_fit_is_left_out_and_the_reason_says_why(
-    device, model, asked, because
+def test_a_kernel_that_cannot_be_used_is_not_chosen_and_the_reason_says_why(
+    device, model, requested, because
 ):
-    assert chosen(device, model, **asked)[1] == "xla"
-    attention_reason = reason(device, model, **asked).partition(";")[2]
+    assert chosen(device, model, **requested)[1] == "xla"
+    attention_reason = reason(device, model, **requested).partition(";")[2]
     assert because in attention_reason
 
 
-def test_a_large_head_fits_from_hopper_on():
+def test_hopper_takes_larger_heads():
     assert chosen(H100, model(head_size=136))[1] == "cudnn"
     assert chosen(H100, model(head_size=256))[1] == "cudnn"
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "lacking"),
+    ("device", "requested", "lacking"),
     [
         (T4, {"attention": "cudnn", "dtype": "float16"}, "capability 8.0, but this is 7.5"),
         (MI300X, {"attention": "cudnn", "dtype": "bfloat16"}, "not an NVIDIA GPU"),
         (jax.devices()[0], {"attention": "cudnn"}, "a GPU, but this is a cpu"),
-        (A100, {"attention": "cudnn", "dtype": "float32"}, "16 bits, but this is float32"),
+        (A100, {"attention": "cudnn", "dtype": "float32"}, "a 16-bit dtype, but this is float32"),
         (V5E, {"attention": "cudnn"}, "a GPU, but this is a tpu"),
         (A100, {"attention": "splash"}, "a TPU, but this is a gpu"),
         (V5E, {"attention": "splash", "dtype": "float16"}, "but this is float16"),
@@ -120,13 +121,13 @@ def test_a_large_head_fits_from_hopper_on():
     ],
     ids=lambda part: getattr(part, "device_kind", None),
 )
-def test_a_kernel_asked_for_by_name_that_cannot_be_is_refused(device, asked, lacking):
+def test_requesting_an_impossible_kernel_is_an_error(device, requested, lacking):
     with pytest.raises(InputError, match=lacking):
-        chosen(device, **asked)
+        chosen(device, **requested)
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "expected"),
+    ("device", "requested", "expected"),
     [
         (A100, {"attention": "cudnn", "dtype": "float16"}, ("float16", "cudnn")),
         (A100, {"attention": "xla"}, ("bfloat16", "xla")),
@@ -136,25 +137,27 @@ def test_a_kernel_asked_for_by_name_that_cannot_be_is_refused(device, asked, lac
     ],
     ids=lambda part: getattr(part, "device_kind", None),
 )
-def test_what_is_asked_for_by_name_and_can_be_is_taken(device, asked, expected):
-    assert chosen(device, **asked) == expected
-    assert "as asked" in reason(device, **asked)
+def test_a_possible_request_is_fulfilled(device, requested, expected):
+    assert chosen(device, **requested) == expected
+    assert "as requested" in reason(device, **requested)
 
 
-def test_the_rest_of_what_was_asked_goes_through():
-    mesh = meshes.make_mesh((4, 1, 1))
-    compute, _ = choose(ComputeConfig(remat=True, loss_chunks=8), GPT2, jax.devices()[0], mesh)
+def test_the_other_fields_are_passed_on():
+    mesh = make_mesh((4, 1, 1))
+    compute, _ = choose_compute(
+        ComputeConfig(remat=True, loss_chunks=8), GPT2, jax.devices()[0], mesh
+    )
     assert (compute.remat, compute.loss_chunks, compute.mesh) == (True, 8, mesh)
     assert compute.dtype == jnp.float32
 
 
-def test_of_too_little_memory_only_what_may_help_is_named():
-    """What is done already, or what a step of the lecture does not have, is no advice."""
+def test_advice_about_too_little_memory_names_only_what_may_help():
+    """Not what is set already, nor what a model of the lecture does not have."""
     levers = memory_levers(TrainConfig(), Compute())
-    for word in "--batch_size", "--gradient_accum", "--remat", "--loss_chunks", "16 bits":
+    for word in "--batch_size", "--gradient_accum", "--remat", "--loss_chunks", "bfloat16":
         assert word in levers
     compute = Compute(jnp.dtype("bfloat16"), remat=True, loss_chunks=8)
-    assert memory_levers(TrainConfig(batch_size=1), compute) == "take a smaller model"
+    assert memory_levers(TrainConfig(batch_size=1), compute) == "try a smaller model"
     lecture = ModelConfig(architecture="bigram", bias=True, n_layer=1, n_head=1)
     assert "--remat" not in memory_levers(TrainConfig(model=lecture), Compute())
 
@@ -164,7 +167,7 @@ def test_of_too_little_memory_only_what_may_help_is_named():
 
 @pytest.fixture
 def root(tmp_path):
-    """A file system of which nothing is known, on a machine whose user forces no platform."""
+    """The root of an empty file system, with no platform forced by the user."""
     forced = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
     yield tmp_path
@@ -187,30 +190,30 @@ def warning(root, capsys):
 
 
 @pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "dxg"])
-def test_a_gpu_that_jax_does_not_use_is_said_with_what_to_install(root, capsys, name):
+def test_an_unused_gpu_is_reported_with_what_to_install(root, capsys, name):
     write(root / "dev" / name)
     (line,) = warning(root, capsys).splitlines()
-    assert line.startswith("*** an NVIDIA GPU seems to be here, but JAX computes on the CPU")
+    assert line.startswith("*** an NVIDIA GPU seems to be present, but JAX computes on the CPU")
     assert "pip install -e '.[cuda12]' or '.[cuda13]'" in line
 
 
-def test_a_tpu_that_jax_does_not_use_is_said_with_what_to_install(root, capsys):
+def test_an_unused_tpu_is_reported_with_what_to_install(root, capsys):
     add_pci_device(root, "0x8086", "0x1237")
     add_pci_device(root, "0x1ae0", "0x0063")
     (line,) = warning(root, capsys).splitlines()
-    assert line.startswith("*** a TPU seems to be here, but JAX computes on the CPU")
+    assert line.startswith("*** a TPU seems to be present, but JAX computes on the CPU")
     assert "pip install -e '.[tpu]'" in line
 
 
-def test_on_a_machine_without_a_chip_nothing_is_said(root, capsys):
-    """Google's network card and disk are no TPU, nor has Intel a TPU of the same number."""
+def test_no_warning_on_a_machine_without_a_chip(root, capsys):
+    """Google's network card and disk are no TPUs, nor is an Intel device of the same number."""
     for vendor, device in ("0x1ae0", "0x0042"), ("0x1ae0", "0x001f"), ("0x8086", "0x0063"):
         add_pci_device(root, vendor, device)
     (root / "sys" / "bus" / "pci" / "devices" / "unreadable").mkdir()
     assert warning(root, capsys) == ""
 
 
-def test_who_forces_the_cpu_or_hides_the_gpu_is_told_nothing(root, capsys, monkeypatch):
+def test_no_warning_if_the_cpu_is_forced_or_the_gpu_hidden(root, capsys, monkeypatch):
     write(root / "dev" / "nvidia0")
     for hidden in "", "-1":
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -221,7 +224,7 @@ def test_who_forces_the_cpu_or_hides_the_gpu_is_told_nothing(root, capsys, monke
     assert warning(root, capsys) == ""
 
 
-def test_where_jax_uses_the_chip_nothing_is_said(root, capsys, monkeypatch):
+def test_no_warning_if_jax_uses_the_chip(root, capsys, monkeypatch):
     write(root / "dev" / "nvidia0")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert warning(root, capsys) == ""
@@ -231,17 +234,20 @@ SCRIPT = """
 import pathlib, sys
 import jax
 from jax._src import hardware_utils
-from nanogpt_jax import devices
+from nanogpt_jax.hardware import devices
 hardware_utils.has_visible_nvidia_gpu = lambda: True  # as on the machine whose root is given
 devices.warn_of_unused_chip(pathlib.Path(sys.argv[1]))
 jax.devices()
 """
 
 
-def test_what_jax_says_of_it_itself_becomes_one_line_with_ours(tmp_path):
+def test_our_warning_replaces_jaxs(tmp_path):
     write(tmp_path / "dev" / "nvidia0")
     free = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    for root, words in (tmp_path, "*** an NVIDIA GPU seems to be here"), (tmp_path / "x", "may be"):
+    for root, words in (
+        (tmp_path, "*** an NVIDIA GPU seems to be present"),
+        (tmp_path / "x", "may be"),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, str(root)],
             env=free, capture_output=True, text=True, check=True,
@@ -250,7 +256,7 @@ def test_what_jax_says_of_it_itself_becomes_one_line_with_ours(tmp_path):
         assert words in line
 
 
-def test_a_mesh_in_words():
-    assert describe(meshes.make_mesh((1, 1, 1))) == "cpu"
-    assert describe(meshes.make_mesh((4, 1, 1))) == "4 x cpu (data 4)"
-    assert describe(meshes.make_mesh((1, 2, 2))) == "4 x cpu (fsdp 2, tensor 2)"
+def test_describe_names_the_axes_of_a_mesh():
+    assert describe(make_mesh((1, 1, 1))) == "cpu"
+    assert describe(make_mesh((4, 1, 1))) == "4 x cpu (data 4)"
+    assert describe(make_mesh((1, 2, 2))) == "4 x cpu (fsdp 2, tensor 2)"

@@ -22,7 +22,7 @@ from hostile import BAD_JSON, HOSTILE_TEXTS, another, answer, content_of, copied
 from hypothesis import example, given
 from hypothesis import strategies as st
 from make_old_run import ROOT, sample
-from runs import train
+from runs import start, train, write_dataset, write_tokenizer
 from tokenizers import Tokenizer
 
 import nanogpt_jax
@@ -279,8 +279,8 @@ def test_a_start_is_the_text_of_a_file_or_of_standard_input(tmp_path, monkeypatc
     ]:
         (tmp_path / "start.txt").write_bytes(content)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-        for start in f"FILE:{tmp_path / 'start.txt'}", "-", expected:
-            assert sample.read_start(start) == expected
+        for prompt in f"FILE:{tmp_path / 'start.txt'}", "-", expected:
+            assert sample.read_start(prompt) == expected
 
 
 # Runs of strangers
@@ -288,15 +288,10 @@ def test_a_start_is_the_text_of_a_file_or_of_standard_input(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with a run that was trained for a moment, its text and its prepared corpus."""
+    """A folder with a run that was trained for a moment, and its dataset."""
     home = tmp_path_factory.mktemp("trained")
-    (home / "book.txt").write_text(40 * "the cat sat on the mat and ate a rat.\n")
-    argv = [
-        *("--config=tiny", "--n_layer=1", "--n_embd=16", "--block_size=16", "--max_iters=2"),
-        *(f"--dataset={home / 'book.txt'}", f"--data_dir={home / 'data'}"),
-        *(f"--out_dir={home / 'run'}", "--mesh=data=1"),
-    ]
-    assert train.main(argv) == 0
+    write_tokenizer(write_dataset(home / "letters"))
+    assert start(home / "run", home / "letters", "--max_iters=2") == 0
     return home
 
 
@@ -359,9 +354,7 @@ SHAPES = [
 def test_a_shape_that_no_machine_can_hold_is_refused_at_once(trained, tmp_path, shape):
     began_s = time.monotonic()
     flags = [f"--{name}={value}" for name, value in shape.items()]
-    more = [f"--dataset={trained / 'data'}", "--loss_chunks=1", f"--out_dir={tmp_path / 'new'}"]
-    (bins,) = (trained / "data").iterdir()
-    more[0] = f"--dataset={bins}"
+    more = [f"--dataset={trained / 'letters'}", f"--out_dir={tmp_path / 'new'}"]
     line = answer(lambda: train.main(["--config=tiny", *flags, *more]))
     words = "must be at most", "needs at least", "must have room for three checkpoints"
     assert any(word in line for word in words)

@@ -180,9 +180,9 @@ def in_a_process(script: str, *argv: str) -> str:
 
 
 def test_help_data_and_config_errors_need_no_jax():
-    """What train.py, sample.py and data/prepare.py import, and every face; in turn, for the message.
+    """What train.py, sample.py and data/prepare.py import, and every package's face.
 
-    The package itself imports nothing of its own.
+    The package itself imports none of its own modules.
     """
     script = """
 import importlib, json, runpy, sys

@@ -8,8 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import runs
 from make_old_run import sample
-from runs import saved_steps, spawn, train, wait_for_step
+from runs import saved_steps, spawn, train, wait_for_step, write_dataset, write_tokenizer
 
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.run import read_metrics
@@ -45,16 +46,18 @@ def test_an_out_dir_that_cannot_be_is_refused_before_anything_is_written(start, 
 
 
 def test_a_run_in_an_unusual_place_resumes_and_is_sampled_by_the_command_it_prints(
-    start, book, capsys
+    tmp_path, monkeypatch, capsys
 ):
     """In a shell too, whatever the folder's name, and through a link."""
-    (book.parent / "elsewhere").mkdir()
-    (book.parent / "-{0} %s").mkdir()
-    (book.parent / "-{0} %s" / "link").symlink_to("../elsewhere")
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer(write_dataset(Path("letters")))
+    Path("elsewhere").mkdir()
+    Path("-{0} %s").mkdir()
+    Path("-{0} %s", "link").symlink_to("../elsewhere")
     out_dir = f"-{{0}} %s/link/{UNUSUAL} #$x^2_{{$ line\n".ljust(200, "x")
-    assert start("--max_iters=2", f"--out_dir={out_dir}") == 0
+    assert runs.start(out_dir, "letters", "--max_iters=2") == 0
     capsys.readouterr()
-    assert start("--max_iters=4", "--lr_decay_iters=2", f"--out_dir={out_dir}") == 0
+    assert runs.start(out_dir, "letters", "--max_iters=4") == 0
     printed = capsys.readouterr().out
     assert "from step 2" in printed
     assert [row["step"] for row in read_metrics(Path(out_dir))] == [0, 1, 2, 3, 4]

@@ -22,9 +22,7 @@ UPWARD = {
     ("run.run", "nanogpt_jax", "a run records __version__"),
     ("gpt2.convert", "nanogpt_jax", "the export is built on nanogpt_jax.load, as a user's code is"),
     ("web.app", "nanogpt_jax", "the page is built on nanogpt_jax.load, as a user's code is"),
-    ("web.handlers", "nanogpt_jax", "the page is built on nanogpt_jax.stream"),
     ("web.session", "nanogpt_jax", "the page is built on nanogpt_jax.stream"),
-    ("lecture.climb", "nanogpt_jax", "the climb shows a sample by nanogpt_jax.generate"),
 }
 # Imports of another package's room in place of its face.
 ROOMS = {

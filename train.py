@@ -34,7 +34,6 @@ def main(argv: list[str]) -> int:
     with Run.open(config, corpus, processes) as run:
         if source and not run.is_resuming:  # downloaded and found readable, or refused now
             processes.first_alone(lambda: gpt2.open_tensors(source), "downloaded")
-        hardware.start_jax(config, processes)
         return (evaluate_only if config.eval_only else train)(run.config, corpus, run)
 
 

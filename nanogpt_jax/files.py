@@ -120,7 +120,12 @@ def locked(folder: Path, if_taken: Callable[[], None]) -> Iterator[None]:
 def _acquire(lock: filelock.BaseFileLock, folder: Path, if_taken: Callable[[], None]) -> None:
     wait = False
     while not lock.is_locked:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # a file, or a folder removed while mkdir looked at it
+            if folder.is_file() or folder.is_symlink():
+                raise
+            continue
         try:
             lock.acquire(blocking=wait)
         except filelock.Timeout:

@@ -74,12 +74,12 @@ def write_tokenizer(dataset: Path) -> None:
     (dataset / "tokenizer.json").write_text('{"type": "char", "chars": "\\nabcdefgh"}')
 
 
-def command(folder: Path, dataset: Path, *more) -> list[str]:
+def command(folder: Path | str, dataset: Path | str, *more) -> list[str]:
     """Return the arguments of train.py for a run of SHAPE."""
     return [*SHAPE, f"--dataset={dataset}", f"--out_dir={folder}", *map(str, more)]
 
 
-def start(folder: Path, dataset: Path, *more) -> int:
+def start(folder: Path | str, dataset: Path | str, *more) -> int:
     """Train in this process; return the exit code."""
     return train.main(command(folder, dataset, *more))
 

@@ -7,26 +7,21 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import ROOT, SHAPE, saved_steps
 
 from nanogpt_jax.run.plots import read_metrics
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
-SHAPE = [
-    *("--config=tiny", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"),
-    *("--dropout=0.1", "--batch_size=4", "--gradient_accumulation_steps=2"),
-    *("--max_iters=60", "--lr_decay_iters=60", "--eval_interval=20", "--log_interval=5"),
-]
+LENGTH = "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=20", "--log_interval=5"
 
 
 def start(folder, book, *more, n_devices=1, variables=None):
-    """Start train.py with so many virtual devices."""
-    argv = [sys.executable, str(ROOT / "train.py"), *SHAPE]
+    """Start train.py in a process with so many virtual devices."""
+    argv = [sys.executable, str(ROOT / "train.py"), *SHAPE, *LENGTH, "--mesh="]
     argv += [f"--dataset={book}", f"--out_dir={folder}", *more]
     flags = f"--xla_force_host_platform_device_count={n_devices}"
     return subprocess.Popen(
@@ -52,11 +47,11 @@ def start_two(folder, book, *more, second=()):
 def finish(*processes, timeout=240):
     """Return (exit code, standard output, standard error) of each."""
     try:
-        told = [process.communicate(timeout=timeout) for process in processes]
+        outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+    return [(process.returncode, *texts) for process, texts in zip(processes, outputs, strict=True)]
 
 
 def wait_for_step(folder, step, processes):
@@ -65,10 +60,6 @@ def wait_for_step(folder, step, processes):
         assert time.monotonic() < deadline_s
         assert all(process.poll() is None for process in processes), finish(*processes)
         time.sleep(0.05)
-
-
-def saved_steps(folder):
-    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
 
 
 def assert_same_losses(folder, other):
@@ -109,7 +100,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, book, alone):
 
 
 @pytest.mark.parametrize("n_devices", [1, 4])
-def test_a_signal_to_one_stops_both_and_any_machine_goes_on(tmp_path, book, alone, n_devices):
+def test_a_signal_to_one_stops_both_and_any_machine_resumes(tmp_path, book, alone, n_devices):
     folder = tmp_path / "run"
     both = start_two(folder, book, "--max_iters=100000", "--eval_interval=20")
     wait_for_step(folder, 20, both)
@@ -133,7 +124,7 @@ def test_a_signal_to_one_stops_both_and_any_machine_goes_on(tmp_path, book, alon
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_one_that_is_killed_makes_the_other_leave_with_a_message(tmp_path, book, killed):
+def test_if_one_is_killed_the_other_leaves_with_a_message(tmp_path, book, killed):
     folder = tmp_path / "run"
     both = start_two(folder, book, "--max_iters=100000")
     wait_for_step(folder, 100, both)
@@ -143,7 +134,7 @@ def test_one_that_is_killed_makes_the_other_leave_with_a_message(tmp_path, book,
     assert time.monotonic() - begun_s < 30
     assert code not in (0, None)
     # Ours, or that of JAX's runtime, which may be the first to see it.
-    assert re.search("another process of this run is gone|Terminating process because", errors)
+    assert re.search("another process of this run has died|Terminating process because", errors)
     assert saved_steps(folder)[0] >= 20
 
 
@@ -151,6 +142,7 @@ def test_flags_that_differ_are_refused(tmp_path, book):
     both = start_two(tmp_path / "run", book, second=["--seed=1"])
     for code, _, errors in finish(*both, timeout=60):
         assert code not in (0, None)
+        assert "they differ in seed" in errors
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 

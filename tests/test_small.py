@@ -33,7 +33,7 @@ def shakespeare(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
-    """nanoGPT's own: 1.9006 to 1.9159 for five seeds on the same machine."""
+    """nanoGPT's own results: 1.9006 to 1.9159 for five seeds on the same machine."""
     first, last = [], []
     for seed in SEEDS:
         out_dir = tmp_path / f"seed{seed}"

@@ -422,7 +422,7 @@ def test_a_known_chip_shows_its_cost_before_the_run_and_its_mfu(
     assert evaluated_steps(tmp_path) == [4]
 
 
-def test_a_chip_that_jax_cannot_use_is_named_before_training_and_a_compile_cache_is_used(
+def test_an_unused_chip_is_named_and_the_compile_cache_set_before_training(
     begun, dataset, monkeypatch, capsys
 ):
     heard = []

@@ -31,12 +31,11 @@ if TYPE_CHECKING:
         describe,
         memory_bytes,
         memory_levers,
-        start_jax,
         warn_of_unused_chip,
     )
 
 _NEED_JAX = {"Machine", "choose", "choose_compute", "describe"}
-_NEED_JAX |= {"memory_bytes", "memory_levers", "start_jax", "warn_of_unused_chip"}
+_NEED_JAX |= {"memory_bytes", "memory_levers", "warn_of_unused_chip"}
 
 
 def __getattr__(name: str):

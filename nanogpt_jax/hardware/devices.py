@@ -68,12 +68,6 @@ class Machine(NamedTuple):
         return line
 
 
-def start_jax(config: TrainConfig, processes: Processes = ALONE) -> None:
-    """Set the compile cache, and warn of an unused chip; call it before JAX looks for devices."""
-    use_compile_cache(config.compile_cache, processes.count)
-    warn_of_unused_chip()
-
-
 def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
     """Choose what a run computes on, and how.
 

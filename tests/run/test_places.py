@@ -1,38 +1,25 @@
 """Runs in unusual places, and two trainings in one place."""
 
-import importlib.util
 import json
 import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+import runs
+from make_old_run import sample
+from runs import saved_steps, spawn, train, wait_for_step, write_dataset, write_tokenizer
 
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware import devices
-from nanogpt_jax.run.plots import read_metrics
+from nanogpt_jax.run import read_metrics
 
-ROOT = Path(__file__).parents[2]
 UNUSUAL = "a b/ü 日本 🎭"
 TINY = [
     *("--config=tiny", "--n_layer=1", "--n_embd=16", "--block_size=16", "--dataset=book.txt"),
     *("--eval_interval=2", "--log_interval=1", "--mesh=data=1"),
 ]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train, sample = load("train"), load("sample")
 SHORT = "--num_samples=1", "--max_new_tokens=5", "--temperature=0"
 
 
@@ -58,39 +45,25 @@ def test_an_out_dir_that_cannot_be_is_refused_before_anything_is_written(start, 
     assert capsys.readouterr().out == ""
 
 
-def command_shown(out: str) -> list[str]:
-    """The arguments of the command that a training prints at its end, as a shell would split it."""
-    (command,) = re.findall(r"`python sample\.py(.*?)`", out, re.DOTALL)
-    return shlex.split(command)
-
-
-@pytest.mark.parametrize("out_dir", [UNUSUAL, "link/", "-{0} %s #$x^2_{$ line\n".ljust(200, "x")])
 def test_a_run_in_an_unusual_place_resumes_and_is_sampled_by_the_command_it_prints(
-    start, book, capsys, out_dir
+    tmp_path, monkeypatch, capsys
 ):
-    (book.parent / "elsewhere").mkdir()
-    (book.parent / "link").symlink_to("elsewhere")
-    assert start("--max_iters=2", f"--out_dir={out_dir}") == 0
+    """In a shell too, whatever the folder's name, and through a link."""
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer(write_dataset(Path("letters")))
+    Path("elsewhere").mkdir()
+    Path("-{0} %s").mkdir()
+    Path("-{0} %s", "link").symlink_to("../elsewhere")
+    out_dir = f"-{{0}} %s/link/{UNUSUAL} #$x^2_{{$ line\n".ljust(200, "x")
+    assert runs.start(out_dir, "letters", "--max_iters=2") == 0
     capsys.readouterr()
-    assert start("--max_iters=4", "--lr_decay_iters=2", f"--out_dir={out_dir}") == 0
-    out = capsys.readouterr().out
-    assert "from step 2" in out
+    assert runs.start(out_dir, "letters", "--max_iters=4") == 0
+    printed = capsys.readouterr().out
+    assert "from step 2" in printed
     assert [row["step"] for row in read_metrics(Path(out_dir))] == [0, 1, 2, 3, 4]
-    assert sample.main([*command_shown(out), *SHORT]) == 0
-    assert capsys.readouterr().err == f"{Path(out_dir)}, step 4\n"
-
-
-def test_training_and_sampling_warn_of_an_unused_chip_before_they_begin(start, capsys, monkeypatch):
-    printed_before = []
-    monkeypatch.setattr(
-        devices, "warn_of_unused_chip", lambda: printed_before.append(capsys.readouterr().out)
-    )
-    assert start("--max_iters=2", "--out_dir=run") == 0
-    assert sample.main(["--out_dir=run", *SHORT]) == 0
-    in_training, in_sampling = printed_before
-    assert "step" not in in_training
-    assert "val loss" in in_sampling  # the end of the training
-    assert "-----" not in in_sampling
+    (command,) = re.findall(r"`python sample\.py(.*?)`", printed, re.DOTALL)
+    assert sample.main([*shlex.split(command), *SHORT]) == 0
+    assert capsys.readouterr().err == f"{out_dir}, step 4\n"
 
 
 @pytest.mark.slow
@@ -139,27 +112,19 @@ def refusal(result) -> str:
 def trainer(book):
     """The process of a training without end in out/run, which has a checkpoint."""
     argv = [*TINY, "--max_iters=1000000", "--eval_interval=20", "--out_dir=out/run"]
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *argv],
-        cwd=book.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+    with spawn(*argv, cwd=book.parent) as process:
         process.argv, process.folder = argv, book.parent / "out" / "run"
         try:
-            wait_for_steps(process, 60)  # so the first of 20 is whole
+            wait_for_steps(process, 60)  # so the first of 20 is complete
             yield process
         finally:
             process.kill()
 
 
 def wait_for_steps(process, n_steps):
-    """Wait until a training has made as many steps more."""
+    """Wait until a training has made so many more steps."""
     rows = read_metrics(process.folder)
-    until_step = n_steps + (rows[-1]["step"] if rows else 0)
-    deadline_s = time.monotonic() + 120
-    while not any(row["step"] >= until_step for row in read_metrics(process.folder)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    wait_for_step(process, process.folder, n_steps + (rows[-1]["step"] if rows else 0))
 
 
 @pytest.mark.slow
@@ -195,9 +160,7 @@ def test_a_run_is_sampled_evaluated_and_drawn_while_it_is_trained(run, trainer):
 def test_a_training_that_was_killed_leaves_its_folder_free(run, trainer):
     trainer.kill()
     trainer.communicate(timeout=60)
-    stopped_at = max(
-        int(path.name) for path in trainer.folder.glob("checkpoints/*") if path.name.isdecimal()
-    )
+    stopped_at = saved_steps(trainer.folder)[-1]
     more = f"--max_iters={stopped_at + 5}", "--lr_decay_iters=1000000"
     done = run("train.py", *trainer.argv, *more, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

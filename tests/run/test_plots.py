@@ -124,7 +124,7 @@ def test_the_command_prints_a_line_for_each_run_and_where_the_picture_is(
 
 
 WRONG = [
-    ([], "at least one run must be given"),
+    ([], "name the folder of at least one run"),
     (["nowhere"], "nowhere is not a run: there is no nowhere/config.json"),
     (["empty"], "empty has logged nothing yet"),
     (["a", "--x", "loss"], "loss"),
@@ -174,7 +174,7 @@ def test_another_line_that_is_no_row_is_named(make_run):
         bad.append(json.dumps(TRAIN[0] | change))
     for loss in None, "2.5", float("nan"), float("inf"), [2.5], 10**400:
         bad.append(json.dumps(VAL[0] | {"val_loss": loss}))
-    message = r"metrics\.jsonl, line 5: must be like .* delete the"
+    message = r"metrics\.jsonl, line 5: must be like .* delete that line"
     for line in bad:
         path.write_text("\n".join([*lines[:4], line, *lines[4:]]) + "\n")
         for read in (read_metrics, lambda folder: plots.read_run(folder, "time")):
@@ -196,7 +196,7 @@ def test_among_several_folders_what_is_not_a_run_is_left_out(
     (tmp_path / "exported").mkdir()
     plots.main(["a", "report.png", "b", "exported"])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "no run, and left out: report.png, exported"
+    assert printed[0] == "not a run, skipped: report.png, exported"
     assert [line[:2] for line in printed[1:3]] == ["a ", "b "]
     with pytest.raises(InputError, match="exported is not a run"):
         plots.main(["exported", "report.png"])

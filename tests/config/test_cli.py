@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nanogpt_jax import corpora
-from nanogpt_jax.config import PRESETS, parse_train_config, replace_fields, to_flat_dict
+from nanogpt_jax.config import PRESETS, parse_train_config, to_flat_dict
 from nanogpt_jax.config.presets import ABOUT
+from nanogpt_jax.config.schema import replace_fields
 
 ROOT = Path(__file__).parents[2]
 STUB_MESSAGE = "this jax cannot be imported"
@@ -31,7 +32,7 @@ TRAINING = [
     ("--dataset=empty.txt", ["empty.txt", "is empty"]),
     ("--dataset=short.txt", ["short.txt", "block_size + 1 = 33", "23"]),
     ("--dataset=book.txt --block_size=600", ["book.txt", "block_size + 1 = 601", "600"]),
-    ("--dataset=binary.txt", ["binary.txt", "byte 8"]),
+    ("--dataset=binary.txt", ["binary.txt", "byte 0 is 0x89"]),
     ("--dataset=latin.txt", ["latin.txt", "byte 3 is 0xe9"]),
     ("--dataset=thesis", ["thesis", ".txt"]),
     ("--dataset=cut", ["val.bin", "399 bytes", "cut off"]),
@@ -244,7 +245,7 @@ def test_help_shows_the_values_of_the_preset_it_is_asked_with(capsys):
 def test_help_explains_every_field(capsys):
     """From the comments beside and above the fields, in one form: no capital, no full stop."""
     shown = help_of([], capsys)
-    fields = to_flat_dict(PRESETS["small"]())
+    fields = to_flat_dict(PRESETS["small"])
     for name, value in fields.items():
         flag = shown.index(f" --{name} ")
         end = shown.index("(default:", flag)

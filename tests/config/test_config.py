@@ -3,6 +3,7 @@ import json
 import pytest
 
 from nanogpt_jax.config import (
+    PRESETS,
     ComputeConfig,
     ModelConfig,
     OptimConfig,
@@ -11,7 +12,6 @@ from nanogpt_jax.config import (
     field_types,
     parse_args,
     parse_train_config,
-    presets,
     to_flat_dict,
 )
 from nanogpt_jax.config.cli import NANOGPT_FLAGS, read_settings
@@ -100,7 +100,7 @@ def test_nanogpts_cpu_command_gives_the_small_preset():
         "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
     )
     config = parse_train_config(["--config=shakespeare", *argv.split()])
-    flat, small = to_flat_dict(config), to_flat_dict(presets.small())
+    flat, small = to_flat_dict(config), to_flat_dict(PRESETS["small"])
     differing = {name for name in flat if flat[name] != small[name]}
     assert differing == {"config", "lr_decay_iters"}
 

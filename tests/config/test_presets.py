@@ -99,7 +99,7 @@ def test_every_preset_but_the_smoke_test_and_the_fast_ones_is_compared_with_its_
 @pytest.mark.parametrize("name", FAST)
 def test_a_fast_preset_has_the_task_of_its_slow_one_and_is_in_all_less(name):
     """The same text, context and tokens a step; fewer of these, and no larger model."""
-    fast, slow = (with_vocab_size(PRESETS[n]()) for n in (name, name.removesuffix("-fast")))
+    fast, slow = (with_vocab_size(PRESETS[n]) for n in (name, name.removesuffix("-fast")))
     for field in "dataset", "tokenizer", "batch_size", "gradient_accumulation_steps", "seed":
         assert getattr(fast, field) == getattr(slow, field)
     assert fast.model.block_size == slow.model.block_size
@@ -111,11 +111,11 @@ def test_a_fast_preset_has_the_task_of_its_slow_one_and_is_in_all_less(name):
 
 
 def test_a_step_of_small_fast_sees_768_tokens():
-    assert PRESETS["small-fast"]().tokens_per_iter == 768
+    assert PRESETS["small-fast"].tokens_per_iter == 768
 
 
 def test_the_learning_rate_decays_over_the_whole_run_unless_said_otherwise():
-    assert {preset().optim.lr_decay_iters for preset in PRESETS.values()} == {None}
+    assert {preset.optim.lr_decay_iters for preset in PRESETS.values()} == {None}
 
 
 def test_gpt2_updates_have_half_a_million_tokens():
@@ -125,13 +125,13 @@ def test_gpt2_updates_have_half_a_million_tokens():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_carries_its_own_name(name):
     """The run's folder and config.json say it."""
-    assert PRESETS[name]().config == name
+    assert PRESETS[name].config == name
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_number_of_parameters_in_the_help_is_the_one_its_model_is_known_by(name):
     """nanoGPT leaves the position embedding out, the lecture does not."""
-    n_params = headline_params(with_vocab_size(PRESETS[name]()).model)
+    n_params = headline_params(with_vocab_size(PRESETS[name]).model)
     doc = ABOUT[name]
     if exact := re.search(r"(\d+,\d+) parameters", doc):
         assert exact[1] == f"{n_params:,}"
@@ -141,12 +141,12 @@ def test_the_number_of_parameters_in_the_help_is_the_one_its_model_is_known_by(n
 
 
 def test_small_is_what_runs_without_a_flag():
-    assert parse_train_config([]) == PRESETS["small"]()
+    assert parse_train_config([]) == PRESETS["small"]
 
 
 def test_a_flag_changes_one_field_of_a_preset_wherever_it_stands():
     for argv in (["--config=small", "--n_layer=2"], ["--n_layer=2", "--config", "small"]):
-        small, config = to_flat_dict(PRESETS["small"]()), to_flat_dict(parse_train_config(argv))
+        small, config = to_flat_dict(PRESETS["small"]), to_flat_dict(parse_train_config(argv))
         assert {key for key in small if small[key] != config[key]} == {"n_layer"}
 
 
@@ -197,7 +197,7 @@ def test_flags_that_the_weights_leave_open_can_be_given():
 
 
 def test_the_configuration_of_a_run_that_began_with_weights_can_be_given(tmp_path):
-    config = PRESETS["finetune-shakespeare"]()
+    config = PRESETS["finetune-shakespeare"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_flat_dict(config)))
     assert parse_train_config(["--config", str(path)]).model == config.model

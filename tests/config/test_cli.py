@@ -1,4 +1,4 @@
-"""What the commands answer before JAX is imported: here importing it fails."""
+"""What the commands answer without JAX, whose import fails here."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def without_jax(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a prepared text, runs, and what a user may name by mistake."""
+    """A folder with a prepared text, runs, and files that a user may name by mistake."""
     folder = tmp_path_factory.mktemp("place")
     for name, content in {
         "book.txt": TEXT.encode(),
@@ -180,7 +180,7 @@ def answers(place, without_jax) -> dict:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert contents(place) == before  # whatever was refused, nothing was written
+    assert contents(place) == before  # a refused command writes nothing
     return dict(zip(commands, json.loads(done.stdout), strict=True))
 
 
@@ -195,7 +195,7 @@ def test_wrong_input_is_answered_in_one_line(answers, script, argv, parts):
 
 
 def test_here_jax_cannot_be_imported(run, tmp_path, without_jax):
-    """Otherwise nothing here would show that an answer came without it."""
+    """Otherwise the tests here would prove nothing."""
     (tmp_path / "book.txt").write_text(TEXT)
     result = run("train.py", "--config=tiny", "--dataset=book.txt", env=without_jax)
     assert STUB_MESSAGE in result.stderr
@@ -203,7 +203,7 @@ def test_here_jax_cannot_be_imported(run, tmp_path, without_jax):
 
 
 def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, without_jax):
-    """Python reads it strictly in most locales."""
+    """In most locales Python decodes it strictly."""
     env = without_jax | {"PYTHONIOENCODING": "utf-8:strict"}
     with (place / "latin.txt").open("rb") as latin:
         result = run("sample.py", "--out_dir=run", "--start=-", stdin=latin, env=env, cwd=place)
@@ -213,12 +213,12 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
 
 
 def test_help_comes_quickly_and_names_every_preset(run, without_jax):
-    """Seconds of work count, since waiting for other programs makes the clock's more."""
+    """CPU seconds count: the clock includes waiting for other programs."""
     for _ in range(3):
         begun_s, begun = time.perf_counter(), os.times()
         result = run("train.py", "--help", env=without_jax)
         wall_s, ended = time.perf_counter() - begun_s, os.times()
-        worked_s = sum(ended[2:4]) - sum(begun[2:4])  # of the child; Windows does not say it
+        worked_s = sum(ended[2:4]) - sum(begun[2:4])  # of the child; Windows does not report it
         if (seconds := min(wall_s, worked_s or wall_s)) < 0.7:
             break
     assert (result.returncode, result.stderr) == (0, "")
@@ -236,7 +236,7 @@ def help_of(argv: list[str], capsys) -> str:
     return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-def test_help_shows_the_values_of_the_preset_it_is_asked_with(capsys):
+def test_help_shows_the_values_of_the_requested_preset(capsys):
     shown = help_of(["--config=shakespeare", "--n_layer=5"], capsys)
     assert "width of the residual stream; a multiple of n_head (default: 384)" in shown
     assert "Transformer blocks (default: 6)" in shown
@@ -256,13 +256,13 @@ def test_help_explains_every_field(capsys):
 
 
 def test_help_can_be_piped_with_a_small_encoding(run, without_jax):
-    """On Windows a pipe has a code page without the characters that boxes are drawn with."""
+    """On Windows a pipe's code page lacks the box-drawing characters."""
     result = run("train.py", "--help", env=without_jax | {"PYTHONIOENCODING": "cp1252"})
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_every_command_starts_from_any_folder(run, tmp_path, without_jax):
-    """The package is found beside the scripts or where it is installed."""
+    """Python finds the package beside the scripts or where it is installed."""
     (tmp_path / "elsewhere").mkdir()
     for script, flag in ("sample.py", "--max_new_tokens"), ("data/prepare.py", "--tokenizer"):
         result = run(script, "-h", cwd=tmp_path / "elsewhere", env=without_jax)

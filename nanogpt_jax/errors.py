@@ -15,8 +15,7 @@ MAX_CHARS = 2000  # of a message, which may quote a whole file
 CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Errors of the disk, not of this program.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # no bugs
 # What JAX's backends report when another process of the run has died.
 PEER_DIED = re.compile(
     r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer|DEADLINE_EXCEEDED"
@@ -41,11 +40,7 @@ class RunError(UserError, RuntimeError):
 
 def visible(text: str, keep: str = "") -> str:
     """Return a text with control characters escaped, like \\x1b, except those to keep."""
-
-    def escape(found: re.Match) -> str:
-        return found[0] if found[0] in keep else ascii(found[0])[1:-1]
-
-    return CONTROLS.sub(escape, text)
+    return CONTROLS.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
 def first_line(error: BaseException) -> str:
@@ -55,20 +50,13 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean X?" with the closest of `known`, or "" if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=2, cutoff=0.6)
+    close = difflib.get_close_matches(word, list(known), n=2)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 @contextlib.contextmanager
 def reading(path, requirement: str) -> Iterator[None]:
-    """Turn any error while a file is read and parsed into one line.
-
-    Args:
-        requirement: what the file must be, like "a JSON file".
-
-    Raises:
-        InputError: naming the file and the reason.
-    """
+    """Turn any error of reading a file into an InputError: it must be, say, "a JSON file"."""
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -91,51 +79,49 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         sys.exit(main(sys.argv[1:]) or 0)
-    except (Exception, KeyboardInterrupt) as error:
-        code, message = _exit_code_and_message(error)
-        several = _is_one_of_several()
-        if message is None and not several:
+    except BrokenPipeError:  # the reader left, as in `python sample.py --stream | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
+        code, at_once = 128 + 13, False  # SIGPIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        code, at_once = 128 + 2, True  # SIGINT
+    except Exception as error:
+        line = _explanation(error)
+        if line is None and not _is_one_of_several():
             raise
-        if isinstance(error, BrokenPipeError):  # or Python's own flush at exit would fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        else:
-            print(traceback.format_exc() if message is None else message, file=sys.stderr)
-        if several or isinstance(error, RunError | KeyboardInterrupt):
-            # An orderly exit would wait for the other processes, repeat Orbax's error, or crash
-            # in a thread that is still compiling.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
+        print(traceback.format_exc() if line is None else f"error: {line}", file=sys.stderr)
+        code, at_once = 2 if isinstance(error, InputError) else 1, isinstance(error, RunError)
+    if at_once or _is_one_of_several():
+        # An orderly exit would wait for the other processes, repeat Orbax's error, or crash in a
+        # thread that is still compiling.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
-def _exit_code_and_message(error: BaseException) -> tuple[int, str | None]:
-    """Return how a command ends after an error; a bug has no message."""
+def _explanation(error: Exception) -> str | None:
+    """Return the line to print for an expected error, None for a bug."""
     if isinstance(error, UserError):
-        return 2 if isinstance(error, InputError) else 1, f"error: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + 2, ""  # SIGINT
-    if isinstance(error, BrokenPipeError):  # the reader left: `python sample.py --stream | head`
-        return 128 + 13, ""  # SIGPIPE
+        return str(error)
     # JAX's error class differs between versions, the text does not.
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return 1, (
-            "error: out of memory. In training, use a smaller --batch_size with more "
+        return (
+            "out of memory. In training, use a smaller --batch_size with more "
             "--gradient_accumulation_steps, --remat, more --loss_chunks, or a 16-bit --dtype; in "
             "sampling, fewer --num_samples or --stream"
         )
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         where = f": {error.filename}" if error.filename else ""
-        return 1, (
-            f"error: a file cannot be read or written ({error.strerror}{where}): free some space "
-            "or use another disk"
+        return (
+            f"a file cannot be read or written ({error.strerror}{where}): free some space or use "
+            "another disk"
         )
     if _is_one_of_several() and PEER_DIED.search(str(error)):
-        return 1, (
-            "error: another process of this run has died. Restart all of them: they resume from "
-            f"the newest checkpoint ({first_line(error)})"
+        return (
+            "another process of this run has died. Restart all of them: they resume from the "
+            f"newest checkpoint ({first_line(error)})"
         )
-    return 1, None
+    return None
 
 
 def _is_one_of_several() -> bool:

@@ -19,12 +19,7 @@ HUB_TIMEOUT_S = 10
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """Return the text of a file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not UTF-8, or larger than max_bytes.
-    """
+    """Return a file's text; raises OSError, or ValueError if it is too large or not UTF-8."""
     with Path(path).open("rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -38,11 +33,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def loads(text: str) -> Any:
-    """Parse JSON strictly, unlike Python's own `json.loads`.
-
-    Raises:
-        ValueError: invalid JSON, a repeated name, NaN or Infinity, or too much nesting.
-    """
+    """Parse JSON; ValueError also for a repeated name, NaN, Infinity, and too much nesting."""
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -99,14 +90,27 @@ def sync_folder(folder: Path) -> None:
 def locked(folder: Path, if_taken: Callable[[], None]) -> Iterator[None]:
     """Make a folder and keep other processes out of it; afterwards remove it if it is empty.
 
-    The system frees the lock of a process that dies. On a file system without locks, do nothing.
-
-    Args:
-        if_taken: called if another process has the lock; wait for it unless this raises.
+    If another process has the lock, call `if_taken` and, unless that raises, wait. The system frees
+    the lock of a process that dies. On a file system without locks, only make the folder.
     """
-    lock = filelock.FileLock(folder / LOCK)
+    lock, wait = filelock.FileLock(folder / LOCK), False
     try:
-        _acquire(lock, folder, if_taken)
+        while not lock.is_locked:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if os.path.lexists(folder) and not folder.is_dir():
+                    raise
+                continue  # another process removed it just then
+            try:
+                lock.acquire(blocking=wait)
+            except filelock.Timeout:
+                if_taken()
+                wait = True
+            except FileNotFoundError:  # the process before this one has just removed the folder
+                continue
+            except (OSError, NotImplementedError):  # no locks here
+                break
         yield
     finally:
         if lock.is_locked:
@@ -117,56 +121,25 @@ def locked(folder: Path, if_taken: Callable[[], None]) -> Iterator[None]:
             folder.rmdir()
 
 
-def _acquire(lock: filelock.BaseFileLock, folder: Path, if_taken: Callable[[], None]) -> None:
-    wait = False
-    while not lock.is_locked:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:  # a file, or a folder removed while mkdir looked at it
-            if folder.is_file() or folder.is_symlink():
-                raise
-            continue
-        try:
-            lock.acquire(blocking=wait)
-        except filelock.Timeout:
-            if_taken()
-            wait = True
-        except FileNotFoundError:  # the process before this one has just removed the folder
-            continue
-        except (OSError, NotImplementedError):  # no locks here
-            return
-
-
 def check_writable(folder: Path) -> None:
-    """Check that a run's folder can be created or written, without creating it.
-
-    Raises:
-        InputError: see `check_place`; it is read-only; or Orbax cannot work there.
-    """
+    """Check, without creating it, that out_dir can be created or written and suits Orbax."""
     existing = check_place(folder, "out_dir")
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise InputError(f"out_dir must be writable, but {existing} is not: name another --out_dir")
     path = str(folder.absolute())
     if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that are not text
         raise InputError(
-            f"out_dir must be UTF-8, but is {path}: rename it, or put PYTHONUTF8=1 in front, with "
-            "which Python reads UTF-8 in any locale"
+            f"out_dir must be UTF-8, but is {path}: rename it, or put PYTHONUTF8=1 in front"
         )
     if any(character in path for character in "*?["):
         # Orbax uses the whole path as a pattern to find what it saved, and would not find it.
-        raise InputError(
-            f"out_dir must have no * ? or [ in its whole path, but is {path}: name another"
-        )
+        raise InputError(f"out_dir must be a path without * ? and [, but is {path}: name another")
 
 
 def check_place(folder: Path, name: str) -> Path:
-    """Return the deepest existing folder on the way to a folder.
+    """Return the deepest existing folder on the way to a folder, whose field is `name`.
 
-    Args:
-        name: the field that names the folder, for the message.
-
-    Raises:
-        InputError: it is a file, is inside one, or no folder can have such a path.
+    Raises InputError if that is a file, or no folder can have such a path.
     """
     place = folder.absolute()
     try:
@@ -177,39 +150,30 @@ def check_place(folder: Path, name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{name} must be the path of a folder, but {folder}: {reason}") from None
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        what = "a file" if place.exists() else "a broken link"
-        raise InputError(f"{name} must be a folder, but {place} is {what}: name another")
-    return place
+    existing = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        what = "a file" if existing.exists() else "a broken link"
+        raise InputError(f"{name} must be a folder, but {existing} is {what}: name another")
+    return existing
 
 
 def download_from_hub(repository: str, file: str, remedy: str, flag: str) -> Path:
     """Return the local path of a file of the Hugging Face Hub, downloading it unless it is cached.
 
-    Args:
-        repository: like "openai-community/gpt2".
-        remedy: what to save by hand, for the message, like "save tokenizer.json".
-        flag: the flag that takes the folder or file saved by hand.
-
-    Raises:
-        InputError: it cannot be downloaded.
+    If that fails, the error tells to do the remedy, like "save tokenizer.json", and to pass flag.
     """
-    import huggingface_hub  # slow to import
+    import huggingface_hub as hub  # slow to import
 
     try:
-        cached = huggingface_hub.try_to_load_from_cache(repository, file)
+        cached = hub.try_to_load_from_cache(repository, file)
         if isinstance(cached, str):
             return Path(cached)
         # The download alone would retry for half a minute; this asks once.
-        url = huggingface_hub.hf_hub_url(repository, file)
-        huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
-        huggingface_hub.utils.logging.set_verbosity_error()
-        return Path(huggingface_hub.hf_hub_download(repository, file))
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=HUB_TIMEOUT_S)
+        hub.utils.logging.set_verbosity_error()
+        return Path(hub.hf_hub_download(repository, file))
     except Exception as error:  # the type depends on the versions of the library and its clients
-        reason = first_line(error).rstrip(".")
         raise InputError(
-            f"{file} could not be downloaded ({reason}): {remedy} from "
+            f"{file} could not be downloaded ({first_line(error).rstrip('.')}): {remedy} from "
             f"https://huggingface.co/{repository} in a folder and pass {flag}"
         ) from None

@@ -31,7 +31,7 @@ from nanogpt_jax.attention import (
     fused_attention,
     rotate,
 )
-from nanogpt_jax.config import ROW_AXES, ModelConfig, mlp_in_features
+from nanogpt_jax.config import ROW_AXES, ModelConfig
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's default; Flax's is 1e-6
@@ -174,7 +174,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
         config, dtype = self.config, self.compute.dtype
-        x_BTF = _dense(config, dtype, mlp_in_features(config), "c_fc")(x_BTD)
+        x_BTF = _dense(config, dtype, config.mlp_in_features, "c_fc")(x_BTD)
         if config.activation == "swiglu":
             gate_BTF, x_BTF = jnp.split(x_BTF, 2, axis=-1)
             x_BTF = jax.nn.silu(gate_BTF) * x_BTF

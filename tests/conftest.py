@@ -53,7 +53,7 @@ def model_config() -> ModelConfig:
 @pytest.fixture
 def tiny_config(model_config) -> TrainConfig:
     """The preset `tiny` with that model."""
-    return dataclasses.replace(presets.tiny(), model=model_config)
+    return dataclasses.replace(presets.TINY, model=model_config)
 
 
 @pytest.fixture

@@ -51,10 +51,10 @@ def end_of(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=[repr(error) for error, _, _ in ENDS])
 def test_an_expected_error_ends_in_one_line(end_of, error, code, line):
-    returned, told = end_of(error)
+    returned, printed = end_of(error)
     assert returned == code
-    assert told.startswith(line)
-    assert told.count("\n") == 1
+    assert printed.startswith(line)
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("code", [None, 0, 143])
@@ -71,7 +71,7 @@ def test_a_bug_is_raised_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "printed"),
     [
         (
             RuntimeError("Gloo: connection closed by peer"),
@@ -80,12 +80,12 @@ def test_a_bug_is_raised_as_it_is():
         (KeyError("n_layer"), "Traceback (most recent call last)"),
     ],
 )
-def test_one_of_several_processes_ends_at_once(end_of, monkeypatch, error, told):
+def test_one_of_several_processes_ends_at_once(end_of, monkeypatch, error, printed):
     """An orderly exit would wait for the others, and they for this one."""
     monkeypatch.setattr(errors, "_is_one_of_several", lambda: True)
     code, err = end_of(error)
     assert code == 1
-    assert err.startswith(told)
+    assert err.startswith(printed)
 
 
 def test_a_reader_that_leaves_early_sees_no_error():

@@ -173,8 +173,9 @@ def test_a_place_that_no_folder_can_have_is_refused(tmp_path, monkeypatch):
         "file/run": "out_dir must be a folder, but .*/file is a file",
         "link": "out_dir must be a folder, but .*/link is a broken link",
         "circle": "out_dir must be the path of a folder, but circle: Too many levels",
+        f"none/{300 * 'x'}/run": "out_dir must be the path of a folder, but .*: File name too long",
         25 * f"{160 * 'x'}/": "out_dir must be the path of a folder, but .*: File name too long",
-        "run [1]": r"out_dir must have no \* \? or \[ in its whole path, but is ",
+        "run [1]": r"out_dir must be a path without \* \? and \[, but is ",
         os.fsdecode(b"run \xff"): "out_dir must be UTF-8, but is ",
     }.items():
         with pytest.raises(InputError, match=reason):

@@ -1,7 +1,4 @@
-"""Bad input and hostile files: one line that says what was required, and nothing is done.
-
-tests/hostile.py says how the input is generated.
-"""
+"""Bad input and hostile files: one line says what was required, and nothing is written."""
 
 import contextlib
 import importlib.util
@@ -11,8 +8,7 @@ import os
 import pickle
 import pty
 import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -21,8 +17,6 @@ import pytest
 from hostile import BAD_JSON, HOSTILE_TEXTS, another, answer, content_of, copied
 from hypothesis import example, given
 from hypothesis import strategies as st
-from make_old_run import ROOT, sample
-from runs import start, train, write_dataset, write_tokenizer
 from tokenizers import Tokenizer
 
 import nanogpt_jax
@@ -32,20 +26,31 @@ from nanogpt_jax.config.cli import START_FIELDS
 from nanogpt_jax.corpora import END_OF_TEXT
 from nanogpt_jax.corpora.tokenizer import tokenizer_hash
 from nanogpt_jax.errors import InputError, reading, visible
-from nanogpt_jax.gpt2 import config as huggingface
-from nanogpt_jax.gpt2 import convert as pretrained
-from nanogpt_jax.gpt2 import weights
+from nanogpt_jax.gpt2 import config as gpt2_config
+from nanogpt_jax.gpt2 import convert, weights
 from nanogpt_jax.run import folder as run_folder
-from nanogpt_jax.run import plots as report
+from nanogpt_jax.run import plots
 
-spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
-prepare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare)
+ROOT = Path(__file__).parent.parent
+OLD_RUN = ROOT / "tests" / "fixtures" / "run_v1"  # two checkpoints, and its text.txt beside it
+
+
+def load(script: str):
+    """Return a script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train, sample, prepare = load("train.py"), load("sample.py"), load("data/prepare.py")
+
+
 PATHS = {
     train: ("config", "dataset", "out_dir", "data_dir", "tokenizer", "init_from"),
     sample: ("out_dir", "init_from", "start"),
     prepare: ("tokenizer", "data_dir"),
-    report: ("picture",),
+    plots: ("picture",),
 }
 
 
@@ -58,28 +63,28 @@ PATHS = {
     ],
 )
 @given(text=HOSTILE_TEXTS)
-def test_a_name_that_no_file_has_is_refused_in_one_line(tmp_path_factory, script, flag, text):
-    """Whatever it is, and nothing is written: all that is asked for besides is not there."""
+def test_a_flag_with_an_impossible_name_is_refused_in_one_line(script, flag, text):
+    """Whatever it is: everything else that the command names does not exist either."""
     words = {train: ["--dataset=none"], sample: ["--out_dir=none"], prepare: ["none"]}
-    words |= {report: ["none"]}
-    start = f"FILE:x{text}" if flag == "start" else f"x{text}"
-    asked = [word for word in words[script] if not word.startswith(f"--{flag}=")]
-    asked = [] if flag == "init_from" and script is sample else asked
+    words |= {plots: ["none"]}
+    value = f"FILE:x{text}" if flag == "start" else f"x{text}"
+    others = [word for word in words[script] if not word.startswith(f"--{flag}=")]
+    others = [] if flag == "init_from" and script is sample else others
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
-        assert answer(lambda: script.main([*asked, f"--{flag}={start}"])) is not None
+        assert answer(lambda: script.main([*others, f"--{flag}={value}"])) is not None
         assert not any(Path(place).iterdir())
 
 
 @given(text=HOSTILE_TEXTS)
 @example(text=300 * "x")
-def test_a_word_that_no_file_has_for_a_name_is_refused_in_one_line(text):
+def test_a_word_that_cannot_be_a_name_is_refused_in_one_line(text):
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         for main, words in [
-            (report.main, [f"x{text}"]),
-            (report.main, ["x", f"x{text}"]),
+            (plots.main, [f"x{text}"]),
+            (plots.main, ["x", f"x{text}"]),
             (prepare.main, [f"x{text}", "--data_dir=new"]),
-            (pretrained.main, [f"x{text}", "new"]),
-            (pretrained.main, ["none", f"x{text}"]),
+            (convert.main, [f"x{text}", "new"]),
+            (convert.main, ["none", f"x{text}"]),
         ]:
             assert answer(lambda main=main, words=words: main(words)) is not None
         assert not any(Path(place).iterdir())
@@ -103,9 +108,9 @@ def read_run(folder: Path) -> None:
     run_folder.read_model_config(folder)
     run_folder.can_resume(folder, parse_train_config(["--config=tiny"]), "0" * 16)
     parse_train_config(["--config", str(folder / "config.json")])
-    run = report.read_run(folder, "tokens")
-    report.describe(run)
-    report.loss_figure({"run": run}, "tokens")
+    run = plots.read_run(folder, "tokens")
+    plots.describe(run)
+    plots.loss_figure({"run": run}, "tokens")
 
 
 def write_corpus(folder: Path) -> None:
@@ -117,32 +122,32 @@ def write_corpus(folder: Path) -> None:
 
 
 def use(tokenizer) -> None:
-    """Ask a tokenizer for all that training, sampling and export do."""
+    """Use a tokenizer as training, sampling and export do."""
     for text in tokenizer.default_start, "the cat", END_OF_TEXT:
         answer(lambda text=text: tokenizer.encode_prompt(text))
     tokenizer.decode(range(tokenizer.vocab_size + 1))
     tokenizer_hash(tokenizer)
     model = ModelConfig(vocab_size=tokenizer.vocab_size)
-    huggingface.config_files(model, tokenizer)
+    gpt2_config.config_files(model, tokenizer)
 
 
 def write_gpt2(folder: Path) -> None:
-    """A GPT-2 of Hugging Face's, whose weights are not opened here."""
+    """A Hugging Face GPT-2 without its weights."""
     model = ModelConfig(block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=4, bias=True)
-    for name, content in huggingface.config_files(model, BPE).items():
+    for name, content in gpt2_config.config_files(model, BPE).items():
         (folder / name).write_text(content, encoding="utf-8")
     index = {"weight_map": {"wte.weight": "model-1.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def read_gpt2(folder: Path) -> None:
-    huggingface.read_config(str(folder))
+    gpt2_config.read_config(str(folder))
     use(corpora.read_tokenizer(folder / "tokenizer.json"))
-    weights.open_tensors(str(folder))  # there are none
+    weights.open_tensors(str(folder))  # refused: there are none
 
 
 def write_own(folder: Path) -> None:
-    """What a user writes."""
+    """Files that a user writes."""
     (folder / "mine.json").write_text('{"config": "tiny", "n_layer": 3, "dropout": 0.5}')
     (folder / "start.txt").write_text("the cat", encoding="utf-8")
 
@@ -164,13 +169,13 @@ FILES = [
     *[("gpt2", name) for name in ("config.json", "tokenizer.json", "model.safetensors.index.json")],
     *[("own", "mine.json"), ("own", "start.txt")],
 ]
-ANYTHING = {"start.txt"}  # of which many a content is a good one
+ANYTHING = {"start.txt"}  # almost any content is valid
 MAY_BE_MISSING = {"metrics.jsonl"}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A good folder of each kind. Not to be changed."""
+    """A valid folder of each kind. Not to be changed."""
     made = {kind: tmp_path_factory.mktemp(kind) for kind in FOLDERS}
     for kind, folder in made.items():
         FOLDERS[kind][0](folder)
@@ -178,7 +183,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def answer_to(kind: str, folder: Path, name: str) -> str | None:
-    """Return what the readers of a folder say of a file in it; they leave it as it was."""
+    """Return the line with which the readers of a folder refuse it; they write nothing."""
     before = content_of(folder)
     line = answer(lambda: FOLDERS[kind][1](folder))
     assert content_of(folder) == before
@@ -186,7 +191,7 @@ def answer_to(kind: str, folder: Path, name: str) -> str | None:
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES)
-def test_a_file_that_is_missing_a_folder_or_empty_is_named(folders, kind, name):
+def test_a_missing_unreadable_or_empty_file_is_named(folders, kind, name):
     good = answer_to(kind, folders[kind], name)
     assert good is None or "safetensors" in good  # the index names weights that are not there
     for damage in ("missing", "folder", "empty", "unreadable"):
@@ -198,7 +203,7 @@ def test_a_file_that_is_missing_a_folder_or_empty_is_named(folders, kind, name):
             elif damage == "empty":
                 path.touch()
             elif damage == "unreadable":
-                path.symlink_to("/proc/self/mem")  # root may read all else
+                path.symlink_to("/proc/self/mem")  # root can read everything else
             line = answer_to(kind, folder, name)
         allowed = MAY_BE_MISSING if damage == "missing" else {"start.txt", "metrics.jsonl"}
         assert line is not None or name in allowed
@@ -229,10 +234,7 @@ def test_a_file_cut_off_or_of_random_bytes_is_refused_in_one_line(folders, kind,
 
 @pytest.mark.parametrize(("kind", "name"), [file for file in FILES if file[1] not in ANYTHING])
 @given(data=st.data())
-def test_a_file_of_right_form_with_something_else_in_it_is_taken_or_refused(
-    folders, kind, name, data
-):
-    """One value somewhere in its JSON is any other, is gone, or is as large as can be."""
+def test_json_with_any_value_changed_is_accepted_or_refused_in_one_line(folders, kind, name, data):
     text = (folders[kind] / name).read_text(encoding="utf-8")
     lines = text.splitlines() if name.endswith(".jsonl") else [text]
     at = data.draw(st.integers(0, len(lines) - 1))
@@ -242,19 +244,17 @@ def test_a_file_of_right_form_with_something_else_in_it_is_taken_or_refused(
         answer_to(kind, folder, name)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [file for file in FILES if file[1].endswith((".json", ".jsonl"))]
-)
-def test_a_json_file_that_breaks_parsers_is_one_line(folders, kind, name):
-    with copied(folders[kind]) as folder:
-        for content in BAD_JSON:
+@pytest.mark.parametrize(("kind", "name"), [file for file in FILES if file[1] not in ANYTHING])
+def test_json_that_breaks_parsers_is_one_line(folders, kind, name):
+    for content in BAD_JSON:
+        with copied(folders[kind]) as folder:
             (folder / name).write_bytes(content + b"\n")
             line = answer_to(kind, folder, name)
-            assert line is not None or (name, content) == ("mine.json", b"{}")
+        assert line is not None or (name, content) == ("mine.json", b"{}"), content[:12]
 
 
-def test_a_panic_of_rusts_is_one_line(capfd):
-    """It is no Exception; and Rust tells of it itself, which cannot be helped."""
+def test_a_panic_in_rust_is_one_line(capfd):
+    """It is not an Exception, and Rust itself prints it too, which cannot be prevented."""
     fields = json.loads(BPE.to_json()) | {"normalizer": {"type": "Prepend", "prepend": ""}}
     rust = Tokenizer.from_str(json.dumps(fields))
 
@@ -269,77 +269,93 @@ def test_a_panic_of_rusts_is_one_line(capfd):
 # Texts
 
 
-def test_a_start_is_the_text_of_a_file_or_of_standard_input(tmp_path, monkeypatch):
-    for content, expected in [
+@pytest.mark.parametrize("source", ["text", "file", "standard input"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
         (b"\xef\xbb\xbfthe cat", "the cat"),
         (b"the\r\ncat", "the\ncat"),
         ("the 🎭".encode(), "the 🎭"),
         (b"a\0b", "a\0b"),
         (b"", ""),
-    ]:
-        (tmp_path / "start.txt").write_bytes(content)
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-        for prompt in f"FILE:{tmp_path / 'start.txt'}", "-", expected:
-            assert sample.read_start(prompt) == expected
+    ],
+)
+def test_a_prompt_is_a_files_text(tmp_path, monkeypatch, content, expected, source):
+    (tmp_path / "start.txt").write_bytes(content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    start = {"file": f"FILE:{tmp_path / 'start.txt'}", "standard input": "-", "text": expected}
+    assert sample.read_start(start[source]) == expected
 
 
-# Runs of strangers
+# Runs from others
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A folder with a run that was trained for a moment, and its dataset."""
-    home = tmp_path_factory.mktemp("trained")
-    write_tokenizer(write_dataset(home / "letters"))
-    assert start(home / "run", home / "letters", "--max_iters=2") == 0
-    return home
+def home(tmp_path_factory) -> Path:
+    """A folder with a trained run and its prepared corpus. Not to be changed."""
+    place = tmp_path_factory.mktemp("home")
+    shutil.copytree(OLD_RUN / "run", place / "run")
+    corpora.prepare(str(OLD_RUN / "text.txt"), place / "data", 17)
+    return place
 
 
-def write_some(run: Path) -> None:
+def in_peace(main, argv: list[str]):
+    """Run a command and restore the signal handlers."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        return main(argv)
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def sample_from(run: Path) -> None:
     sample.main([f"--out_dir={run}", "--num_samples=1", "--max_new_tokens=3"])
 
 
-def test_a_strangers_run_is_sampled_and_nothing_is_written(trained, tmp_path, monkeypatch, capsys):
-    """Neither in it, nor where its links and its config.json lead, nor here."""
+def test_a_strangers_run_is_sampled_and_nothing_is_written(home, tmp_path, monkeypatch, capsys):
+    """Neither in it, nor where its links and its config.json point, nor in the current folder."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    shutil.copytree(trained / "run", run)
+    shutil.copytree(home / "run", run)
     shutil.move(run / "checkpoints", elsewhere / "checkpoints")
     (run / "checkpoints").symlink_to(elsewhere / "checkpoints")
     (run / "tensorboard").symlink_to(elsewhere)
     (run / "up").symlink_to("..")
+    (run / "loss.png").touch()
     for name in "metrics.jsonl", "loss.png", "tokenizer.json":
         (run / name).rename(elsewhere / name)
         (run / name).symlink_to(Path("..", "elsewhere", name))
-    asked = json.loads((run / "config.json").read_text())
-    asked |= dict.fromkeys(("out_dir", "data_dir", "compile_cache"), str(tmp_path / "evil"))
-    asked |= {"overwrite": True, "tensorboard": True, "wandb": True, "dataset": str(elsewhere)}
-    (run / "config.json").write_text(json.dumps(asked))
+    config = json.loads((run / "config.json").read_text())
+    config |= dict.fromkeys(("out_dir", "data_dir", "compile_cache"), str(tmp_path / "evil"))
+    config |= {"overwrite": True, "tensorboard": True, "wandb": True, "dataset": str(elsewhere)}
+    (run / "config.json").write_text(json.dumps(config))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = content_of(tmp_path)
-    write_some(run)
+    sample_from(run)
     assert len(capsys.readouterr().out) > 3
     assert content_of(tmp_path) == before
 
 
-def test_a_strangers_config_says_what_is_trained_and_not_where_or_with_which_code(trained):
-    path = trained / "run" / "config.json"
-    asked = json.loads(path.read_text())
-    asked |= {"out_dir": "out/best", "overwrite": True, "compile_cache": "evil", "num_processes": 2}
-    asked |= {"process_id": 1, "coordinator_address": "evil:80", "compile_for": "v5e:4x4"}
-    with copied(trained / "run") as folder:
-        (folder / "config.json").write_text(json.dumps(asked))
+def test_a_strangers_config_sets_what_is_trained_but_not_where_or_with_which_code(home, tmp_path):
+    path = home / "run" / "config.json"
+    config = json.loads(path.read_text())
+    evil = {"out_dir": "out/best", "overwrite": True, "compile_cache": "evil"}
+    evil |= {"num_processes": 2, "process_id": 1, "coordinator_address": "evil:80"}
+    evil |= {"compile_for": "v5e:4x4"}
+    with copied(home / "run") as folder:
+        (folder / "config.json").write_text(json.dumps(config | evil))
         config = parse_train_config(["--config", str(folder / "config.json")])
         assert run_folder.choose(config, None) == folder
-    assert config.model.n_embd == 16
+    assert config.model.n_embd == 4
     usual = TrainConfig()
     for name in START_FIELDS:
         assert getattr(config, name) == getattr(usual, name)
-    (folder.parent).mkdir()
-    mine = folder.parent / "mine.json"
+    mine = tmp_path / "mine.json"
     mine.write_text('{"compile_cache": "cache", "out_dir": "out/a"}')
     config = parse_train_config(["--config", str(mine)])
-    assert (config.compile_cache, config.out_dir) == ("cache", "out/a")  # one's own file may
+    assert (config.compile_cache, config.out_dir) == ("cache", "out/a")  # the user's own file may
 
 
 SHAPES = [
@@ -351,49 +367,44 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_that_no_machine_can_hold_is_refused_at_once(trained, tmp_path, shape):
+def test_a_shape_that_no_machine_can_hold_is_refused_at_once(home, tmp_path, shape):
     began_s = time.monotonic()
     flags = [f"--{name}={value}" for name, value in shape.items()]
-    more = [f"--dataset={trained / 'letters'}", f"--out_dir={tmp_path / 'new'}"]
-    line = answer(lambda: train.main(["--config=tiny", *flags, *more]))
+    (corpus,) = (home / "data").iterdir()
+    more = [f"--dataset={corpus}", "--loss_chunks=1", f"--out_dir={tmp_path / 'new'}"]
+    line = answer(lambda: in_peace(train.main, ["--config=tiny", *flags, *more]))
     words = "must be at most", "needs at least", "must have room for three checkpoints"
     assert any(word in line for word in words)
     assert not (tmp_path / "new").exists()
-    with copied(trained / "run") as run:
-        asked = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(asked | shape))
-        line = answer(lambda: write_some(run))
+    with copied(home / "run") as run:
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | shape))
+        line = answer(lambda: sample_from(run))
     assert "must be at most" in line or "needs at least" in line
     assert time.monotonic() - began_s < 10
 
 
-def test_more_samples_than_memory_holds_are_refused(trained):
-    line = answer(lambda: sample.main([f"--out_dir={trained / 'run'}", "--num_samples=1000000000"]))
+def test_more_samples_than_memory_holds_are_refused(home):
+    line = answer(lambda: sample.main([f"--out_dir={home / 'run'}", "--num_samples=1000000000"]))
     assert "GiB: use fewer --num_samples" in line
 
 
-def test_what_a_model_writes_cannot_command_a_terminal(trained, capsys):
-    """But a file or a pipe gets it as it is."""
-    with copied(trained / "run") as run:
-        n_chars = len(json.loads((run / "tokenizer.json").read_text())["chars"])
-        evil = "\x07\t\n\x1b" + "abcdefghijklmnopqrst"[: n_chars - 8] + "\x7f\x9bß\u202e"
+def test_what_a_model_writes_cannot_command_a_terminal(home, capsys, monkeypatch):
+    """A file or a pipe gets it unchanged."""
+    with copied(home / "run") as run:
+        evil = "\x07\t\n\x1babcd\x7f\x9bß\u202e"
         (run / "tokenizer.json").write_text(json.dumps({"type": "char", "chars": evil}))
         argv = [f"--out_dir={run}", "--start=\n", "--num_samples=1", "--max_new_tokens=300"]
         argv += ["--temperature=9"]
         assert sample.main(argv) == 0
         piped = capsys.readouterr().out
-        command = [sys.executable, str(ROOT / "sample.py"), *argv]
         ours, theirs = pty.openpty()
-        with subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL) as process:
-            os.close(theirs)
-            shown = b""
-            with contextlib.suppress(OSError):  # Linux says so that the other side is closed
-                while piece := os.read(ours, 2**16):
-                    shown += piece
+        with open(theirs, "w", encoding="utf-8") as terminal:
+            monkeypatch.setattr("sys.stdout", terminal)
+            assert sample.main(argv) == 0
+            shown = os.read(ours, 2**16).decode().replace("\r\n", "\n")
         os.close(ours)
-    assert process.returncode == 0
     assert {"\x07", "\x1b", "\x9b", "\u202e"} <= set(piped)
-    shown = shown.decode().replace("\r\n", "\n")
     assert all(char.isprintable() or char in "\n\t" for char in shown)
     assert shown == visible(piped, keep="\n\t")
 
@@ -402,7 +413,7 @@ def test_what_a_model_writes_cannot_command_a_terminal(trained, capsys):
 
 
 class Opened:
-    """What writes a file when its pickle is loaded."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -411,12 +422,12 @@ class Opened:
         return Path.touch, (self.path,)
 
 
-def test_the_pickle_of_these_tests_does_what_it_should(tmp_path):
+def test_the_pickle_of_these_tests_creates_a_file(tmp_path):
     pickle.loads(pickle.dumps(Opened(tmp_path / "opened")))
     assert (tmp_path / "opened").exists()
 
 
-def test_a_pickle_is_opened_under_no_name(trained, folders, tmp_path, capsys):
+def test_a_pickle_is_opened_under_no_name(home, folders, tmp_path):
     opened = tmp_path / "opened"
     content = pickle.dumps(Opened(opened))
     content += bytes(len(content) % 2)
@@ -428,8 +439,7 @@ def test_a_pickle_is_opened_under_no_name(trained, folders, tmp_path, capsys):
                 (folder / name).write_bytes(content)
                 for command in commands:
                     with contextlib.suppress(InputError, UnicodeDecodeError):  # of Orbax
-                        main, argv = command(folder)
-                        main(argv)
+                        in_peace(*command(folder))
             assert not opened.exists(), name
 
     def training(folder):
@@ -459,11 +469,15 @@ def test_a_pickle_is_opened_under_no_name(trained, folders, tmp_path, capsys):
         return nanogpt_jax.load, folder
 
     def exporting(folder):
-        return pretrained.main, [str(folder), str(folder / "exported")]
+        return convert.main, [str(folder), str(folder / "exported")]
 
-    run = trained / "run"
+    run = home / "run"
     names = ["config.json", "metrics.jsonl", "tokenizer.json"]
-    put(run, names, sampling, exporting, lambda folder: (report.main, [str(folder)]))
-    files = [path.relative_to(run) for path in (run / "checkpoints").rglob("*") if path.is_file()]
-    assert len(files) > 5
-    put(run, files, restoring)
+    put(run, names, sampling, exporting, lambda folder: (plots.main, [str(folder)]))
+    with copied(run) as one:  # with a second checkpoint, that would be loaded instead
+        shutil.rmtree(one / "checkpoints" / "140")
+        shutil.rmtree(one / "checkpoints" / "120" / "training")  # not read by load
+        paths = (path for path in (one / "checkpoints").rglob("*") if path.is_file())
+        files = [path.relative_to(one) for path in paths]
+        assert len(files) > 12
+        put(one, files, restoring)

@@ -1,4 +1,4 @@
-"""The door to the tools: python -m nanogpt_jax COMMAND."""
+"""The tools: python -m nanogpt_jax COMMAND."""
 
 import ast
 import sys

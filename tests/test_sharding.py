@@ -32,7 +32,7 @@ ONE, TENSOR, FSDP, BOTH = (
     dict(zip(MESH_AXES, sizes, strict=True))
     for sizes in [(4, 1, 1), (1, 1, 4), (1, 4, 1), (2, 4, 4)]
 )
-GPTS = [name for name, preset in PRESETS.items() if preset().model.architecture == "gpt"]
+GPTS = [name for name, preset in PRESETS.items() if preset.model.architecture == "gpt"]
 
 
 def names_and_leaves(tree):
@@ -119,7 +119,7 @@ def test_only_rows_of_an_embedding_are_split_and_none_of_an_odd_vocabulary():
 
 
 def test_averages_are_stored_like_their_parameters():
-    state = abstract_state(with_vocab_size(PRESETS["small"]()))
+    state = abstract_state(with_vocab_size(PRESETS["small"]))
     shardings = sharding.tree_shardings(abstract_mesh(1, 2, 2), state)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     of_params = dict(names_and_leaves(shardings.params))
@@ -131,7 +131,7 @@ def test_averages_are_stored_like_their_parameters():
 @pytest.mark.parametrize("preset", GPTS)
 def test_every_matrix_of_every_gpt_is_split_over_eight_devices(preset):
     """So each stores an eighth of the state, but for vectors and the embedding of 65 characters."""
-    config = with_vocab_size(PRESETS[preset]())
+    config = with_vocab_size(PRESETS[preset])
     one_layer = dataclasses.replace(config.model, n_layer=1)  # the others are split alike
     state = abstract_state(dataclasses.replace(config, model=one_layer))
     mesh = abstract_mesh(1, 8, 1)
@@ -145,7 +145,7 @@ def test_every_matrix_of_every_gpt_is_split_over_eight_devices(preset):
 
 
 def test_arrays_are_really_stored_as_the_rules_say():
-    state = abstract_state(with_vocab_size(PRESETS["tiny"]()))
+    state = abstract_state(with_vocab_size(PRESETS["tiny"]))
     mesh = make_mesh((1, 2, 2))
     shardings = sharding.tree_shardings(mesh, state)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
@@ -157,7 +157,7 @@ def test_arrays_are_really_stored_as_the_rules_say():
 
 
 def test_a_note_says_if_fsdp_cannot_split_many_parameters():
-    config = with_vocab_size(PRESETS["tiny"]())  # 65 rows of embedding, which 4 does not divide
+    config = with_vocab_size(PRESETS["tiny"])  # 65 rows of embedding, which 4 does not divide
     params = abstract_state(config).params
     note = sharding.unsplit_note(abstract_mesh(1, 4, 1), params)
     share = (65 * 32 + 5 * 32) / sum(x.size for x in jax.tree.leaves(params))
@@ -170,7 +170,7 @@ def test_a_note_says_if_fsdp_cannot_split_many_parameters():
 def requested(mesh="", batch_size=8, gradient_accumulation_steps=1):
     """A configuration with 2 heads."""
     return dataclasses.replace(
-        presets.tiny(),
+        presets.TINY,
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         compute=ComputeConfig(mesh=mesh),
@@ -317,20 +317,20 @@ def test_the_suggested_batch_needs_no_more_memory_than_the_requested_one_on_one_
 
 N_STEPS = 8
 SMALL = dataclasses.replace(
-    presets.tiny(),
+    presets.TINY,
     batch_size=8,
     gradient_accumulation_steps=2,
     max_iters=N_STEPS,
     model=ModelConfig(
         block_size=16, vocab_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.2, bias=True
     ),
-    optim=dataclasses.replace(presets.tiny().optim, learning_rate=1e-2, warmup_iters=2),
+    optim=dataclasses.replace(presets.TINY.optim, learning_rate=1e-2, warmup_iters=2),
 )
 SMALL_MODERN = dataclasses.replace(
     SMALL,
     model=dataclasses.replace(SMALL.model, bias=False, **MODERN),
     optim=dataclasses.replace(
-        presets.small_fast().optim, learning_rate=1e-2, warmup_iters=2, lr_decay_iters=None
+        presets.SMALL_FAST.optim, learning_rate=1e-2, warmup_iters=2, lr_decay_iters=None
     ),
 )
 TOKENS = np.random.default_rng(0).integers(0, 12, 500).cumsum().astype(np.uint16) % 12

@@ -153,7 +153,7 @@ def reference_lines() -> list[str]:
 
 def lecture_lines() -> list[str]:
     """Return what the lecture's last run needs, and what 15 minutes of an A100 can compute."""
-    config = with_vocab_size(PRESETS["lecture-scaled"]())
+    config = with_vocab_size(PRESETS["lecture-scaled"])
     # Every 500 steps, the lecture estimates its losses on 200 random batches of either split.
     config = dataclasses.replace(config, eval_iters=400)
     flops = run_flops(config, 2**62)

@@ -29,9 +29,6 @@ from nanogpt_jax.config.schema import (
     check_fields,
     check_value,
     field_types,
-    hidden_size,
     mesh_sizes,
-    mlp_in_features,
-    replace_fields,
     to_flat_dict,
 )

@@ -1,8 +1,7 @@
 """Turn the command line and JSON files into configurations.
 
 Both become settings first, a dict from field name to text: `--n_layer 6`, `--n-layer=6` and
-{"n_layer": 6} are the same setting. `configure` turns the texts into values; the dataclasses check
-them. Wrong input raises InputError.
+{"n_layer": 6} are the same setting. `configure` parses its text; the dataclass checks the value.
 """
 
 import contextlib
@@ -26,10 +25,7 @@ NANOGPT_FLAGS = {
     "wandb_project": "put WANDB_PROJECT=name in front; the default is nanogpt_jax",
     "wandb_run_name": "not needed, --out_dir names the run",
 }
-NANOGPT_CONFIG = (
-    "nanoGPT's config/train_shakespeare_char.py is --config shakespeare here (for a GPU), and its "
-    "command for CPUs is --config small."
-)
+NANOGPT_CONFIG = "nanoGPT's config files are presets here: --config shakespeare, or small on a CPU."
 # What a run's config.json says about the machine and about a single start. Nobody else's start
 # should repeat it: compiled functions are code, and out_dir with overwrite deletes a run.
 START_FIELDS = {
@@ -39,20 +35,12 @@ START_FIELDS = {
 
 
 def parse_args(cls: type[Config], argv: list[str], about: str | None) -> Config:
-    """Return the configuration that a command line asks for; --help prints help and exits.
-
-    Args:
-        about: what --help prints above the flags, usually the command's `__doc__`.
-    """
+    """Return the configuration that a command line asks for, or print help, `about` first."""
     return configure(cls(), split_flags(argv, cls), about)
 
 
 def split_words(argv: list[str], what: str) -> tuple[list[str], list[str]]:
-    """Split a command line before its first flag into words, names of a dataset say, and flags.
-
-    Args:
-        what: what a word stands for, for the message if it cannot be a name.
-    """
+    """Split a command line into words, each the name of `what`, and flags."""
     n_words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     for word in argv[:n_words]:
         check_value(what, str, word)
@@ -60,7 +48,7 @@ def split_words(argv: list[str], what: str) -> tuple[list[str], list[str]]:
 
 
 def split_flags(argv: list[str], cls: type) -> dict[str, str]:
-    """Split a command line into settings, with "help" among them if it is asked for."""
+    """Return the settings of a command line, "help" among them if it asks for help."""
     known, settings, rest = field_types(cls), {}, list(argv)
     while rest:
         word = rest.pop(0)
@@ -111,17 +99,12 @@ def configure(default: Config, settings: dict[str, str], about: str | None) -> C
         import tyro  # only for help, which shows the comments of the fields
 
         tyro.cli(
-            type(default),
-            prog=Path(sys.argv[0]).name,
-            description=about or "",
-            args=["--help"],
-            default=default,
-            use_underscores=True,
+            type(default), default=default, args=["--help"], prog=Path(sys.argv[0]).name,
+            description=about or "", use_underscores=True,
             config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-        )
+        )  # fmt: skip
     types = field_types(type(default))
-    values = {name: _parse(types[name], text) for name, text in settings.items()}
-    return replace_fields(default, values)
+    return replace_fields(default, {name: _parse(types[name], settings[name]) for name in settings})
 
 
 def _parse(hint: Any, text: str) -> Any:

@@ -1,14 +1,11 @@
 """Named configurations: `python train.py --config NAME`."""
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanogpt_jax.config.cli import configure, read_settings, split_flags
 from nanogpt_jax.config.schema import (
-    GPT2_PARTS,
     SCRATCH,
     Architecture,
     ComputeConfig,
@@ -55,202 +52,123 @@ GPT2_SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 # Newer than GPT-2, and better; nanogpt_jax/README.md says what each part contributes.
+# fmt: off
 MODERN: dict[str, Any] = {
-    "activation": "swiglu",
-    "positions": "rotary",
-    "norm": "rmsnorm",
-    "qk_norm": True,
-    "tied_head": False,
-    "zero_init": True,
+    "activation": "swiglu", "positions": "rotary", "norm": "rmsnorm", "qk_norm": True,
+    "tied_head": False, "zero_init": True,
 }
 
-
-def tiny() -> TrainConfig:
-    return TrainConfig(
-        config="tiny",
-        batch_size=8,
-        max_iters=60,
-        eval_interval=30,
-        log_interval=5,
-        model=ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32),
-        optim=OptimConfig(learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, beta2=0.99),
-    )
-
-
-def small() -> TrainConfig:
-    return TrainConfig(
-        config="small",
-        batch_size=12,
-        max_iters=2000,
-        eval_interval=250,
-        model=ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128),
-        # beta2 is above the usual 0.95 because a batch has only 768 tokens
-        optim=OptimConfig(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99),
-    )
-
-
-def small_fast() -> TrainConfig:
-    return TrainConfig(
-        config="small-fast",
-        batch_size=12,
-        max_iters=320,
-        eval_interval=320,
-        eval_first=False,  # an evaluation takes as long as 40 steps
-        # An eighth of small's parameters: a larger model learns more per step, less per second.
-        model=ModelConfig(block_size=64, n_layer=2, n_head=2, n_embd=64, **MODERN),
-        optim=OptimConfig(
-            optimizer="muon",
-            learning_rate=0.02,
-            muon_momentum=0.85,  # below the usual 0.95 because there are few steps
-            # Linear decay from the first step to the last.
-            schedule="wsd",
-            cooldown=1.0,
-            min_lr=0.0,
-            warmup_iters=0,
-            weight_decay=0.0,
-            grad_clip=0.0,
-        ),
-    )
-
-
-def shakespeare() -> TrainConfig:
-    return TrainConfig(
-        config="shakespeare",
-        batch_size=64,
-        max_iters=5000,
-        eval_interval=250,
-        model=ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
-        optim=OptimConfig(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99),
-    )
-
-
-def shakespeare_fast() -> TrainConfig:
-    fast = small_fast()
-    return dataclasses.replace(
-        fast,
-        config="shakespeare-fast",
-        batch_size=64,
-        max_iters=1500,
-        eval_interval=250,
-        eval_first=True,
-        # Tuned on a CPU at a sixteenth of the model, the text and the training tokens, so that the
-        # text is read equally often: dropout 0.2 was best, this width no worse than shakespeare's,
-        # and half of small-fast's rate with more momentum better.
-        model=ModelConfig(block_size=256, n_layer=6, n_head=5, n_embd=320, dropout=0.2, **MODERN),
-        optim=dataclasses.replace(fast.optim, learning_rate=0.01, muon_momentum=0.95),
-    )
-
-
-def gpt2(name: str) -> TrainConfig:
-    """nanoGPT's recipe for GPT-2 on OpenWebText, in one of its four shapes."""
-    return TrainConfig(
-        config=name,
-        dataset="openwebtext",
-        batch_size=16,  # 480 sequences per update, nanoGPT's 40 x 12, but 16 devices can share them
-        gradient_accumulation_steps=30,
-        max_iters=600_000,
-        eval_interval=1000,
-        eval_iters=200,
+TINY = TrainConfig(
+    config="tiny", batch_size=8, max_iters=60, eval_interval=30, log_interval=5,
+    model=ModelConfig(block_size=32, n_layer=2, n_head=2, n_embd=32),
+    optim=OptimConfig(learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, beta2=0.99),
+)
+SMALL = TrainConfig(
+    config="small", batch_size=12, max_iters=2000, eval_interval=250,
+    model=ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128),
+    # beta2 is above the usual 0.95 because a batch has only 768 tokens
+    optim=OptimConfig(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99),
+)
+SMALL_FAST = TrainConfig(
+    config="small-fast", batch_size=12, max_iters=320, eval_interval=320,
+    eval_first=False,  # an evaluation takes as long as 40 steps
+    # An eighth of small's parameters: a larger model learns more per step, less per second.
+    model=ModelConfig(block_size=64, n_layer=2, n_head=2, n_embd=64, **MODERN),
+    optim=OptimConfig(
+        optimizer="muon", learning_rate=0.02, weight_decay=0.0, grad_clip=0.0,
+        muon_momentum=0.85,  # below the usual 0.95 because there are few steps
+        schedule="wsd", cooldown=1.0, warmup_iters=0, min_lr=0.0,  # linear decay over all steps
+    ),
+)
+SHAKESPEARE = TrainConfig(
+    config="shakespeare", batch_size=64, max_iters=5000, eval_interval=250,
+    model=ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+    optim=SMALL.optim,
+)
+SHAKESPEARE_FAST = TrainConfig(
+    config="shakespeare-fast", batch_size=64, max_iters=1500, eval_interval=250,
+    # Tuned on a CPU at a sixteenth of the model, the text and the training tokens, so that the
+    # text is read equally often: dropout 0.2 was best, this width no worse than shakespeare's,
+    # and half of small-fast's rate with more momentum better.
+    model=ModelConfig(block_size=256, n_layer=6, n_head=5, n_embd=320, dropout=0.2, **MODERN),
+    optim=dataclasses.replace(SMALL_FAST.optim, learning_rate=0.01, muon_momentum=0.95),
+)
+# nanoGPT's recipe for GPT-2 on OpenWebText, in its four shapes.
+GPT2 = [
+    TrainConfig(
+        config=name, dataset="openwebtext", max_iters=600_000, eval_interval=1000, eval_iters=200,
+        # 480 sequences per update, nanoGPT's 40 x 12, but 16 devices can share them
+        batch_size=16, gradient_accumulation_steps=30,
         # GPT-2's vocabulary of 50257 is padded to a multiple of 64: faster on GPU and TPU.
-        model=ModelConfig(vocab_size=50304, block_size=1024, **GPT2_SHAPES[name]),
+        model=ModelConfig(vocab_size=50304, block_size=1024, **shape),
         optim=OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95),
         compute=ComputeConfig(loss_chunks=8),  # all logits of a micro-batch would take 3.3 GB
     )
-
-
-def from_openai(name: str, **fields) -> TrainConfig:
-    """Start from OpenAI's weights and tokenizer, the vocabulary padded for speed."""
-    return TrainConfig(
-        init_from=name,
-        model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **GPT2_SHAPES[name]),
+    for name, shape in GPT2_SHAPES.items()
+]
+# OpenAI's weights, evaluated on the validation split of OpenWebText.
+EVAL_GPT2 = [
+    TrainConfig(
+        config=f"eval-{name}", init_from=name, dataset="openwebtext",
+        batch_size=8, eval_iters=500, eval_only=True,
+        model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **shape),
         compute=ComputeConfig(loss_chunks=8),
-        **fields,
     )
+    for name, shape in GPT2_SHAPES.items()
+]
+FINETUNE_SHAKESPEARE = TrainConfig(
+    config="finetune-shakespeare", init_from="gpt2", dataset="shakespeare",
+    max_iters=20, eval_interval=5, log_interval=1,
+    # 32,768 tokens per update; Shakespeare has 9 times as many
+    batch_size=1, gradient_accumulation_steps=32,
+    model=EVAL_GPT2[0].model,
+    optim=OptimConfig(learning_rate=3e-5, min_lr=3e-5, decay_lr=False),  # the weights are good
+    compute=ComputeConfig(loss_chunks=8),
+)
 
 
-def finetune_shakespeare() -> TrainConfig:
-    return from_openai(
-        "gpt2",
-        config="finetune-shakespeare",
-        dataset="shakespeare",
-        batch_size=1,
-        gradient_accumulation_steps=32,  # 32,768 tokens per update; Shakespeare has 9 times as many
-        max_iters=20,
-        eval_interval=5,
-        log_interval=1,
-        # Low and constant: the weights are already good.
-        optim=OptimConfig(learning_rate=3e-5, min_lr=3e-5, decay_lr=False),
-    )
-
-
-def eval_gpt2(name: str) -> TrainConfig:
-    """Evaluation of OpenAI's weights on the validation split of OpenWebText."""
-    return from_openai(
-        name,
-        config=f"eval-{name}",
-        dataset="openwebtext",
-        batch_size=8,
-        eval_iters=500,
-        eval_only=True,
-    )
-
-
-def lecture(
-    model: Architecture, name="", learning_rate=1e-3, max_iters=5000, batch_size=32, **shape: Any
-) -> TrainConfig:
+def lecture(architecture: Architecture, **changes) -> TrainConfig:
     """A model of "Let's build GPT" with the lecture's own hyperparameters.
 
     One difference: biases and LayerNorm scales have no weight decay, as in all presets. PyTorch's
     default, which the lecture uses, shrinks them by a twentieth over 5000 steps.
     """
-    defaults: dict[str, Any] = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 8}
-    return TrainConfig(
-        config=f"lecture-{name or model}",
-        batch_size=batch_size,
-        max_iters=max_iters,
-        eval_interval=500,
-        log_interval=50,
-        model=ModelConfig(architecture=model, bias=True, **defaults | shape),
+    usual = TrainConfig(
+        batch_size=32, max_iters=5000, eval_interval=500, log_interval=50,
+        model=ModelConfig(bias=True, block_size=8, n_layer=1, n_head=1, n_embd=32),
         optim=OptimConfig(
-            learning_rate=learning_rate,
-            min_lr=learning_rate,
-            warmup_iters=0,
-            decay_lr=False,
-            weight_decay=0.01,
-            beta2=0.999,
-            grad_clip=0.0,
+            learning_rate=1e-3, min_lr=1e-3, decay_lr=False, warmup_iters=0,
+            weight_decay=0.01, beta2=0.999, grad_clip=0.0,
         ),
     )
+    own = {"config": f"lecture-{architecture}", "architecture": architecture}
+    return replace_fields(usual, own | changes)
 
 
-_COLAB = {"batch_size": 16, "n_layer": 4, "n_head": 4, "n_embd": 64, "block_size": 32}
-_SCALED = {"batch_size": 64, "n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256}
-PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    "tiny": tiny,
-    "small": small,
-    "small-fast": small_fast,
-    "shakespeare": shakespeare,
-    "shakespeare-fast": shakespeare_fast,
-    **{name: partial(gpt2, name) for name in GPT2_SHAPES},
-    "finetune-shakespeare": finetune_shakespeare,
-    **{f"eval-{name}": partial(eval_gpt2, name) for name in GPT2_SHAPES},
-    "lecture-bigram": partial(lecture, "bigram", learning_rate=1e-2, max_iters=3000),
-    "lecture-head": partial(lecture, "head"),
-    "lecture-multihead": partial(lecture, "multihead", n_head=4),
-    "lecture-feedforward": partial(lecture, "feedforward", n_head=4),
-    "lecture-deep": partial(lecture, "deep", n_head=4, n_layer=3),
-    "lecture-residual": partial(lecture, "residual", n_head=4, n_layer=3),
-    "lecture-layernorm": partial(lecture, "layernorm", n_head=4, n_layer=3),
-    "lecture-colab": partial(lecture, "layernorm", "colab", **_COLAB),
-    "lecture-scaled": partial(
-        lecture, "layernorm", "scaled", learning_rate=3e-4, dropout=0.2, **_SCALED
+LECTURE = (
+    lecture("bigram", max_iters=3000, learning_rate=1e-2, min_lr=1e-2),
+    lecture("head"),
+    lecture("multihead", n_head=4),
+    lecture("feedforward", n_head=4),
+    lecture("deep", n_layer=3, n_head=4),
+    lecture("residual", n_layer=3, n_head=4),
+    lecture("layernorm", n_layer=3, n_head=4),
+    lecture(
+        "layernorm", config="lecture-colab", batch_size=16,
+        block_size=32, n_layer=4, n_head=4, n_embd=64,
     ),
-}
-LECTURE = tuple(preset for name, preset in PRESETS.items() if name.startswith("lecture-"))
-# Fields that pretrained weights determine.
-WEIGHTS_FIELDS = {
-    "architecture", "n_layer", "n_head", "n_embd", "bias", "known_tokens", *GPT2_PARTS,
-}  # fmt: skip
+    lecture(
+        "layernorm", config="lecture-scaled", batch_size=64, learning_rate=3e-4, min_lr=3e-4,
+        block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
+    ),
+)
+PRESETS = {preset.config: preset for preset in (
+    TINY, SMALL, SMALL_FAST, SHAKESPEARE, SHAKESPEARE_FAST,
+    *GPT2, FINETUNE_SHAKESPEARE, *EVAL_GPT2, *LECTURE,
+)}
+# fmt: on
+# Pretrained weights determine all but these fields of the model.
+WEIGHTS_FIELDS = vars(ModelConfig()).keys() - {"block_size", "vocab_size", "dropout"}
 
 
 def with_vocab_size(config: TrainConfig) -> TrainConfig:
@@ -263,15 +181,13 @@ def parse_train_config(
 ) -> TrainConfig:
     """Return the configuration of `--config NAME|FILE.json [--any_field value ...]`.
 
-    Flags override the file, and the file overrides the preset that it names.
-
-    Args:
-        cls: TrainConfig, or a subclass with a command's own fields.
+    Flags override the file, and the file overrides the preset that it names. A command with fields
+    of its own has a subclass of TrainConfig as `cls`.
     """
-    flags = split_flags(argv, cls)
-    settings, name = flags, flags.get("config", TrainConfig.config)
-    preset, where = name, ""
-    if name not in PRESETS and name.endswith(".json"):
+    settings = flags = split_flags(argv, cls)
+    name = preset = flags.get("config", TrainConfig.config)
+    where = ""
+    if name.endswith(".json"):
         from_file = read_settings(Path(name), TrainConfig)
         preset, where = from_file.pop("config", TrainConfig.config), f"{name}: "
         settings = from_file | flags
@@ -280,9 +196,9 @@ def parse_train_config(
             f"{where}there is no preset {preset!r}.{did_you_mean(preset, PRESETS)} Presets are "
             f"{', '.join(PRESETS)}; --config also takes a JSON file"
         )
-    presets = "\n".join(f"  {key:20} {ABOUT[key]}" for key in PRESETS)
-    default = cls(**vars(PRESETS[preset]()))
-    config = configure(default, settings, f"{about or ''}\n\nPresets:\n{presets}")
+    presets = "\n".join(f"  {name:20} {line}" for name, line in ABOUT.items())
+    about = f"{about or ''}\n\nPresets:\n{presets}"
+    config = configure(cls(**vars(PRESETS[preset])), settings, about)
     if config.init_from != SCRATCH and (given := flags.keys() & WEIGHTS_FIELDS):
         names = ", ".join(f"--{name}" for name in sorted(given))
         raise InputError(f"the weights of {config.init_from} determine {names}: leave it out")

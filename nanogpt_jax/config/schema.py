@@ -2,14 +2,13 @@
 
 Each field belongs to the part of the program that uses it (`config.model.n_layer`); flags and JSON
 files are flat and use nanoGPT's names (`n_layer`). The comment beside a field, or above it with #:,
-is its entry in --help. Wrong values raise InputError, which names field, requirement and value.
+is its entry in --help.
 """
 
-import dataclasses
 import os
 import re
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nanogpt_jax.errors import InputError
@@ -25,20 +24,15 @@ MAX_FLOAT = 3e38  # anything larger is infinite in float32
 # Ranges of whole numbers other than 1 to MAX_INT. The limits on shapes are beyond any GPT: they
 # bound what a config.json from somewhere else can request.
 RANGES = {
-    "n_layer": (1, 2**10),
-    "n_head": (1, 2**10),
-    "n_embd": (1, 2**16),
-    "block_size": (1, 2**20),
-    "vocab_size": (1, 2**24),
-    "seed": (0, 2**32 - 1),
-    "port": (0, 2**16 - 1),
-    "process_id": (-1, MAX_INT),
-    "max_new_tokens": (-1, MAX_INT),
+    "n_layer": (1, 2**10), "n_head": (1, 2**10), "n_embd": (1, 2**16),
+    "block_size": (1, 2**20), "vocab_size": (1, 2**24),
+    "seed": (0, 2**32 - 1), "port": (0, 2**16 - 1),
+    "process_id": (-1, MAX_INT), "max_new_tokens": (-1, MAX_INT),
     **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
-}
+}  # fmt: skip
 BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
 FRACTIONS = {"cooldown", "top_p"}
-FREE_TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
+TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
 NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
 TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 MAX_PATH_BYTES = 4000
@@ -56,40 +50,35 @@ LECTURE_MODELS = typing.get_args(Architecture)[1:]  # in the order of "Let's bui
 
 def check_fields(config: "DataclassInstance") -> None:
     """Check every field of a configuration with `check_value`."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        check_value(name, hint, getattr(config, name))
+    for own in fields(config):
+        check_value(own.name, own.type, getattr(config, own.name))
 
 
 def check_value(name: str, hint: Any, value: Any) -> None:
     """Refuse a value that its field's type or range does not allow."""
-    if requirement := _violated(name, hint, value):
-        raise InputError(f"{name} must be {requirement}, got {value!r}")
-
-
-def _violated(name: str, hint: Any, value: Any) -> str | None:
-    """Return the requirement that a value does not meet, None if it meets all."""
+    kind, *others = typing.get_args(hint) or (hint,)
+    low, high = RANGES.get(name, (1, MAX_INT))
     if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        return None if value in choices else f"one of {', '.join(choices)}"
-    kind, *or_none = typing.get_args(hint) or (hint,)
-    if or_none and value is None:
-        return None
-    if type(value) not in ((int, float) if kind is float else (kind,)):
-        return TYPES_IN_WORDS.get(kind, kind.__name__)
-    if kind is int:
-        low, high = RANGES.get(name, (1, MAX_INT))
-        return f"at least {low}" if value < low else f"at most {high}" if value > high else None
-    if kind is float and not 0 <= value <= MAX_FLOAT:
-        return "finite and at least 0"
-    if name in BELOW_ONE and value >= 1:
-        return "at least 0 and below 1"
-    if name in FRACTIONS and not 0 < value <= 1:
-        return "above 0 and at most 1"
-    if name in NEVER_EMPTY and not value:
-        return "a text of at least one character"
-    if kind is str and name not in FREE_TEXTS and not _is_path(value):
-        return "a name that a file can have"
-    return None
+        rules = {f"one of {', '.join((kind, *others))}": value in (kind, *others)}
+    elif others and value is None:
+        rules = {}
+    elif type(value) not in ((int, float) if kind is float else (kind,)):
+        rules = {TYPES_IN_WORDS.get(kind, kind.__name__): False}
+    else:
+        rules = {
+            f"at least {low}": kind is not int or value >= low,
+            f"at most {high}": kind is not int or value <= high,
+            "finite and at least 0": kind is not float or 0 <= value <= MAX_FLOAT,
+            "at least 0 and below 1": name not in BELOW_ONE or value < 1,
+            "above 0 and at most 1": name not in FRACTIONS or 0 < value <= 1,
+            "a text of at least one character": name not in NEVER_EMPTY or value,
+            "a name that a file can have": kind is not str or name in TEXTS or _is_path(value),
+        }
+    for requirement, is_met in rules.items():
+        if not is_met:
+            raise InputError(f"{name} must be {requirement}, got {value!r}")
+    if name == "init_from" and value == "resume":  # nanoGPT's way to resume
+        raise InputError("init_from=resume: not needed, a run in out_dir resumes automatically")
 
 
 def _is_path(text: str) -> bool:
@@ -135,21 +124,15 @@ class ModelConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.known_tokens is not None:
-            ok = self.known_tokens <= (self.vocab_size or self.known_tokens)
-            _require(ok, self, "known_tokens", f"from 1 to vocab_size={self.vocab_size}")
-        divides = self.n_embd % self.n_head == 0
-        _require(divides, self, "n_embd", f"a multiple of n_head={self.n_head}")
-        if self.positions == "rotary":  # rotates pairs of features
-            divides = self.n_embd % (2 * self.n_head) == 0
-            _require(divides, self, "n_embd", f"a multiple of 2 n_head={2 * self.n_head}")
-        if self.architecture != "gpt":
-            self._check_lecture_model()
-
-    def _check_lecture_model(self) -> None:
-        """Refuse settings that a model of the lecture would ignore."""
+        ok = not self.known_tokens or not self.vocab_size or self.known_tokens <= self.vocab_size
+        _require(ok, self, "known_tokens", f"from 1 to vocab_size={self.vocab_size}")
+        twice = self.positions == "rotary"  # it rotates pairs of features
+        divisor, name = (2 * self.n_head, "2 n_head") if twice else (self.n_head, "n_head")
+        _require(self.n_embd % divisor == 0, self, "n_embd", f"a multiple of {name}={divisor}")
         model = self.architecture
-        # Its activation is always ReLU, whatever the field says.
+        if model == "gpt":
+            return
+        # What a model of the lecture would ignore. Its activation is ReLU, whatever the field says.
         required = {"bias": True, "known_tokens": None, **GPT2_PARTS}
         required |= {} if model == "layernorm" else {"dropout": 0.0}
         required |= {} if model in ("deep", "residual", "layernorm") else {"n_layer": 1}
@@ -158,21 +141,20 @@ class ModelConfig:
             requirement = f"{value} for the lecture's {model} model, as in --config lecture-{model}"
             _require(getattr(self, name) == value, self, name, requirement)
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return max(1, self.n_embd // 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
+
+    @property
+    def mlp_in_features(self) -> int:
+        """Output features of the MLP's first layer: the hidden ones, and SwiGLU's gates."""
+        return self.hidden_size * (2 if self.activation == "swiglu" else 1)
+
 
 # GPT-2's choice of each part that has newer alternatives: the defaults above.
 _PARTS = "activation", "positions", "norm", "qk_norm", "tied_head", "zero_init", "logit_cap"
 GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS}
-
-
-def hidden_size(config: ModelConfig) -> int:
-    """Return the width of the MLP's hidden layer."""
-    D = config.n_embd
-    return max(1, D // 3) * 8 if config.activation == "swiglu" else 4 * D
-
-
-def mlp_in_features(config: ModelConfig) -> int:
-    """Return the output features of the MLP's first layer: the hidden ones, and SwiGLU's gates."""
-    return hidden_size(config) * (2 if config.activation == "swiglu" else 1)
 
 
 @dataclass(frozen=True)
@@ -282,20 +264,14 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        _refuse_resume(self.init_from)
+        product = "batch_size x gradient_accumulation_steps x block_size"
         if self.tokens_per_iter > MAX_INT:
-            raise InputError(
-                "batch_size x gradient_accumulation_steps x block_size must be at most "
-                f"{MAX_INT} tokens, got {self.tokens_per_iter}"
-            )
+            raise InputError(f"{product} must be at most {MAX_INT}, got {self.tokens_per_iter}")
         divides = self.model.block_size % self.compute.loss_chunks == 0
         divisor = f"a divisor of block_size={self.model.block_size}"
         _require(divides, self.compute, "loss_chunks", divisor)
         ok = self.optim.optimizer == "adamw" or self.model.architecture == "gpt"
         _require(ok, self.optim, "optimizer", "adamw for a model of the lecture")
-        self._check_processes()
-
-    def _check_processes(self) -> None:
         address = self.coordinator_address
         port = re.fullmatch(r".+:(\d{1,5})", address)
         ok = address in ("", "auto") or (port is not None and 1 <= int(port[1]) <= 65535)
@@ -348,7 +324,6 @@ class SampleConfig:
 
     def __post_init__(self):
         check_fields(self)
-        _refuse_resume(self.init_from)
         ok = self.init_from is None or self.out_dir is None
         _require(ok, self, "init_from", "left out if out_dir names a run")
         ok = self.max_new_tokens >= 1 or (self.max_new_tokens == -1 and self.stream)
@@ -359,17 +334,11 @@ class SampleConfig:
         _require(ok, self, "stop", "left out with --web, whose page has a stop button")
 
 
-def _refuse_resume(init_from: str | None) -> None:
-    if init_from == "resume":  # nanoGPT's way to resume
-        raise InputError("init_from=resume: not needed, a run in out_dir resumes automatically")
-
-
-def field_types(cls: type) -> dict[str, Any]:
-    """Return the type of each flat field of a configuration class, nested ones included."""
+def field_types(cls: Any) -> dict[str, Any]:
+    """Return the type of each flat field of a configuration class."""
     flat = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        is_nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        flat |= field_types(hint) if is_nested else {name: hint}
+    for own in fields(cls):
+        flat |= field_types(own.type) if is_dataclass(own.type) else {own.name: own.type}
     return flat
 
 
@@ -377,16 +346,14 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as one flat dict, nested parts merged: what config.json contains."""
     flat = {}
     for name, value in vars(config).items():
-        flat |= to_flat_dict(value) if dataclasses.is_dataclass(value) else {name: value}
+        flat |= to_flat_dict(value) if is_dataclass(value) else {name: value}
     return flat
 
 
 def replace_fields(config: Config, values: dict[str, Any]) -> Config:
     """Return a configuration with flat fields replaced, in whichever part they are."""
-    changes = {}
-    for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            changes[name] = replace_fields(value, values)
-        elif name in values:
-            changes[name] = values[name]
-    return dataclasses.replace(config, **changes)
+    changes = {name: values.get(name, old) for name, old in vars(config).items()}
+    for name, old in vars(config).items():
+        if is_dataclass(old) and not isinstance(old, type):
+            changes[name] = replace_fields(old, values)
+    return replace(config, **changes)

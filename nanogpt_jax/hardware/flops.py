@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig, hidden_size, mlp_in_features
+from nanogpt_jax.config import ComputeConfig, ModelConfig
 from nanogpt_jax.errors import InputError
 
 
@@ -33,7 +33,7 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
         params = n_in * n_out + has_bias * n_out
         return Part(part, times * params, times * 2 * n_in * n_out)
 
-    is_gpt, F = name == "gpt", hidden_size(config)
+    is_gpt, F = name == "gpt", config.hidden_size
     found = [Part("token embedding", V * D)]
     found += [Part("position embedding", T * D)] if config.positions == "learned" else []
     found += [
@@ -44,7 +44,7 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
     if name in ("gpt", "residual", "layernorm"):
         found += [
             dense("attention: projection", D, D),
-            dense("mlp: up", D, mlp_in_features(config)),
+            dense("mlp: up", D, config.mlp_in_features),
             dense("mlp: down", F, D),
         ]
     elif name in ("feedforward", "deep"):
@@ -78,7 +78,7 @@ def optimizer_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
     n_moments = 2 * n_params(config)
     if optimizer == "muon":
         D = config.n_embd
-        n_moments -= config.n_layer * D * (4 * D + mlp_in_features(config) + hidden_size(config))
+        n_moments -= config.n_layer * D * (4 * D + config.mlp_in_features + config.hidden_size)
     return 4 * n_moments
 
 
@@ -168,7 +168,7 @@ def estimate_memory(
     has_dropout = config.dropout > 0
     is_fused = compute.attention != "xla" and not has_dropout and width == 2
     inputs = D * width  # the stream before a block
-    mlp = mlp_in_features(config) + hidden_size(config)
+    mlp = config.mlp_in_features + config.hidden_size
     dense = (2 * D + 3 * D + D + D + mlp) * width  # norms, q k v, attention, stream, MLP
     scores = 0 if is_fused else config.n_head * T * (4 + width + has_dropout)
     block = dense + scores + 2 * D * has_dropout  # a mask: a byte per element

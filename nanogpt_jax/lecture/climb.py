@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     folder = Path(request.out_dir)
     check_writable(folder)
     use_compile_cache(request.compile_cache)
-    configs = [shortened(preset(), request) for preset in LECTURE]
+    configs = [shortened(preset, request) for preset in LECTURE]
     skipped = ""
     if jax.default_backend() == "cpu":
         configs = [config for config in configs if config.config != "lecture-scaled"]

@@ -49,7 +49,7 @@ def choose(config: TrainConfig, corpus: Corpus) -> Path:
     path = Path(config.config)
     if path.name == CONFIG:  # a run's own: resume it
         return path.parent
-    usual = PRESETS[config.config]().dataset if config.config in PRESETS else None
+    usual = PRESETS[config.config].dataset if config.config in PRESETS else None
     is_usual = corpus.name == (usual or SHAKESPEARE)
     return OUT / (path.stem if is_usual else f"{path.stem}-{corpus.name}")
 

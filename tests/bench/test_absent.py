@@ -41,25 +41,25 @@ def environment(monkeypatch):
 @pytest.mark.skipif(HAS_COMPILER, reason="the tpu extra is installed")
 def test_without_the_compiler_the_error_says_what_to_install(environment):
     with pytest.raises(InputError, match=r"pip install -e '\.\[tpu\]'"):
-        absent.compile_for(PRESETS["tiny"](), "v5e:2x2")
+        absent.compile_for(PRESETS["tiny"], "v5e:2x2")
 
 
 @pytest.mark.parametrize("topology", ["v5e:4", "h100:2x2"])
 def test_what_is_no_topology_is_answered_with_an_example(topology):
     with pytest.raises(InputError, match="compile_for must look like v5e:4x4"):
-        absent.compile_for(PRESETS["tiny"](), topology)
+        absent.compile_for(PRESETS["tiny"], topology)
 
 
 def test_v4_is_refused_since_the_compiler_takes_its_cores_apart():
     with pytest.raises(InputError, match="must be a v2, v3, v5e, v5p or v6e topology, got 'v4:"):
-        absent.compile_for(PRESETS["tiny"](), "v4:2x2x1")
+        absent.compile_for(PRESETS["tiny"], "v4:2x2x1")
 
 
 def test_the_figures_of_a_step_on_devices_that_stand_in_for_tpus(environment, monkeypatch, capsys):
     """The path of --compile_for where no TPU compiler is: on four virtual CPU devices."""
     monkeypatch.setattr(absent, "topology_devices", lambda _: jax.devices())
     monkeypatch.setattr(absent, "find_chip", lambda _: chip_named("TPU v5e"))
-    config = PRESETS["tiny"]()
+    config = PRESETS["tiny"]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         assert absent.compile_for(config, "v5e:2x2") == 0
@@ -76,7 +76,7 @@ def test_the_figures_of_a_step_on_devices_that_stand_in_for_tpus(environment, mo
 
 
 def test_the_least_bytes_are_weights_per_micro_batch_and_the_optimizer():
-    config = with_vocab_size(PRESETS["tiny"]())
+    config = with_vocab_size(PRESETS["tiny"])
     n = n_params(config.model)
     one = dataclasses.replace(config, gradient_accumulation_steps=1)
     two = dataclasses.replace(config, gradient_accumulation_steps=2)

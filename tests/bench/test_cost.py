@@ -44,7 +44,7 @@ def test_a_run_in_float32_is_marked_since_its_peaks_are_lower(page):
 def test_the_table_of_chips_is_arithmetic(page):
     """Hours from FLOPs and peak, kilowatt hours and dollars from hours."""
     rows = page("--config", "gpt2", "--mfu", "0.5")
-    config = with_vocab_size(PRESETS["gpt2"]())
+    config = with_vocab_size(PRESETS["gpt2"])
     total = run_flops(config, 2**62).total
     h100 = chip_named("H100")
     hours = total / (0.5 * h100.flops) / 3600
@@ -80,7 +80,7 @@ def test_evaluation_is_listed_apart_and_reads_the_datasets_split(page, tmp_path,
 def test_six_n_is_next_to_the_count(page):
     text = line(page("--config=shakespeare"), "a token of training")
     n = 10_646_784
-    counted = train_flops_per_token(with_vocab_size(PRESETS["shakespeare"]()).model)
+    counted = train_flops_per_token(with_vocab_size(PRESETS["shakespeare"]).model)
     assert f"{counted:,} FLOPs" in text
     assert f"6 N = {6 * n:,}" in text
     assert f"{6 * n / counted - 1:+.1%}" in text
@@ -88,7 +88,7 @@ def test_six_n_is_next_to_the_count(page):
 
 def test_every_preset_has_its_page():
     for name, preset in PRESETS.items():
-        config = cost.CostConfig(**vars(with_vocab_size(preset())))
+        config = cost.CostConfig(**vars(with_vocab_size(preset)))
         text = str(cost.cost_lines(config))
         assert all(chip in text for chip in cost.TABLE) or name == "lecture-bigram"
 
@@ -115,7 +115,7 @@ def test_references_are_computed_from_their_configurations(page):
 
 def test_the_lectures_quarter_of_an_hour_is_put_into_proportion():
     text = " ".join(cost.lecture_lines())
-    config = with_vocab_size(PRESETS["lecture-scaled"]())
+    config = with_vocab_size(PRESETS["lecture-scaled"])
     train = 5000 * 64 * 256 * train_flops_per_token(config.model)
     evaluate = 11 * 400 * 64 * 256 * forward_flops_per_token(config.model)
     assert f"{amount(train)} to train and {amount(evaluate)}" in text

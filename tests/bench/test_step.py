@@ -13,7 +13,7 @@ from nanogpt_jax.hardware import choose_compute, needed_bytes
 
 N_STEPS = 30
 CONFIG = dataclasses.replace(
-    PRESETS["tiny"](),
+    PRESETS["tiny"],
     batch_size=8,
     gradient_accumulation_steps=2,
     max_iters=N_STEPS,
@@ -25,7 +25,7 @@ MODERN_CONFIG = dataclasses.replace(
     CONFIG,
     max_iters=10,
     model=dataclasses.replace(CONFIG.model, bias=False, **MODERN),
-    optim=dataclasses.replace(PRESETS["small-fast"]().optim, learning_rate=1e-2),
+    optim=dataclasses.replace(PRESETS["small-fast"].optim, learning_rate=1e-2),
 )
 TOKENS = np.random.default_rng(0).integers(0, 12, 500).cumsum().astype(np.uint16) % 12
 

@@ -1,4 +1,4 @@
-"""What the commands answer before JAX is imported: here importing it fails."""
+"""What the commands answer without JAX, whose import fails here."""
 
 import json
 import os
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nanogpt_jax import corpora
-from nanogpt_jax.config import PRESETS, parse_train_config, replace_fields, to_flat_dict
+from nanogpt_jax.config import PRESETS, parse_train_config, to_flat_dict
 from nanogpt_jax.config.presets import ABOUT
+from nanogpt_jax.config.schema import replace_fields
 
 ROOT = Path(__file__).parents[2]
 STUB_MESSAGE = "this jax cannot be imported"
@@ -31,7 +32,7 @@ TRAINING = [
     ("--dataset=empty.txt", ["empty.txt", "is empty"]),
     ("--dataset=short.txt", ["short.txt", "block_size + 1 = 33", "23"]),
     ("--dataset=book.txt --block_size=600", ["book.txt", "block_size + 1 = 601", "600"]),
-    ("--dataset=binary.txt", ["binary.txt", "byte 8"]),
+    ("--dataset=binary.txt", ["binary.txt", "byte 0 is 0x89"]),
     ("--dataset=latin.txt", ["latin.txt", "byte 3 is 0xe9"]),
     ("--dataset=thesis", ["thesis", ".txt"]),
     ("--dataset=cut", ["val.bin", "399 bytes", "cut off"]),
@@ -125,7 +126,7 @@ def without_jax(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a prepared text, runs, and what a user may name by mistake."""
+    """A folder with a prepared text, runs, and files that a user may name by mistake."""
     folder = tmp_path_factory.mktemp("place")
     for name, content in {
         "book.txt": TEXT.encode(),
@@ -179,7 +180,7 @@ def answers(place, without_jax) -> dict:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert contents(place) == before  # whatever was refused, nothing was written
+    assert contents(place) == before  # a refused command writes nothing
     return dict(zip(commands, json.loads(done.stdout), strict=True))
 
 
@@ -194,7 +195,7 @@ def test_wrong_input_is_answered_in_one_line(answers, script, argv, parts):
 
 
 def test_here_jax_cannot_be_imported(run, tmp_path, without_jax):
-    """Otherwise nothing here would show that an answer came without it."""
+    """Otherwise the tests here would prove nothing."""
     (tmp_path / "book.txt").write_text(TEXT)
     result = run("train.py", "--config=tiny", "--dataset=book.txt", env=without_jax)
     assert STUB_MESSAGE in result.stderr
@@ -202,7 +203,7 @@ def test_here_jax_cannot_be_imported(run, tmp_path, without_jax):
 
 
 def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, without_jax):
-    """Python reads it strictly in most locales."""
+    """In most locales Python decodes it strictly."""
     env = without_jax | {"PYTHONIOENCODING": "utf-8:strict"}
     with (place / "latin.txt").open("rb") as latin:
         result = run("sample.py", "--out_dir=run", "--start=-", stdin=latin, env=env, cwd=place)
@@ -212,12 +213,12 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
 
 
 def test_help_comes_quickly_and_names_every_preset(run, without_jax):
-    """Seconds of work count, since waiting for other programs makes the clock's more."""
+    """CPU seconds count: the clock includes waiting for other programs."""
     for _ in range(3):
         begun_s, begun = time.perf_counter(), os.times()
         result = run("train.py", "--help", env=without_jax)
         wall_s, ended = time.perf_counter() - begun_s, os.times()
-        worked_s = sum(ended[2:4]) - sum(begun[2:4])  # of the child; Windows does not say it
+        worked_s = sum(ended[2:4]) - sum(begun[2:4])  # of the child; Windows does not report it
         if (seconds := min(wall_s, worked_s or wall_s)) < 0.7:
             break
     assert (result.returncode, result.stderr) == (0, "")
@@ -235,7 +236,7 @@ def help_of(argv: list[str], capsys) -> str:
     return " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-def test_help_shows_the_values_of_the_preset_it_is_asked_with(capsys):
+def test_help_shows_the_values_of_the_requested_preset(capsys):
     shown = help_of(["--config=shakespeare", "--n_layer=5"], capsys)
     assert "width of the residual stream; a multiple of n_head (default: 384)" in shown
     assert "Transformer blocks (default: 6)" in shown
@@ -244,7 +245,7 @@ def test_help_shows_the_values_of_the_preset_it_is_asked_with(capsys):
 def test_help_explains_every_field(capsys):
     """From the comments beside and above the fields, in one form: no capital, no full stop."""
     shown = help_of([], capsys)
-    fields = to_flat_dict(PRESETS["small"]())
+    fields = to_flat_dict(PRESETS["small"])
     for name, value in fields.items():
         flag = shown.index(f" --{name} ")
         end = shown.index("(default:", flag)
@@ -255,13 +256,13 @@ def test_help_explains_every_field(capsys):
 
 
 def test_help_can_be_piped_with_a_small_encoding(run, without_jax):
-    """On Windows a pipe has a code page without the characters that boxes are drawn with."""
+    """On Windows a pipe's code page lacks the box-drawing characters."""
     result = run("train.py", "--help", env=without_jax | {"PYTHONIOENCODING": "cp1252"})
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_every_command_starts_from_any_folder(run, tmp_path, without_jax):
-    """The package is found beside the scripts or where it is installed."""
+    """Python finds the package beside the scripts or where it is installed."""
     (tmp_path / "elsewhere").mkdir()
     for script, flag in ("sample.py", "--max_new_tokens"), ("data/prepare.py", "--tokenizer"):
         result = run(script, "-h", cwd=tmp_path / "elsewhere", env=without_jax)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from nanogpt_jax.config import (
+    PRESETS,
     ComputeConfig,
     ModelConfig,
     OptimConfig,
@@ -11,7 +12,6 @@ from nanogpt_jax.config import (
     field_types,
     parse_args,
     parse_train_config,
-    presets,
     to_flat_dict,
 )
 from nanogpt_jax.config.cli import NANOGPT_FLAGS, read_settings
@@ -90,7 +90,7 @@ def test_each_sampling_flag_of_nanogpt_works_or_says_what_to_do(flag):
         parse_sample_config([f"--{flag}=1"])
 
 
-def test_the_answers_for_nanogpts_flags_are_only_for_flags_that_do_not_work():
+def test_only_flags_that_do_not_exist_here_are_explained():
     assert not NANOGPT_FLAGS.keys() & {*field_types(TrainConfig), *field_types(SampleConfig)}
 
 
@@ -100,7 +100,7 @@ def test_nanogpts_cpu_command_gives_the_small_preset():
         "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
     )
     config = parse_train_config(["--config=shakespeare", *argv.split()])
-    flat, small = to_flat_dict(config), to_flat_dict(presets.small())
+    flat, small = to_flat_dict(config), to_flat_dict(PRESETS["small"])
     differing = {name for name in flat if flat[name] != small[name]}
     assert differing == {"config", "lr_decay_iters"}
 
@@ -116,12 +116,12 @@ def test_nanogpts_cpu_command_gives_the_small_preset():
         (["--no-bias"], "bias"),
     ],
 )
-def test_a_misspelt_flag_answers_with_the_near_match(argv, near):
+def test_a_misspelt_flag_is_refused_with_the_near_match(argv, near):
     with pytest.raises(InputError, match=f"no flag --.*Did you mean (.* or )?{near}\\b"):
         parse_train_config(argv)
 
 
-def test_a_flag_like_no_other_answers_without_a_guess():
+def test_a_flag_unlike_any_other_is_refused_without_a_guess():
     with pytest.raises(InputError, match="no flag --zzzzzz") as error:
         parse_train_config(["--zzzzzz=1"])
     assert "Did you mean" not in str(error.value)
@@ -156,14 +156,14 @@ def test_what_is_not_a_flag_with_a_value_is_refused(argv, message):
         ("vocab_size", "many"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_answered_with_the_flag_and_the_value(flag, value):
+def test_a_value_of_the_wrong_type_is_refused_with_flag_and_value(flag, value):
     with pytest.raises(InputError, match=f"^{flag} must be ") as error:
         parse_train_config([f"--{flag}={value}"])
     assert repr(value) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_the_answer_is_whole_in_a_narrow_terminal_and_for_a_long_value(monkeypatch):
+def test_a_message_is_complete_in_a_narrow_terminal_and_for_a_long_value(monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     long = "word " * 30 + "end"
     with pytest.raises(InputError, match="one of gelu, gelu_tanh, ") as error:
@@ -217,7 +217,7 @@ def test_the_answer_is_whole_in_a_narrow_terminal_and_for_a_long_value(monkeypat
         (["--seed=4294967296"], "seed must be at most 4294967295, got 4294967296"),
     ],
 )
-def test_a_training_value_that_cannot_be_names_field_requirement_and_value(argv, message):
+def test_an_impossible_training_value_is_refused_with_field_requirement_and_value(argv, message):
     with pytest.raises(InputError) as error:
         parse_train_config(argv)
     assert str(error.value).startswith(message)
@@ -247,13 +247,13 @@ def test_a_training_value_that_cannot_be_names_field_requirement_and_value(argv,
         (["--web", "--stream", "--max_new_tokens=-1"], "max_new_tokens must be from 1 to 5000"),
     ],
 )
-def test_a_sampling_value_that_cannot_be_names_field_requirement_and_value(argv, message):
+def test_an_impossible_sampling_value_is_refused_with_field_requirement_and_value(argv, message):
     with pytest.raises(InputError) as error:
         parse_sample_config(argv)
     assert str(error.value).startswith(message)
 
 
-def test_values_at_the_edge_of_what_is_allowed_are_allowed():
+def test_values_at_the_limits_are_allowed():
     ModelConfig(block_size=1, n_layer=1, n_head=1, n_embd=1, vocab_size=1, dropout=0.999)
     OptimConfig(learning_rate=0, min_lr=0, warmup_iters=0, weight_decay=0, grad_clip=0, beta1=0)
     OptimConfig(muon_momentum=0, cooldown=1)
@@ -285,11 +285,11 @@ def test_the_config_json_of_a_run_gives_the_same_configuration_again(tmp_path):
     assert again.pop("config") == str(path)
     expected = to_flat_dict(config)
     del expected["config"]
-    expected["out_dir"] = None  # it is where the file is
+    expected["out_dir"] = None  # the run is where the file is
     assert again == expected
 
 
-def test_flags_come_before_a_json_file_and_that_before_the_preset_it_names(tmp_path):
+def test_flags_override_a_json_file_which_overrides_the_preset_it_names(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"config": "shakespeare", "n_layer": 3, "dropout": 0.5, "dataset": null}')
     config = parse_train_config(["--dropout=0.1", "--config", str(path)])
@@ -329,7 +329,7 @@ def test_a_json_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, cont
         ('{"n_embd": 10, "n_head": 3}', "n_embd must be a multiple of n_head=3, got 10"),
     ],
 )
-def test_a_value_in_a_json_file_is_checked_like_a_flags(tmp_path, content, message):
+def test_a_value_in_a_json_file_is_checked_like_a_flag(tmp_path, content, message):
     path = tmp_path / "mine.json"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
@@ -343,7 +343,7 @@ def test_a_missing_json_file_is_named(tmp_path):
         read_settings(tmp_path, TrainConfig)
 
 
-def test_tokens_of_an_update_count_micro_batches_sequences_and_block():
+def test_tokens_per_update_count_micro_batches_sequences_and_positions():
     config = parse_train_config(
         ["--batch_size=3", "--gradient_accumulation_steps=5", "--block_size=7"]
     )

@@ -39,7 +39,7 @@ OF_NANOGPT = {
     "gpt2-medium": GPT2 | {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": GPT2 | {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": GPT2 | {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-    # There from gpt2-xl; its evaluation takes 40 random windows, ours all 36.
+    # nanoGPT starts from gpt2-xl; it evaluates on 40 random windows, we on all 36.
     "finetune-shakespeare": PRETRAINED | {
         "init_from": "gpt2", "dataset": "shakespeare", "batch_size": 1, "eval_interval": 5,
         "gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5,
@@ -52,11 +52,11 @@ OF_NANOGPT = {
 }  # fmt: skip
 
 
-def test_gpt2_updates_from_as_many_sequences_as_nanogpts():
+def test_a_gpt2_update_has_as_many_sequences_as_nanogpts():
     assert GPT2["batch_size"] * GPT2["gradient_accumulation_steps"] == 12 * 40
 
 
-# What the lecture's code sets; AdamW as PyTorch has it, a constant rate, no clipping.
+# What the lecture's code sets: PyTorch's AdamW, a constant rate, no clipping.
 LECTURE = {
     "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999, "grad_clip": 0.0, "decay_lr": False,
     "learning_rate": 1e-3, "max_iters": 5000, "eval_interval": 500, "batch_size": 32,
@@ -97,9 +97,9 @@ def test_every_preset_but_the_smoke_test_and_the_fast_ones_is_compared_with_its_
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_fast_preset_has_the_task_of_its_slow_one_and_is_in_all_less(name):
-    """The same text, context and tokens a step; fewer of these, and no larger model."""
-    fast, slow = (with_vocab_size(PRESETS[n]()) for n in (name, name.removesuffix("-fast")))
+def test_a_fast_preset_has_the_task_of_its_slow_one_and_costs_less(name):
+    """The same text, context and tokens per step; fewer steps, and no larger model."""
+    fast, slow = (with_vocab_size(PRESETS[n]) for n in (name, name.removesuffix("-fast")))
     for field in "dataset", "tokenizer", "batch_size", "gradient_accumulation_steps", "seed":
         assert getattr(fast, field) == getattr(slow, field)
     assert fast.model.block_size == slow.model.block_size
@@ -111,11 +111,11 @@ def test_a_fast_preset_has_the_task_of_its_slow_one_and_is_in_all_less(name):
 
 
 def test_a_step_of_small_fast_sees_768_tokens():
-    assert PRESETS["small-fast"]().tokens_per_iter == 768
+    assert PRESETS["small-fast"].tokens_per_iter == 768
 
 
-def test_the_learning_rate_decays_over_the_whole_run_unless_said_otherwise():
-    assert {preset().optim.lr_decay_iters for preset in PRESETS.values()} == {None}
+def test_the_learning_rate_decays_over_the_whole_run_in_every_preset():
+    assert {preset.optim.lr_decay_iters for preset in PRESETS.values()} == {None}
 
 
 def test_gpt2_updates_have_half_a_million_tokens():
@@ -123,30 +123,30 @@ def test_gpt2_updates_have_half_a_million_tokens():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_carries_its_own_name(name):
-    """The run's folder and config.json say it."""
-    assert PRESETS[name]().config == name
+def test_a_preset_has_its_own_name_in_its_config(name):
+    """It names the run's folder."""
+    assert PRESETS[name].config == name
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_number_of_parameters_in_the_help_is_the_one_its_model_is_known_by(name):
-    """nanoGPT leaves the position embedding out, the lecture does not."""
-    n_params = headline_params(with_vocab_size(PRESETS[name]()).model)
+def test_the_help_gives_the_usual_number_of_parameters(name):
+    """nanoGPT does not count the position embedding, the lecture does."""
+    n_params = headline_params(with_vocab_size(PRESETS[name]).model)
     doc = ABOUT[name]
     if exact := re.search(r"(\d+,\d+) parameters", doc):
         assert exact[1] == f"{n_params:,}"
         return
-    said, decimals = re.search(r"(\d+\.?(\d*))M", doc).groups()
-    assert said == f"{n_params / 1e6:.{len(decimals)}f}"
+    shown, decimals = re.search(r"(\d+\.?(\d*))M", doc).groups()
+    assert shown == f"{n_params / 1e6:.{len(decimals)}f}"
 
 
-def test_small_is_what_runs_without_a_flag():
-    assert parse_train_config([]) == PRESETS["small"]()
+def test_small_is_the_default():
+    assert parse_train_config([]) == PRESETS["small"]
 
 
-def test_a_flag_changes_one_field_of_a_preset_wherever_it_stands():
+def test_a_flag_before_or_after_the_preset_changes_one_field():
     for argv in (["--config=small", "--n_layer=2"], ["--n_layer=2", "--config", "small"]):
-        small, config = to_flat_dict(PRESETS["small"]()), to_flat_dict(parse_train_config(argv))
+        small, config = to_flat_dict(PRESETS["small"]), to_flat_dict(parse_train_config(argv))
         assert {key for key in small if small[key] != config[key]} == {"n_layer"}
 
 
@@ -168,7 +168,7 @@ def test_a_misspelt_preset_answers_with_the_near_match_and_all_presets(misspelt,
 
 
 def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
-    """It would train, silently, another model than the one that was meant."""
+    """Otherwise it would silently train a different model."""
     path = tmp_path / "mine.json"
     path.write_text('{"config": "smal", "max_iters": 10}')
     with pytest.raises(InputError, match=r"'smal'.*Did you mean small"):
@@ -183,21 +183,21 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
         ("positions", "learned"),
     ],
 )
-def test_a_flag_that_the_weights_decide_is_refused(flag, value):
-    """It would be ignored, silently."""
+def test_a_flag_that_the_weights_determine_is_refused(flag, value):
+    """Otherwise it would be silently ignored."""
     argv = ["--config=tiny", "--init_from=gpt2", f"--{flag}={value}"]
     with pytest.raises(InputError, match=f"the weights of gpt2 determine --{flag}: leave it out"):
         parse_train_config(argv)
 
 
-def test_flags_that_the_weights_leave_open_can_be_given():
+def test_flags_that_the_weights_do_not_determine_are_accepted():
     argv = ["--init_from=gpt2", "--dropout=0.1", "--block_size=256", "--vocab_size=50304"]
     model = parse_train_config(argv).model
     assert (model.dropout, model.block_size, model.vocab_size) == (0.1, 256, 50304)
 
 
-def test_the_configuration_of_a_run_that_began_with_weights_can_be_given(tmp_path):
-    config = PRESETS["finetune-shakespeare"]()
+def test_the_config_of_a_run_that_began_with_weights_is_accepted(tmp_path):
+    config = PRESETS["finetune-shakespeare"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_flat_dict(config)))
     assert parse_train_config(["--config", str(path)]).model == config.model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_jax.config import GPT2_SHAPES, ModelConfig, presets
+from nanogpt_jax.config import GPT2_SHAPES, PRESETS, ModelConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import hub
 from nanogpt_jax.hardware import flops as counts
@@ -179,7 +179,7 @@ def test_a_source_that_is_neither_a_name_nor_a_folder_is_refused(source, hint):
 def test_the_four_shapes_are_those_of_the_presets_and_have_their_known_sizes():
     n_params = {}
     for name, shape in GPT2_SHAPES.items():
-        preset = presets.PRESETS[name]().model
+        preset = PRESETS[name].model
         assert shape == {field: getattr(preset, field) for field in shape}
         config = ModelConfig(
             block_size=hub.BLOCK_SIZE, vocab_size=hub.VOCAB_SIZE, bias=True, **shape

@@ -52,7 +52,7 @@ def test_a_resumed_run_computes_the_rest(tiny_config, start_step, n_evaluations)
 
 
 def test_a_model_without_matrix_products_has_no_flops_to_count():
-    config = with_vocab_size(PRESETS["lecture-bigram"]())
+    config = with_vocab_size(PRESETS["lecture-bigram"])
     assert "no FLOPs" in run_line(config, 1000, chip_named("H200"), 1)
 
 

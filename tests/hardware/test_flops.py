@@ -119,7 +119,7 @@ def test_parameter_counts_of_the_lectures_models_are_those_of_initialised_ones()
 @pytest.mark.parametrize(("preset", "shape", "expected"), OPENAI_GPT2)
 def test_openai_gpt2_has_its_published_shape_and_number_of_parameters(preset, shape, expected):
     """With biases and the unpadded vocabulary, which the presets, after nanoGPT, do not have."""
-    config = dataclasses.replace(PRESETS[preset]().model, bias=True, vocab_size=50257)
+    config = dataclasses.replace(PRESETS[preset].model, bias=True, vocab_size=50257)
     assert (config.n_layer, config.n_head, config.n_embd) == shape
     assert n_params(config) == expected
 
@@ -127,7 +127,7 @@ def test_openai_gpt2_has_its_published_shape_and_number_of_parameters(preset, sh
 @pytest.mark.parametrize(("preset", "expected", "headline"), PRESET_SIZES)
 def test_presets_have_their_originals_size(preset, expected, headline):
     """nanoGPT leaves the position embedding out of the size it prints; the lecture does not."""
-    config = with_vocab_size(PRESETS[preset]()).model
+    config = with_vocab_size(PRESETS[preset]).model
     assert n_params(config) == expected
     assert f"{headline_params(config) / 1e6:.2f}M" == headline
 
@@ -183,7 +183,7 @@ def test_training_flops_are_those_that_xla_counts_for_loss_and_gradient():
 @pytest.mark.slow
 def test_shakespeares_training_flops_are_those_that_xla_counts():
     """Without dropout: its random bits are elementwise work too, 1.3 % of the whole."""
-    config = dataclasses.replace(with_vocab_size(PRESETS["shakespeare"]()).model, dropout=0.0)
+    config = dataclasses.replace(with_vocab_size(PRESETS["shakespeare"]).model, dropout=0.0)
     counted = flops_counted_by_xla(*gradient(config)) / config.block_size
     assert train_flops_per_token(config) == pytest.approx(counted, rel=0.02)
 
@@ -209,7 +209,7 @@ def test_training_flops_of_a_lecture_model_are_those_that_xla_counts(name):
     ],
 )
 def test_activations_are_estimated_within_a_factor_of_two(preset, changes):
-    config = dataclasses.replace(with_vocab_size(PRESETS[preset]()).model, **changes)
+    config = dataclasses.replace(with_vocab_size(PRESETS[preset]).model, **changes)
     estimated = estimate_memory(config, ComputeConfig(dtype="float32"), batch_size=2)["activations"]
     function, *shapes = gradient(config, 2)
     compiled = jax.jit(function).lower(*shapes).compile()
@@ -218,7 +218,7 @@ def test_activations_are_estimated_within_a_factor_of_two(preset, changes):
 
 
 def test_memory_is_saved_by_what_saves_it():
-    config = with_vocab_size(PRESETS["gpt2"]()).model
+    config = with_vocab_size(PRESETS["gpt2"]).model
     plain = estimate_memory(config, ComputeConfig(), 16)
     assert plain["weights"] == plain["gradients"] == plain["optimizer"] / 2 == 4 * n_params(config)
     for saving in {"remat": True}, {"loss_chunks": 8}:
@@ -253,7 +253,7 @@ def test_only_what_the_devices_cannot_hold_together_is_refused(n_devices, memory
 
 @pytest.mark.parametrize("preset", ["tiny", "small-fast", "shakespeare-fast"])
 def test_the_bytes_of_the_optimizer_are_those_of_its_arrays(preset):
-    config = with_vocab_size(PRESETS[preset]())
+    config = with_vocab_size(PRESETS[preset])
     tx = make_optimizer(config.optim, 10)
     state = jax.eval_shape(lambda params: tx.init(params), abstract_params(config.model))
     # Moments are all arrays but counters and the coefficients of Newton and Schulz.

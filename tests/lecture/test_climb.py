@@ -48,7 +48,7 @@ def test_a_model_learns_just_what_train_py_learns(tmp_path, book, capsys, run):
     """The same weights, batches and updates, whichever command a learner runs."""
     folder = corpora.prepare(str(book), tmp_path / "data", 9)
     corpus = corpora.open_corpus(folder, 9)
-    config = climb.shortened(PRESETS["lecture-head"](), climb.LectureConfig(most_iters=120))
+    config = climb.shortened(PRESETS["lecture-head"], climb.LectureConfig(most_iters=120))
     model = climb.climb(config, corpus, lambda n_steps: None)
     result = run(
         "train.py", "--config=lecture-head", "--max_iters=120", "--eval_interval=12",
@@ -71,7 +71,7 @@ def test_wrong_input_is_answered_in_one_line(tmp_path, book):
 
 def climbed(preset="lecture-head", **changes) -> climb.Climbed:
     """A model as if it were trained."""
-    config = with_vocab_size(PRESETS[preset]())
+    config = with_vocab_size(PRESETS[preset])
     return climb.Climbed(config, [0, 5], [4.0, 3.0], 4.0, {}, "text", 1.0)._replace(**changes)
 
 

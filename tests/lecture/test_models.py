@@ -196,4 +196,4 @@ def test_ways_to_compute_that_the_models_lack_are_refused(flag):
 
 
 def test_each_model_is_a_preset():
-    assert [preset().model.architecture for preset in LECTURE][:7] == list(LECTURE_MODELS)
+    assert [preset.model.architecture for preset in LECTURE][:7] == list(LECTURE_MODELS)

@@ -158,7 +158,7 @@ def test_a_path_that_orbax_reads_as_a_pattern_is_refused(tmp_path, monkeypatch):
     for name in "run [1]", "run*", "what?":
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        with pytest.raises(InputError, match=r"no \* \? or \[ in its whole path, but is .*/out/a"):
+        with pytest.raises(InputError, match=r"without \* \? and \[, but is .*/out/a"):
             run_folder.check_usable(Path("out/a"))
 
 

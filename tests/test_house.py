@@ -14,8 +14,8 @@ PACKAGE = Path(nanogpt_jax.__file__).parent
 ROOT = Path(__file__).parent.parent
 CORE = ("attention", "model", "optim", "steps", "data", "sharding", "decoding")
 # From the ground up: each imports only from what is before it.
-ORDER = ("errors", "files", "config", "core", "hardware", "corpora", "run", "gpt2", "lecture")
-ORDER += ("web", "bench", "nanogpt_jax", "__main__")
+ORDER = ("errors", "files", "config", "core", "hardware", "corpora", "run", "gpt2", "bench")
+ORDER += ("lecture", "web", "nanogpt_jax", "__main__")
 # Imports against that order: (module, what it imports, why it may).
 UPWARD = {
     ("steps", "lecture", "make_model makes the lecture's models too, and a GPT needs none of them"),

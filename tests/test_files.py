@@ -188,3 +188,19 @@ def test_a_read_only_disk_is_refused(read_only):
     for place in read_only, read_only / "out" / "run":
         with pytest.raises(InputError, match=f"out_dir must be writable, but {read_only} is not"):
             files.check_writable(place)
+
+
+def test_a_folder_that_is_removed_while_it_is_created_is_created_again(tmp_path, monkeypatch):
+    """By another process that had its lock: mkdir then finds it, and finds no folder."""
+    mkdir, calls = Path.mkdir, []
+
+    def mkdir_too_late(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self))
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_too_late)
+    with files.locked(tmp_path / "run", refuse):
+        assert len(calls) >= 2
+        assert (tmp_path / "run").is_dir()

@@ -326,7 +326,9 @@ def test_other_intervals_leave_the_updates_alone_and_the_last_step_is_evaluated(
         pytest.param(
             "fsdp=4", "float16", "4 x cpu (fsdp 4): float16", 0.02, marks=pytest.mark.slow
         ),
-        pytest.param("tensor=2", "float32", "2 x cpu (tensor 2)", 1e-5, marks=pytest.mark.slow),
+        pytest.param(
+            "tensor=2", "float32", "4 x cpu (data 2, tensor 2)", 1e-5, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_resumes_on_any_mesh_and_in_any_dtype(

@@ -67,10 +67,10 @@ class Progress:
         if is_first:
             kept = "".join(json.dumps(row) + "\n" for row in rows)
             files.write_atomically(folder / METRICS, kept.encode())
+        self._loggers = open_loggers(config, folder, resumed_at) if is_first else []
         self._file = (folder / METRICS if is_first else Path(os.devnull)).open(
             "a", encoding="utf-8"
         )
-        self._loggers = open_loggers(config, folder, resumed_at) if is_first else []
         # Step 0 is not saved, so it cannot be the best.
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
         self.best = min(evaluated, default=None)

@@ -144,8 +144,8 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(
     small_disk, dataset, tmp_path
 ):
-    length = "--max_iters=1000"
-    with spawn(*command(small_disk, dataset, length), cwd=tmp_path) as process:
+    length = "--max_iters=1000", "--eval_interval=50"
+    with spawn(*command(small_disk, dataset, *length), cwd=tmp_path) as process:
         while not saved_steps(small_disk):
             assert process.poll() is None
             time.sleep(0.01)
@@ -164,10 +164,10 @@ def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(
     assert not list(small_disk.glob("checkpoints/*tmp*"))
     saved = saved_steps(small_disk)
     (small_disk / "filler").unlink()
-    code, stdout, stderr = finish(*command(small_disk, dataset, length), cwd=tmp_path)
+    code, stdout, stderr = finish(*command(small_disk, dataset, *length), cwd=tmp_path)
     assert code == 0, stderr
     assert f"resuming {small_disk} from step {saved[-1]}" in stdout
-    assert start(tmp_path / "straight", dataset, length) == 0
+    assert start(tmp_path / "straight", dataset, *length) == 0
     assert_same(small_disk, tmp_path / "straight")
 
 

@@ -217,7 +217,7 @@ def test_an_invalid_mesh_is_refused_with_an_example(text):
 
 
 def test_only_one_axis_can_take_the_remaining_devices():
-    with pytest.raises(InputError, match="one -1"):
+    with pytest.raises(InputError, match="one of them -1"):
         ComputeConfig(mesh="data=-1,fsdp=-1")
 
 

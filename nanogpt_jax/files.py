@@ -98,19 +98,16 @@ def locked(folder: Path, if_taken: Callable[[], None]) -> Iterator[None]:
         while not lock.is_locked:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-            except FileExistsError:
-                if os.path.lexists(folder) and not folder.is_dir():
-                    raise
-                continue  # another process removed it just then
-            try:
                 lock.acquire(blocking=wait)
             except filelock.Timeout:
                 if_taken()
                 wait = True
-            except FileNotFoundError:  # the process before this one has just removed the folder
-                continue
-            except (OSError, NotImplementedError):  # no locks here
-                break
+            except (FileExistsError, FileNotFoundError):  # not a folder, or removed just now
+                check_place(folder, "the path")
+            except (OSError, NotImplementedError):
+                if not folder.is_dir():
+                    raise
+                break  # no locks here
         yield
     finally:
         if lock.is_locked:
@@ -128,9 +125,7 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"out_dir must be writable, but {existing} is not: name another --out_dir")
     path = str(folder.absolute())
     if any("\ud800" <= character <= "\udfff" for character in path):  # bytes that are not text
-        raise InputError(
-            f"out_dir must be UTF-8, but is {path}: rename it, or put PYTHONUTF8=1 in front"
-        )
+        raise InputError(f"out_dir must be UTF-8, but is {path}: rename it or set PYTHONUTF8=1")
     if any(character in path for character in "*?["):
         # Orbax uses the whole path as a pattern to find what it saved, and would not find it.
         raise InputError(f"out_dir must be a path without * ? and [, but is {path}: name another")

@@ -127,6 +127,11 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), files.locked(tmp_path / "file" / "run", refuse):
         pass
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link", "link/run"):
+        error = pytest.raises(InputError, match=r"the path must be a folder, but .* is a")
+        with error, files.locked(tmp_path / name, refuse):
+            pass
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -197,7 +197,7 @@ def parse_train_config(
             f"{', '.join(PRESETS)}; --config also takes a JSON file"
         )
     presets = "\n".join(f"  {name:20} {line}" for name, line in ABOUT.items())
-    about = f"{about or ''}\n\nPresets:\n{presets}"
+    about = f"{about or ''}\nPresets:\n{presets}"
     config = configure(cls(**vars(PRESETS[preset])), settings, about)
     if config.init_from != SCRATCH and (given := flags.keys() & WEIGHTS_FIELDS):
         names = ", ".join(f"--{name}" for name in sorted(given))

@@ -221,7 +221,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a training run can be told."""
+    """All settings of a training run."""
 
     config: str = "small"  # a preset, or a JSON file of these fields
     out_dir: str | None = None  # folder of the run; None: out/CONFIG, with the name of your dataset

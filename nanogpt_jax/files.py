@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from nanogpt_jax.errors import InputError, first_line
 
 LOCK = ".in_use.lock"  # in a folder that is locked
@@ -93,6 +91,8 @@ def locked(folder: Path, if_taken: Callable[[], None]) -> Iterator[None]:
     If another process has the lock, call `if_taken` and, unless that raises, wait. The system frees
     the lock of a process that dies. On a file system without locks, only make the folder.
     """
+    import filelock  # with asyncio: slow to import
+
     lock, wait = filelock.FileLock(folder / LOCK), False
     try:
         while not lock.is_locked:

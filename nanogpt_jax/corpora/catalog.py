@@ -160,10 +160,10 @@ def prepare(
         usual = "char" if isinstance(source, Texts) else "gpt2"
         spec = TokenizerSpec.parse(tokenizer or usual, vocab_size)
         folder = _folder_of(path, data_dir, spec.label)
-    is_large = source.text_bytes > preparation.LARGE_BYTES
-    if is_training and is_large and not preparation.is_prepared(source, folder, spec):
-        raise InputError(_how_to_prepare(source, data_dir, tokenizer, vocab_size))
-    return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens)
+    refusal = None
+    if is_training and source.text_bytes > preparation.LARGE_BYTES:
+        refusal = _how_to_prepare(source, data_dir, tokenizer, vocab_size)
+    return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens, refusal)
 
 
 def _spec(name: str, tokenizer: str | None, vocab_size: int | None) -> TokenizerSpec:

@@ -1,8 +1,8 @@
 """Tokenize a source into a folder; safe to interrupt and resume.
 
-Meanwhile the folder has a `progress.json`: how much of the source has been read, and how long each
-token file was then. To resume, the files are cut back to that, so they come out byte for byte as if
-nothing had happened. `meta.json` is written last: all files are complete.
+Token files only grow. Meanwhile the folder has a `progress.json`: how much of the source has been
+read, and how many tokens each split had then. To resume, the files are cut back to that, so they
+come out byte for byte as if nothing had happened. `meta.json` is written last.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora import shards
 from nanogpt_jax.corpora.documents import Source
-from nanogpt_jax.corpora.shards import PROGRESS, ShardWriter, read_meta
+from nanogpt_jax.corpora.shards import PROGRESS, read_meta
 from nanogpt_jax.corpora.text import first_texts, in_batches, read_ahead, train_characters
 from nanogpt_jax.corpora.tokenizer import (
     TOKENIZER_FILE,
@@ -32,10 +32,17 @@ from nanogpt_jax.corpora.tokenizer import (
     tokenizer_hash,
 )
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.files import delete_partials, locked, read_json, write_atomically, write_json
+from nanogpt_jax.files import (
+    check_place,
+    delete_partials,
+    locked,
+    read_json,
+    write_atomically,
+    write_json,
+)
 
 BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
-JOURNAL_S = 10.0  # of work that a kill can lose
+SAVE_S = 10.0  # of work that a kill can lose
 BPE_CHARS = 100_000_000  # that BPE is trained on, at most
 LARGE_BYTES = 10**9  # of a source that is estimated before it is prepared
 GPT2_VOCAB_SIZE = 50257
@@ -43,41 +50,42 @@ CHARS_PER_S = 20e6
 
 
 def prepare_folder(
-    source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, shard_tokens: int
-) -> Path:
+    source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, shard_tokens: int,
+    refusal: str | None = None,
+) -> Path:  # fmt: skip
     """Tokenize a source into a folder unless that is done already; return the folder.
 
     Args:
         min_tokens: what each split must have.
         shard_tokens: the most a file may have; a preparation that resumes keeps its own.
+        refusal: the error if the source must not be prepared now.
 
     Raises:
         InputError: the source cannot be used, or the folder cannot be written.
     """
     stat = source.stat()
-    if _is_done(folder, source_stat=stat):
-        _check_done(source, folder, min_tokens)
-        return folder
-    journal = _read_journal(folder)
-    is_known = journal and _belongs(journal, spec, stat)
-    source_info = journal["facts"] if journal and is_known else _scan(source, spec)
-    if _is_done(folder, source_sha256=source_info.get("sha256")):
-        with contextlib.suppress(OSError):  # touched or copied: spare the next start the reading
-            if stat:
-                write_json(folder / "meta.json", read_meta(folder) | {"source_stat": stat})
-        _check_done(source, folder, min_tokens)
-        return folder
-    if spec.label == "char" and "characters" in source_info:
-        n_chars = source_info["characters"]
-        n_train = train_characters(n_chars)
-        _check_length(source, (n_train, n_chars - n_train), min_tokens, "characters")
-    waiting = f"waiting for another process that prepares {folder}"
-    try:
-        with locked(folder, lambda: print(waiting, file=sys.stderr)):
-            if not _is_done(folder, stat, source_info.get("sha256")):  # by the other process
-                _Preparation(source, folder, spec, source_info, stat).run(min_tokens, shard_tokens)
-    except OSError as error:
-        raise unwritable(folder, error) from None
+    if not _is_done(folder, stat):
+        if refusal and not _is_done(folder, stat, read_meta(folder).get("source_sha256")):
+            raise InputError(refusal)  # whatever the text is: it need not be read
+        journal = _read_journal(folder)
+        if journal and stat and journal["source_stat"] == stat:
+            info = journal["source_info"]
+        else:
+            info = _scan(source, spec)
+        if _is_done(folder, stat, info.get("sha256")):
+            with contextlib.suppress(OSError):  # touched or copied: spare the next start the scan
+                if stat:
+                    write_json(folder / "meta.json", read_meta(folder) | {"source_stat": stat})
+        elif refusal:
+            raise InputError(refusal)
+        else:
+            new = {
+                "source_stat": stat, "source_info": info, "position": None, "done": 0,
+                "tokens": dict.fromkeys(SPLITS, 0), "shard_tokens": shard_tokens,
+            }  # fmt: skip
+            _prepare(source, folder, spec, min_tokens, new)
+    meta = read_meta(folder)
+    _check_length(source, (meta["train_tokens"], meta["val_tokens"]), min_tokens)
     return folder
 
 
@@ -88,26 +96,12 @@ def unwritable(path: Path, error: OSError) -> InputError:
     )
 
 
-def is_prepared(source: Source, folder: Path, spec: TokenizerSpec) -> bool:
-    """Return whether a folder has the tokens of a source, which may have been touched or copied."""
-    if _is_done(folder, source_stat=source.stat()):
-        return True
-    is_complete = _is_done(folder, source_sha256=read_meta(folder).get("source_sha256"))
-    return is_complete and _is_done(folder, source_sha256=_scan(source, spec).get("sha256"))
-
-
-def _is_done(
-    folder: Path, source_stat: str | None = None, source_sha256: str | None = None
-) -> bool:
+def _is_done(folder: Path, stat: str | None, sha256: str | None = None) -> bool:
+    """Return whether a folder has all tokens of a source, which may have been touched or copied."""
     meta = read_meta(folder)
-    same_stat = source_stat is not None and meta.get("source_stat") == source_stat
-    same_text = source_sha256 is not None and meta.get("source_sha256") == source_sha256
+    same_stat = stat is not None and meta.get("source_stat") == stat
+    same_text = sha256 is not None and meta.get("source_sha256") == sha256
     return (same_stat or same_text) and shards.are_complete(folder, meta)
-
-
-def _check_done(source: Source, folder: Path, min_tokens: int) -> None:
-    meta = read_meta(folder)
-    _check_length(source, (meta["train_tokens"], meta["val_tokens"]), min_tokens)
 
 
 def _check_length(
@@ -122,32 +116,21 @@ def _check_length(
 
 
 def _read_journal(folder: Path) -> dict | None:
-    """Return a folder's progress.json if there is one to resume from."""
-    kinds = {
-        "tokenizer": str, "tokenizer_hash": str, "source_stat": str | None, "shard_tokens": int,
-        "dtype": str, "facts": dict, "position": dict, "splits": dict,
-    }  # fmt: skip
-    counts = "open_tokens", "open_crc32", "crc32"
+    """Return the content of a folder's progress.json, or None if it has none or is damaged."""
     try:
-        journal = read_json(folder / PROGRESS)
-        is_valid = (
-            all(isinstance(journal[name], kind) for name, kind in kinds.items())
-            and all(shards.lists_files(journal["splits"], split, *counts) for split in SPLITS)
-            and journal["dtype"] in ("uint16", "uint32")
-            and journal["shard_tokens"] >= 1
-        )
-        return journal if is_valid else None
+        stored = read_json(folder / PROGRESS)
+        return stored["journal"] if stored["crc32"] == _checksum(stored["journal"]) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _belongs(
-    journal: dict, spec: TokenizerSpec, stat: str | None, source_info: dict | None = None
-) -> bool:
-    """Return whether a journal is of the same files, or the same text, with the same tokenizer."""
-    same_stat = stat is not None and journal["source_stat"] == stat
-    same_text = "sha256" in journal["facts"] and journal["facts"] == source_info
-    return journal["tokenizer"] == spec.label and (same_stat or same_text)
+def _write_journal(folder: Path, journal: dict) -> None:
+    stored = {"crc32": _checksum(journal), "journal": journal}
+    write_atomically(folder / PROGRESS, json.dumps(stored).encode())
+
+
+def _checksum(journal: dict) -> int:
+    return zlib.crc32(json.dumps(journal).encode())
 
 
 def _scan(source: Source, spec: TokenizerSpec) -> dict:
@@ -164,183 +147,175 @@ def _bar(source: Source, what: str, done: int = 0):
     )  # fmt: skip
 
 
-@dataclass
-class _Preparation:
-    """The preparation of one folder, which this process has locked."""
-
-    source: Source
-    folder: Path
-    spec: TokenizerSpec
-    source_info: dict  # what `source.scan` returned
-    stat: str | None  # of the source
-    has_written: bool = False
-
-    def run(self, min_tokens: int, shard_tokens: int) -> None:
-        try:
-            tokenizer, journal = self._resume() or self._begin(shard_tokens)
-            self._tokenize(tokenizer, journal, min_tokens)
-        except InputError:
-            if self.has_written and _read_journal(self.folder) is None:
-                self._delete()  # there is nothing to resume from
-            raise
-        except KeyboardInterrupt:
-            print(f"\nstopped: the same command resumes {self.folder}", file=sys.stderr)
-            raise
-
-    def _resume(self) -> tuple[Tokenizer, dict] | None:
-        """Return the tokenizer and journal of an earlier process, or print why that cannot be."""
-        path, journal, why = self.folder / PROGRESS, _read_journal(self.folder), ""
-        if journal is None:
-            if path.exists() and path.read_bytes().strip() != b"{}":  # as before the first journal
-                why = f"its {PROGRESS} is damaged"
-        elif journal["tokenizer"] != self.spec.label:
-            why = f"it was started with the tokenizer {journal['tokenizer']}"
-        elif not _belongs(journal, self.spec, self.stat, self.source_info):
-            why = f"{self.source.name} changed"
-        elif (tokenizer := self._load_tokenizer(journal["tokenizer_hash"])) is None:
-            why = f"its {TOKENIZER_FILE} changed"
-        elif not all(ShardWriter.recover(self.folder, split, journal) for split in SPLITS):
-            why = "token files are missing or cut off"
-        else:
-            self.source_info = journal["facts"]
-            return tokenizer, journal | {"source_stat": self.stat}
-        if why:
-            print(f"{self.folder}: starting over, since {why}", file=sys.stderr)
-        return None
-
-    def _load_tokenizer(self, expected_hash: str) -> Tokenizer | None:
-        with contextlib.suppress(InputError):
-            tokenizer = load_tokenizer(self.folder)
-            if tokenizer and tokenizer_hash(tokenizer) == expected_hash:
-                return tokenizer
-        return None
-
-    def _begin(self, shard_tokens: int) -> tuple[Tokenizer, dict]:
-        """Return a new tokenizer and journal; delete what the folder had before."""
-        texts = first_texts(self.source.pieces(self.source_info), BPE_CHARS)
-        tokenizer = self.spec.make(self.source_info.get("chars", ""), texts)
-        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        replaced = shards.written(self.folder)
-        freed_bytes = sum(path.stat().st_size for path in replaced)
-        _estimate(self.source, self.folder, tokenizer, np.dtype(dtype).itemsize, freed_bytes)
-        # First of all, so that nobody takes an incomplete folder for a complete one.
-        write_atomically(self.folder / PROGRESS, b"{}\n")
-        self.has_written = True
-        (self.folder / "meta.json").unlink(missing_ok=True)
-        for path in replaced:
-            path.unlink()
-        save_tokenizer(tokenizer, self.folder)
-        return tokenizer, {
-            "tokenizer": self.spec.label,
-            "tokenizer_hash": tokenizer_hash(tokenizer),
-            "source_stat": self.stat,
-            "shard_tokens": shard_tokens,
-            "dtype": dtype,
-            "facts": self.source_info,
-            "position": None,
-            "splits": dict.fromkeys(SPLITS),
-        }
-
-    def _tokenize(self, tokenizer: Tokenizer, journal: dict, min_tokens: int) -> None:
-        separator = np.zeros(0, np.int64)
-        if tokenizer.separator:
-            separator = tokenizer.encode_prompt(tokenizer.separator)  # as a token, not as text
-        writers = {split: ShardWriter(self.folder, split, journal) for split in SPLITS}
-        first_tokens = sum(writer.n_tokens for writer in writers.values())
-        if first_tokens:
-            print(f"resuming {self.folder} from {first_tokens:,} tokens")
-        start_s = saved_s = time.monotonic()
-        n_shards = 0
-        # The journal is written between batches; small shards need small batches.
-        max_bytes = min(BATCH_BYTES, 4 * journal["shard_tokens"])
-        pieces = self.source.pieces(self.source_info, journal["position"])
-        try:
-            with _bar(self.source, str(self.folder), journal.get("done", 0)) as bar:
-                for batch in read_ahead(in_batches(pieces, max_bytes)):
-                    texts = [piece.text for piece in batch if piece.text is not None]
-                    encoded = iter(tokenizer.encode_batch(texts))
-                    for piece in batch:
-                        ids = separator if piece.text is None else next(encoded)
-                        writers[piece.split].append(ids)
-                    n = sum(writer.n_tokens for writer in writers.values())
-                    speed = (n - first_tokens) / (time.monotonic() - start_s)
-                    bar.set_postfix_str(f"{n:,} tokens, {speed:,.0f}/s", refresh=False)
-                    bar.update(batch[-1].done - bar.n)
-                    n_full = sum(len(writer.files) for writer in writers.values())
-                    is_due = n_full > n_shards or time.monotonic() - saved_s > JOURNAL_S
-                    if is_due and batch[-1].position is not None:
-                        at = {"position": batch[-1].position, "done": batch[-1].done}
-                        at["splits"] = {split: writer.sync() for split, writer in writers.items()}
-                        write_atomically(self.folder / PROGRESS, json.dumps(journal | at).encode())
-                        n_shards, saved_s = n_full, time.monotonic()
-            self._finish(tokenizer, journal, writers, min_tokens)
-        finally:
-            for writer in writers.values():
-                writer.close()
-
-    def _finish(
-        self, tokenizer: Tokenizer, journal: dict, writers: dict[str, ShardWriter], min_tokens: int
-    ) -> None:
-        try:
-            if self.source.stat() != self.stat and not self._is_unchanged():
-                raise InputError(
-                    f"{self.source.name}: must not change while it is read, but did: run the "
-                    "command again"
-                )
-            _check_length(self.source, [w.n_tokens for w in writers.values()], min_tokens)
-        except InputError:
-            for writer in writers.values():
-                writer.close()
-            self._delete()
-            raise
-        splits = {split: writer.finish() for split, writer in writers.items()}
-        meta = {
-            "source": self.source.name,
-            "source_sha256": self.source_info.get("sha256"),
-            "source_revision": self.source_info.get("revision"),
-            "source_stat": self.stat,
-            "split": self.source.split_in_words,
-            "tokenizer": self.spec.label,
-            "tokenizer_hash": journal["tokenizer_hash"],
-            "dtype": journal["dtype"],
-            "vocab_size": tokenizer.vocab_size,
-            "train_tokens": splits["train"]["tokens"],
-            "val_tokens": splits["val"]["tokens"],
-            "splits": splits,
-        }
-        write_json(self.folder / "meta.json", meta)
-        (self.folder / PROGRESS).unlink()
-        delete_partials(self.folder)  # of a killed process
-        n_chars = self.source_info.get("characters")
-        of_chars = f"{n_chars:,} characters, " if n_chars else ""
-        is_char = isinstance(tokenizer, CharTokenizer)
-        kind = "distinct" if is_char else f"tokens in the vocabulary ({self.spec.label})"
-        print(
-            f"prepared {self.source.name}: {of_chars}{tokenizer.vocab_size:,} {kind}; "
-            f"{meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} for validation"
-        )
-
-    def _is_unchanged(self) -> bool:
-        """Read the source again: only its time may have changed."""
-        return "sha256" in self.source_info and _scan(self.source, self.spec) == self.source_info
-
-    def _delete(self) -> None:
-        delete_partials(self.folder)
-        for path in shards.written(self.folder):
-            path.unlink()
-        for name in (TOKENIZER_FILE, PROGRESS):
-            (self.folder / name).unlink(missing_ok=True)
-
-
-def _estimate(
-    source: Source, folder: Path, tokenizer: Tokenizer, id_bytes: int, freed_bytes: int
-) -> None:
-    """Print what a large source needs, and refuse one whose tokens the disk cannot hold.
+def _prepare(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, new: dict) -> None:
+    """Do what is left of a preparation.
 
     Args:
-        freed_bytes: of files in the folder that the new ones replace.
+        new: the journal if it has not begun.
     """
-    free_bytes = shutil.disk_usage(folder).free + freed_bytes
+    info, stat = new["source_info"], new["source_stat"]
+    if spec.label == "char" and "characters" in info:
+        n_train = train_characters(info["characters"])
+        sizes = n_train, info["characters"] - n_train
+        _check_length(source, sizes, min_tokens, "characters")
+    waiting = f"waiting for another process that prepares {folder}"
+    existing = check_place(folder.parent, "data_dir")
+    try:
+        with locked(folder, lambda: print(waiting, file=sys.stderr)):
+            if _is_done(folder, stat, info.get("sha256")):  # by the other process
+                return
+            tokenizer, journal = _resume(source, folder, new) or _begin(source, folder, spec, new)
+            try:
+                _tokenize(source, folder, tokenizer, journal)
+                journal["position"] = None  # whatever is wrong from here on, is not resumed
+                if source.stat() != stat and _scan(source, spec) != journal["source_info"]:
+                    raise InputError(
+                        f"{source.name}: must not change while it is read, but did: run the "
+                        "command again"
+                    )
+                _check_length(source, journal["tokens"].values(), min_tokens)
+            except InputError:
+                if journal["position"] is None:
+                    _delete(folder)
+                raise
+            _finish(source, folder, tokenizer, journal)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    except KeyboardInterrupt:
+        print(f"\nstopped: the same command resumes {folder}", file=sys.stderr)
+        raise
+    finally:
+        for place in (folder.absolute(), *folder.absolute().parents):
+            if place == existing:
+                break
+            with contextlib.suppress(OSError):  # it has files
+                place.rmdir()
+
+
+def _resume(source: Source, folder: Path, new: dict) -> tuple[Tokenizer, dict] | None:
+    """Return the tokenizer and journal of an earlier process, or print why that cannot be."""
+    journal = _read_journal(folder)
+    if journal is None and not (folder / PROGRESS).exists():
+        return None
+    if journal is None:
+        why = f"its {PROGRESS} is damaged or of another version"
+    elif journal["position"] is None:  # it had only begun
+        return None
+    elif journal["source_info"] != new["source_info"]:
+        why = f"{source.name} changed"
+    elif (tokenizer := _tokenizer_of(folder, journal)) is None:
+        why = f"its {TOKENIZER_FILE} changed"
+    elif not shards.cut_back(folder, journal):
+        why = "token files are missing or cut off"
+    else:
+        return tokenizer, journal | {"source_stat": new["source_stat"]}
+    print(f"{folder}: starting over, since {why}", file=sys.stderr)
+    return None
+
+
+def _tokenizer_of(folder: Path, journal: dict) -> Tokenizer | None:
+    with contextlib.suppress(InputError):
+        tokenizer = load_tokenizer(folder)
+        if tokenizer and tokenizer_hash(tokenizer) == journal["tokenizer_hash"]:
+            return tokenizer
+    return None
+
+
+def _begin(source: Source, folder: Path, spec: TokenizerSpec, new: dict) -> tuple[Tokenizer, dict]:
+    """Return a new tokenizer and journal; delete what the folder had before."""
+    texts = first_texts(source.pieces(new["source_info"]), BPE_CHARS)
+    tokenizer = spec.make(new["source_info"].get("chars", ""), texts)
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    _estimate(source, folder, tokenizer, np.dtype(dtype).itemsize)
+    identity = {"tokenizer": spec.label, "tokenizer_hash": tokenizer_hash(tokenizer)}
+    journal = new | identity | {"dtype": dtype}
+    # First of all, so that nobody takes an incomplete folder for a complete one.
+    _write_journal(folder, journal)
+    (folder / "meta.json").unlink(missing_ok=True)
+    shards.cut_back(folder, journal)
+    save_tokenizer(tokenizer, folder)
+    return tokenizer, journal
+
+
+def _tokenize(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict) -> None:
+    """Append the tokens of the rest of a source to the files, and keep the journal up to date."""
+    separator = np.zeros(0, np.int64)
+    if tokenizer.separator:
+        separator = tokenizer.encode_prompt(tokenizer.separator)  # as a token, not as text
+    dtype, shard_tokens = np.dtype(journal["dtype"]).newbyteorder("<"), journal["shard_tokens"]
+    tokens = dict(journal["tokens"])  # written, not all of them to be found after a crash
+    n_before = n_saved = sum(tokens.values())
+    if n_before:
+        print(f"resuming {folder} from {n_before:,} tokens")
+    start_s = saved_s = time.monotonic()
+    # The journal is written between batches; small shards need small batches.
+    max_bytes = min(BATCH_BYTES, 4 * shard_tokens)
+    pieces = source.pieces(journal["source_info"], journal["position"])
+    with _bar(source, str(folder), journal["done"]) as bar:
+        for batch in read_ahead(in_batches(pieces, max_bytes)):
+            texts = [piece.text for piece in batch if piece.text is not None]
+            encoded = iter(tokenizer.encode_batch(texts))
+            parts = {split: [np.zeros(0, dtype)] for split in SPLITS}
+            for piece in batch:
+                parts[piece.split].append(separator if piece.text is None else next(encoded))
+            for split in SPLITS:
+                ids = np.concatenate(parts[split], dtype=dtype, casting="unsafe")
+                shards.append(folder, split, tokens[split], ids, shard_tokens)
+                tokens[split] += len(ids)
+            n, now_s = sum(tokens.values()), time.monotonic()
+            speed = (n - n_before) / (now_s - start_s)
+            bar.set_postfix_str(f"{n:,} tokens, {speed:,.0f}/s", refresh=False)
+            bar.update(batch[-1].done - bar.n)
+            is_due = n - n_saved >= shard_tokens or now_s - saved_s > SAVE_S
+            if is_due and batch[-1].position is not None:
+                shards.sync(folder)
+                at = {"position": batch[-1].position, "done": batch[-1].done}
+                journal |= at | {"tokens": dict(tokens)}
+                _write_journal(folder, journal)
+                n_saved, saved_s = n, now_s
+    shards.sync(folder)
+    journal["tokens"] = tokens
+
+
+def _finish(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict) -> None:
+    splits = {split: shards.finish(folder, split, journal) for split in SPLITS}
+    info = journal["source_info"]
+    meta = {
+        "source": source.name,
+        "source_sha256": info.get("sha256"),
+        "source_revision": info.get("revision"),
+        "source_stat": journal["source_stat"],
+        "split": source.split_in_words,
+        "tokenizer": journal["tokenizer"],
+        "tokenizer_hash": journal["tokenizer_hash"],
+        "dtype": journal["dtype"],
+        "vocab_size": tokenizer.vocab_size,
+        "train_tokens": splits["train"]["tokens"],
+        "val_tokens": splits["val"]["tokens"],
+        "splits": splits,
+    }
+    write_json(folder / "meta.json", meta)
+    (folder / PROGRESS).unlink()
+    delete_partials(folder)  # of a killed process
+    of_chars = f"{info['characters']:,} characters, " if "characters" in info else ""
+    is_char = isinstance(tokenizer, CharTokenizer)
+    kind = "distinct" if is_char else f"tokens in the vocabulary ({journal['tokenizer']})"
+    print(
+        f"prepared {source.name}: {of_chars}{tokenizer.vocab_size:,} {kind}; "
+        f"{meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} for validation"
+    )
+
+
+def _delete(folder: Path) -> None:
+    delete_partials(folder)
+    for path in (*shards.written(folder), folder / TOKENIZER_FILE, folder / PROGRESS):
+        path.unlink(missing_ok=True)
+
+
+def _estimate(source: Source, folder: Path, tokenizer: Tokenizer, id_bytes: int) -> None:
+    """Print what a large source needs, and refuse one whose tokens the disk cannot hold."""
+    replaced_bytes = sum(path.stat().st_size for path in shards.written(folder))
+    free_bytes = shutil.disk_usage(folder).free + replaced_bytes
     if source.text_bytes <= LARGE_BYTES and source.text_bytes * id_bytes < free_bytes:
         return  # there are at most as many tokens as bytes
     tokens_per_s, bytes_per_token = measure_speed(tokenizer)

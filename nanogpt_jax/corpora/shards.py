@@ -1,10 +1,9 @@
-"""The files of a prepared folder: `meta.json`, and token files of bounded size as they grow.
+"""The files of a prepared folder: `meta.json`, and token files of bounded size.
 
-A shard grows under the name `.partial` and is renamed when it is complete and on disk. A split that
-fits into one is nanoGPT's `train.bin`; a larger one is `train_00000.bin`, `train_00001.bin`, ...
+A split that fits into one file is nanoGPT's `train.bin`; a larger one is `train_00000.bin`,
+`train_00001.bin`, ... Which file a token belongs to follows from its number in the split.
 """
 
-import contextlib
 import os
 import re
 import zlib
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt_jax.config import SPLITS
+from nanogpt_jax.corpora import tokens
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import read_json, sync_folder
 
@@ -36,7 +36,7 @@ def read_meta(folder: Path) -> dict:
                 f"{path}: {name} must be a number above 0, got {loaded[name]!r}: correct it"
             )
     if "splits" in loaded and not all(
-        lists_files(loaded["splits"], split, "crc32") and loaded["splits"][split]["files"]
+        _lists_files(loaded["splits"], split) and loaded["splits"][split]["files"]
         for split in SPLITS
     ):
         raise InputError(
@@ -50,14 +50,11 @@ def _is_count(value, below: int = 2**63) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
 
 
-def lists_files(splits, split: str, *counts: str) -> bool:
-    """Return whether an entry of meta.json or progress.json lists files in the folder, and counts.
-
-    Any file may have been changed by hand, or come from somebody else.
-    """
+def _lists_files(splits, split: str) -> bool:
+    """Return whether meta.json, which may come from anybody, lists a split's files properly."""
     try:
         entry = splits[split]
-        return all(_is_count(entry[name], 2**32) for name in counts) and all(
+        return _is_count(entry["crc32"], 2**32) and all(
             re.fullmatch(rf"{split}(_[0-9]{{5}})?\.bin", file["name"]) and _is_count(file["tokens"])
             for file in entry["files"]
         )
@@ -122,89 +119,55 @@ def _size(path: Path) -> int | None:
         return None
 
 
-class ShardWriter:
-    """The shards of one split as they grow, from where a journal says they are."""
+def cut_back(folder: Path, journal: dict) -> bool:
+    """Cut the token files back to the tokens in a journal; return False if they have fewer."""
+    width, n_shard, kept = np.dtype(journal["dtype"]).itemsize, journal["shard_tokens"], set()
+    for split, n_tokens in journal["tokens"].items():
+        for begin in range(0, n_tokens, n_shard):
+            path, n_bytes = _shard(folder, split, begin // n_shard), min(n_shard, n_tokens - begin)
+            if (_size(path) or 0) < n_bytes * width:
+                return False
+            os.truncate(path, n_bytes * width)
+            kept.add(path)
+    for path in {*written(folder)} - kept:
+        path.unlink()
+    return True
 
-    def __init__(self, folder: Path, split: str, journal: dict):
-        self._folder, self._split, self._shard_tokens = folder, split, journal["shard_tokens"]
-        self._dtype = np.dtype(journal["dtype"]).newbyteorder("<")
-        start = {"files": [], "open_tokens": 0, "open_crc32": 0, "crc32": 0}
-        state = journal["splits"][split] or start
-        self.files = list(state["files"])
-        self._open_tokens, self._open_crc32 = state["open_tokens"], state["open_crc32"]
-        self._crc32 = state["crc32"]  # of the whole split
-        self._file = self._partial.open("r+b" if self._partial.exists() else "w+b")
-        self._file.truncate(self._open_tokens * self._dtype.itemsize)
-        self._file.seek(0, os.SEEK_END)
 
-    @staticmethod
-    def recover(folder: Path, split: str, journal: dict) -> bool:
-        """Restore the files to what a journal says; return whether that is possible."""
-        state, width = journal["splits"][split], np.dtype(journal["dtype"]).itemsize
-        names = [file["name"] for file in state["files"]]
-        if any(_size(folder / f["name"]) != f["tokens"] * width for f in state["files"]):
-            return False
-        still_open = f"{split}_{len(names):05d}.bin"
-        partial = folder / f"{still_open}.partial"
-        # It may have been completed, and renamed, since.
-        for name in (still_open, *([f"{split}.bin"] if not names else [])):
-            if not partial.exists() and (folder / name).exists():
-                (folder / name).replace(partial)
-        for path in folder.glob(f"{split}*.bin*"):
-            if _TOKEN_FILE.fullmatch(path.name) and path.name not in (*names, partial.name):
-                path.unlink()
-        return (_size(partial) or 0) >= state["open_tokens"] * width
+def append(folder: Path, split: str, n_tokens: int, ids: np.ndarray, shard_tokens: int) -> None:
+    """Write ids after the n_tokens that a split has."""
+    while len(ids):
+        room = shard_tokens - n_tokens % shard_tokens
+        with _shard(folder, split, n_tokens // shard_tokens).open("ab") as file:
+            file.write(ids[:room].tobytes())
+        n_tokens, ids = n_tokens + room, ids[room:]
 
-    @property
-    def _partial(self) -> Path:
-        return self._folder / f"{self._split}_{len(self.files):05d}.bin.partial"
 
-    @property
-    def n_tokens(self) -> int:
-        """All tokens of the split so far."""
-        return sum(file["tokens"] for file in self.files) + self._open_tokens
+def sync(folder: Path) -> None:
+    """Flush the token files to the disk."""
+    for path in written(folder):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
-    def append(self, ids: np.ndarray) -> None:
-        """Write ids of shape (n,) after those that are there."""
-        while len(ids):
-            if self._open_tokens == self._shard_tokens:  # not before: it may be the only shard
-                self._complete(f"{self._split}_{len(self.files):05d}.bin")
-                self._file = self._partial.open("w+b")
-            part = ids[: self._shard_tokens - self._open_tokens]
-            content = part.astype(self._dtype).tobytes()
-            self._file.write(content)
-            self._open_crc32 = zlib.crc32(content, self._open_crc32)
-            self._crc32 = zlib.crc32(content, self._crc32)
-            self._open_tokens += len(part)
-            ids = ids[len(part) :]
 
-    def sync(self) -> dict:
-        """Flush everything to disk; return the state to continue from."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return {
-            "files": self.files,
-            "open_tokens": self._open_tokens,
-            "open_crc32": self._open_crc32,
-            "crc32": self._crc32,
-        }
+def finish(folder: Path, split: str, journal: dict) -> dict:
+    """Give the files of a split their final names; return its entry in meta.json."""
+    n_tokens = journal["tokens"][split]
+    paths = [_shard(folder, split, i) for i in range(-(-n_tokens // journal["shard_tokens"]))]
+    if len(paths) == 1:
+        paths = [paths[0].replace(folder / f"{split}.bin")]
+        sync_folder(folder)
+    entries, whole = [], 0
+    for path, ids in zip(paths, tokens.map_files(paths, journal["dtype"]), strict=True):
+        crc32 = 0
+        for piece in tokens.pieces_of(ids):
+            crc32, whole = zlib.crc32(piece.data, crc32), zlib.crc32(piece.data, whole)
+        entries.append({"name": path.name, "tokens": len(ids), "crc32": crc32})
+    return {"tokens": n_tokens, "crc32": whole, "files": entries}
 
-    def finish(self) -> dict:
-        """Complete the last shard; return the split's entry in meta.json."""
-        several = f"{self._split}_{len(self.files):05d}.bin"
-        self._complete(several if self.files else f"{self._split}.bin")
-        return {"tokens": self.n_tokens, "crc32": self._crc32, "files": self.files}
 
-    def _complete(self, name: str) -> None:
-        self.sync()
-        self._file.close()
-        self._partial.replace(self._folder / name)
-        sync_folder(self._folder)
-        entry = {"name": name, "tokens": self._open_tokens, "crc32": self._open_crc32}
-        self.files = [*self.files, entry]
-        self._open_tokens = self._open_crc32 = 0
-
-    def close(self) -> None:
-        """Close the file as it is."""
-        with contextlib.suppress(OSError):  # a full disk: the state on disk does not count the rest
-            self._file.close()
+def _shard(folder: Path, split: str, i: int) -> Path:
+    """Return the path of the i-th file; the first may have got its final name already."""
+    whole = folder / f"{split}.bin"
+    return whole if i == 0 and whole.exists() else folder / f"{split}_{i:05d}.bin"

@@ -26,7 +26,9 @@ from nanogpt_jax.corpora import (
     resolve,
 )
 from nanogpt_jax.corpora import text as sources
+from nanogpt_jax.corpora.catalog import find_source
 from nanogpt_jax.corpora.download import Unavailable
+from nanogpt_jax.corpora.tokenizer import TokenizerSpec
 from nanogpt_jax.errors import InputError
 
 PLAY = "".join(f"Citizen {i}:\nBefore we proceed any further, hear me speak.\n" for i in range(200))
@@ -294,6 +296,13 @@ def test_an_impossible_data_dir_is_refused_and_nothing_written(book, tmp_path, p
     for dataset in str(book), "shakespeare_char":
         with pytest.raises(InputError, match="data_dir must be "):
             resolve(dataset, tmp_path / path, 9)
+    assert list(tmp_path.iterdir()) == [book]
+
+
+def test_a_folder_that_cannot_be_made_leaves_none_on_the_way_to_it(book, tmp_path):
+    folder, spec = tmp_path / "new" / "newer" / (256 * "x"), TokenizerSpec.parse("char")
+    with pytest.raises(InputError, match="File name too long"):
+        preparation.prepare_folder(find_source(book), folder, spec, 9, 1000)
     assert list(tmp_path.iterdir()) == [book]
 
 

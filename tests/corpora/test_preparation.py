@@ -1,6 +1,5 @@
 """Preparation: tokenizers, documents, and what interrupts it."""
 
-import contextlib
 import gzip
 import importlib.util
 import json
@@ -137,7 +136,7 @@ def test_without_gpt2s_tokenizer_nothing_is_written(book, data_dir, monkeypatch)
     monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", unavailable)
     with pytest.raises(InputError, match="could not be downloaded"):
         prepare(str(book), data_dir, tokenizer="gpt2")
-    assert list(data_dir.iterdir()) == []
+    assert not data_dir.exists()
 
 
 def test_gpt2s_tokenizer_is_recognised_in_any_file(data_dir, bpe, monkeypatch):
@@ -262,7 +261,7 @@ def test_a_bad_line_is_named_and_nothing_left_behind(tmp_path, data_dir, bpe, li
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InputError, match=rf"documents\.jsonl, line 13: .*{message}"):
         prepare(str(path), data_dir, tokenizer=str(bpe))
-    assert list(data_dir.iterdir()) == []
+    assert not data_dir.exists()
 
 
 def test_a_table_without_text_is_named(tmp_path, data_dir, bpe):
@@ -288,14 +287,14 @@ def test_a_damaged_gzip_file_is_one_line(tmp_path, data_dir, bpe):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"documents\.jsonl\.gz(: |, line )"):
             prepare(str(path), data_dir, tokenizer=str(bpe))
-        assert not data_dir.exists() or list(data_dir.iterdir()) == []
+        assert not data_dir.exists()
 
 
 def test_too_few_documents_are_refused(tmp_path, data_dir, bpe):
     path = write_jsonl(tmp_path / "documents.jsonl", some_documents(9))
     with pytest.raises(InputError, match="one gets 0 \\(every 10th document, "):
         prepare(str(path), data_dir, tokenizer=str(bpe))
-    assert list(data_dir.iterdir()) == []
+    assert not data_dir.exists()
 
 
 def test_a_missing_library_is_one_line(tmp_path, data_dir, bpe, monkeypatch):
@@ -388,8 +387,7 @@ def test_a_broken_stream_resumes(data_dir, tmp_path, fake_hub, monkeypatch):
             folder = prepare("openwebtext", data_dir, shard_tokens=500)
             break
         except KeyboardInterrupt:
-            journal = json.loads((data_dir / "openwebtext" / "progress.json").read_text())
-            begun_with.append(journal["position"]["documents"])
+            begun_with.append(position(data_dir)["documents"])
             with pytest.raises(InputError, match="must be prepared before training"):
                 resolve("openwebtext", data_dir, 9)
     assert len(begun_with) > 3
@@ -423,7 +421,7 @@ def test_no_network_is_one_line_that_says_what_to_save(data_dir, fake_hub, monke
     with pytest.raises(InputError, match=r"Couldn't reach.*parquet files of https://.*folder") as e:
         prepare("openwebtext", data_dir)
     assert "\n" not in str(e.value)
-    assert list(data_dir.iterdir()) == []
+    assert not data_dir.exists()
 
 
 def test_training_refuses_to_prepare_for_hours(data_dir):
@@ -444,7 +442,7 @@ def test_a_disk_that_is_too_small_is_reported_first(data_dir, fake_hub, monkeypa
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": usage[2]}))
     with pytest.raises(InputError, match=r"about \d+\.\d GB must be free .* but only 1\.0 GB are"):
         prepare("openwebtext", data_dir)
-    assert list(data_dir.iterdir()) == []
+    assert not data_dir.exists()
 
 
 # Shards
@@ -509,9 +507,8 @@ def start(*argv) -> subprocess.Popen:
 
 def position(data_dir: Path) -> dict | None:
     """Return how far a preparation has come, as its progress.json says."""
-    for path in data_dir.glob("*/progress.json"):
-        with contextlib.suppress(OSError):  # it may be done in this moment
-            return json.loads(path.read_text()).get("position")
+    journals = map(preparation._read_journal, data_dir.glob("*"))
+    return next((journal["position"] for journal in journals if journal), None)
 
 
 @pytest.mark.parametrize("kind", ["txt", pytest.param("jsonl", marks=pytest.mark.slow)])
@@ -541,8 +538,8 @@ def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, dat
             break
         assert process.returncode == -signal.SIGKILL, err
         kills += 1
-        for name, content in token_files(folder).items():  # whole, and as they will be
-            assert content == (whole / name).read_bytes()
+        for name, content in token_files(folder).items():
+            assert (whole / name).read_bytes().startswith(content)
         with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
             open_corpus(folder, 9)
         with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
@@ -555,10 +552,9 @@ def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, dat
     assert not (folder / "progress.json").exists()
 
 
-def test_a_shard_renamed_after_the_last_journal_is_reopened(
+def test_interrupted_at_any_rename_it_resumes_and_writes_the_same_bytes(
     tmp_path, data_dir, bpe, monkeypatch, capsys
 ):
-    """The moment between the two: whatever it is killed at, the bytes are the same."""
     path = tmp_path / "text.txt"
     path.write_text("".join(make_text(300_000, n_words=3000)))
     whole = token_files(prepare(str(path), tmp_path / "whole", 1, str(bpe), shard_tokens=9000))
@@ -571,8 +567,8 @@ def test_a_shard_renamed_after_the_last_journal_is_reopened(
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", replace_some)
-    for n in range(2, 60):
-        left[0], noted = n, position(data_dir)
+    for n in range(1, 60):
+        left[0], noted = n // 2, position(data_dir)
         try:
             folder = prepare(str(path), data_dir, 1, str(bpe), shard_tokens=9000)
             break
@@ -586,12 +582,12 @@ def test_a_shard_renamed_after_the_last_journal_is_reopened(
 def begun(book, data_dir, monkeypatch) -> Path:
     """A preparation of the book in 300 tokens, 1000 to a shard, that did not come to its end."""
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "JOURNAL_S", -1)
-        patch.setattr(preparation._Preparation, "_finish", lambda *args: 1 / 0)
+        patch.setattr(preparation, "SAVE_S", -1)
+        patch.setattr(preparation, "_finish", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(str(book), data_dir, 1, "bpe", 300, 1000)
     (folder,) = data_dir.iterdir()
-    assert json.loads((folder / "progress.json").read_text())["position"]
+    assert position(data_dir)
     return folder
 
 
@@ -642,8 +638,8 @@ def test_a_preparation_starts_over_if_anything_changed(
     elif what == "list":
         (folder / "progress.json").write_text("[]")
     elif what == "field":
-        journal = json.loads((folder / "progress.json").read_text())
-        (folder / "progress.json").write_text(json.dumps(journal | {"splits": []}))
+        journal = (folder / "progress.json").read_text()
+        (folder / "progress.json").write_text(journal.replace('"done": ', '"done": 1'))
     elif what == "tokenizer":
         (folder / "tokenizer.json").write_bytes(bpe.read_bytes())
     elif what == "journal":
@@ -685,26 +681,26 @@ def test_replaced_files_count_as_free_space(book, data_dir, monkeypatch):
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(book, data_dir, monkeypatch):
-    finish = preparation._Preparation._finish
+    tokenize = preparation._tokenize
 
-    def change_and_finish(self, *args):
+    def tokenize_and_change(*args):
+        tokenize(*args)
         book.write_text("another text " * 50)
-        finish(self, *args)
 
-    monkeypatch.setattr(preparation._Preparation, "_finish", change_and_finish)
+    monkeypatch.setattr(preparation, "_tokenize", tokenize_and_change)
     with pytest.raises(InputError, match="must not change while it is read"):
         prepare(str(book), data_dir)
-    assert list(data_dir.iterdir()) == []
+    assert not data_dir.exists()
 
 
 def test_a_source_may_be_touched_while_it_is_read(book, data_dir, monkeypatch):
-    finish = preparation._Preparation._finish
+    tokenize = preparation._tokenize
 
-    def touch_and_finish(self, *args):
+    def tokenize_and_touch(*args):
+        tokenize(*args)
         os.utime(book, (1, 1))
-        finish(self, *args)
 
-    monkeypatch.setattr(preparation._Preparation, "_finish", touch_and_finish)
+    monkeypatch.setattr(preparation, "_tokenize", tokenize_and_touch)
     folder = prepare(str(book), data_dir)
     assert decoded(open_corpus(folder, 9), "val") == book.read_text()[5400:]
 

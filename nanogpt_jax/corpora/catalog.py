@@ -18,9 +18,8 @@ from nanogpt_jax import files
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.corpora import download, preparation, shards
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogpt
-from nanogpt_jax.corpora.documents import HUB, Hub, JsonLines, Parquet, Source
 from nanogpt_jax.corpora.shards import SHARD_TOKENS
-from nanogpt_jax.corpora.text import Texts
+from nanogpt_jax.corpora.sources import HUB, Hub, JsonLines, Parquet, Source, Texts
 from nanogpt_jax.corpora.tokenizer import TokenizerSpec, load_tokenizer, save_tokenizer
 from nanogpt_jax.errors import InputError, did_you_mean
 
@@ -182,7 +181,8 @@ def _named_source(name: str, data_dir: Path) -> Source:
     if name == PYDOCS:
         from pydoc_data.topics import topics
 
-        return Texts("pydoc_data.topics", "\n\n".join(topics[key] for key in sorted(topics)))
+        text = "\n\n".join(topics[key] for key in sorted(topics))
+        return Texts("pydoc_data.topics", [], text.encode())
     paths = [data_dir / folder / "input.txt" for folder in (SHAKESPEARE, SHAKESPEARE_BPE)]
     path = next((path for path in paths if path.exists()), data_dir / name / "input.txt")
     if not path.exists():

@@ -12,16 +12,17 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora import shards
-from nanogpt_jax.corpora.documents import Source
 from nanogpt_jax.corpora.shards import PROGRESS, read_meta
-from nanogpt_jax.corpora.text import first_texts, in_batches, read_ahead, train_characters
+from nanogpt_jax.corpora.sources import Piece, Source, train_characters
+from nanogpt_jax.corpora.text import PIECE_BYTES
 from nanogpt_jax.corpora.tokenizer import (
     TOKENIZER_FILE,
     CharTokenizer,
@@ -42,6 +43,7 @@ from nanogpt_jax.files import (
 )
 
 BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
+BATCH_PIECES = 2**15
 SAVE_S = 10.0  # of work that a kill can lose
 BPE_CHARS = 100_000_000  # that BPE is trained on, at most
 LARGE_BYTES = 10**9  # of a source that is estimated before it is prepared
@@ -223,7 +225,7 @@ def _tokenizer_of(folder: Path, journal: dict) -> Tokenizer | None:
 
 def _begin(source: Source, folder: Path, spec: TokenizerSpec, new: dict) -> tuple[Tokenizer, dict]:
     """Return a new tokenizer and journal; delete what the folder had before."""
-    texts = first_texts(source.pieces(new["source_info"]), BPE_CHARS)
+    texts = _first_texts(source.pieces(new["source_info"]), BPE_CHARS)
     tokenizer = spec.make(new["source_info"].get("chars", ""), texts)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     _estimate(source, folder, tokenizer, np.dtype(dtype).itemsize)
@@ -252,7 +254,7 @@ def _tokenize(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict)
     max_bytes = min(BATCH_BYTES, 4 * shard_tokens)
     pieces = source.pieces(journal["source_info"], journal["position"])
     with _bar(source, str(folder), journal["done"]) as bar:
-        for batch in read_ahead(in_batches(pieces, max_bytes)):
+        for batch in _read_ahead(_in_batches(pieces, max_bytes)):
             texts = [piece.text for piece in batch if piece.text is not None]
             encoded = iter(tokenizer.encode_batch(texts))
             parts = {split: [np.zeros(0, dtype)] for split in SPLITS}
@@ -275,6 +277,43 @@ def _tokenize(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict)
                 n_saved, saved_s = n, now_s
     shards.sync(folder)
     journal["tokens"] = tokens
+
+
+def _first_texts(pieces: Iterable[Piece], max_chars: int) -> Iterator[str]:
+    """Yield the texts of pieces until they have max_chars characters."""
+    left = max_chars
+    for piece in pieces:
+        if piece.text is not None:
+            yield piece.text
+            left -= len(piece.text)
+        if left <= 0:
+            return
+
+
+def _in_batches(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:
+    """Yield pieces in batches, each of which ends where reading can resume, if possible."""
+    batch, n_bytes = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        n_bytes += len((piece.text or "").encode())
+        is_full = n_bytes >= max_bytes or len(batch) >= BATCH_PIECES
+        if (is_full and piece.position is not None) or n_bytes >= max_bytes + 4 * PIECE_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _read_ahead(batches: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
+    """Yield batches; read the next one in a thread meanwhile."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        upcoming = pool.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, batches, None)
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _finish(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict) -> None:

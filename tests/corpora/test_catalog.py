@@ -25,7 +25,7 @@ from nanogpt_jax.corpora import (
     prepare,
     resolve,
 )
-from nanogpt_jax.corpora import text as sources
+from nanogpt_jax.corpora import text as texts
 from nanogpt_jax.corpora.catalog import find_source
 from nanogpt_jax.corpora.download import Unavailable
 from nanogpt_jax.corpora.tokenizer import TokenizerSpec
@@ -455,7 +455,7 @@ def test_without_its_text_the_vocabulary_is_counted_and_the_pickle_not_read(tmp_
 
 def test_shards_next_to_their_text_are_compared_with_it(tmp_path, monkeypatch, capsys):
     """Piece by piece, of both: they may be larger than the memory."""
-    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(texts, "PIECE_BYTES", 64)
     monkeypatch.setattr(np, "fromfile", None)
     theirs = tmp_path / "theirs"
     nanogpt_prepare(theirs, PLAY)

@@ -21,11 +21,11 @@ from make_text import make_text
 from nanogpt_jax import corpora, files
 from nanogpt_jax.corpora import (
     catalog,
-    documents,
     open_corpus,
     preparation,
     prepare,
     resolve,
+    sources,
     tokenizer,
     tokens,
 )
@@ -215,7 +215,7 @@ def test_every_tenth_document_is_for_validation_and_separators_are_between(
 
 
 def test_the_validation_split_has_a_limit(tmp_path, data_dir, bpe, monkeypatch):
-    monkeypatch.setattr(documents.Documents, "max_val_chars", 110)
+    monkeypatch.setattr(sources._Documents, "max_val_chars", 110)
     texts = some_documents(100)
     path = write_jsonl(tmp_path / "documents.jsonl", texts)
     corpus = open_corpus(prepare(str(path), data_dir, tokenizer=str(bpe)), 9)
@@ -329,7 +329,7 @@ def fake_hub(tmp_path, monkeypatch, bpe):
     pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
     monkeypatch.setattr(preparation, "measure_speed", lambda tokenizer: (1e6, 4.0))
-    monkeypatch.setattr(documents.Hub, "every", 20)
+    monkeypatch.setattr(sources.Hub, "every", 20)
     load_dataset, asked = datasets.load_dataset, []
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeApi(asked))
 
@@ -359,7 +359,7 @@ def test_a_corpus_of_the_hub_is_streamed_once(data_dir, fake_hub, name, capsys):
     assert "hours on the" in capsys.readouterr().err
     assert prepare(name, data_dir) == resolve(name, data_dir, 9) == folder
     of_branch, (args, kwargs) = asked
-    corpus = documents.HUB[name]
+    corpus = sources.HUB[name]
     assert args == (corpus.repository,)
     assert of_branch == (args, {"revision": corpus.settings.get("revision")})
     assert kwargs == {**corpus.settings, "revision": "sha1", "split": "train", "streaming": True}
@@ -367,7 +367,7 @@ def test_a_corpus_of_the_hub_is_streamed_once(data_dir, fake_hub, name, capsys):
 
 
 def test_a_broken_stream_resumes(data_dir, tmp_path, fake_hub, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE_BYTES", 256)
+    monkeypatch.setattr("nanogpt_jax.corpora.text.PIECE_BYTES", 256)
     texts = some_documents(600)
     asked = fake_hub(texts)
     whole = token_files(prepare("openwebtext", tmp_path / "whole", shard_tokens=500))
@@ -387,7 +387,7 @@ def test_a_broken_stream_resumes(data_dir, tmp_path, fake_hub, monkeypatch):
             folder = prepare("openwebtext", data_dir, shard_tokens=500)
             break
         except KeyboardInterrupt:
-            begun_with.append(position(data_dir)["documents"])
+            begun_with.append(position(data_dir)[0])
             with pytest.raises(InputError, match="must be prepared before training"):
                 resolve("openwebtext", data_dir, 9)
     assert len(begun_with) > 3

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from make_text import make_text
 
-from nanogpt_jax.corpora import text as sources
-from nanogpt_jax.corpora.documents import JsonLines, Parquet
-from nanogpt_jax.corpora.text import MAX_VAL_CHARS, Texts, cut_text, read_pieces, train_characters
+from nanogpt_jax.corpora import sources
+from nanogpt_jax.corpora import text as texts
+from nanogpt_jax.corpora.sources import MAX_VAL_CHARS, JsonLines, Parquet, Texts, train_characters
+from nanogpt_jax.corpora.text import cut_text, read_pieces
 from nanogpt_jax.corpora.tokenizer import BPETokenizer
 from nanogpt_jax.errors import InputError
 
@@ -32,7 +33,7 @@ def texts_of(pieces) -> str:
 
 @pytest.mark.parametrize("length", [8, 16, 50, 1000])
 def test_pieces_have_the_tokens_of_the_whole(tokenizer, monkeypatch, length):
-    monkeypatch.setattr(sources, "PIECE_BYTES", length)
+    monkeypatch.setattr(texts, "PIECE_BYTES", length)
     text = "".join(make_text(3000, n_words=500)) + AWKWARD * 20
     pieces = list(cut_text(text))
     assert len(pieces) > 10 or length == 1000
@@ -44,7 +45,7 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer, monkeypatch, length):
 @pytest.mark.parametrize("length", [8, 16, 50, 1000])
 def test_pieces_of_a_file_have_the_tokens_of_the_whole(tokenizer, monkeypatch, length):
     """Wherever a character of several bytes, or a line end of Windows, meets the end of a read."""
-    monkeypatch.setattr(sources, "PIECE_BYTES", length)
+    monkeypatch.setattr(texts, "PIECE_BYTES", length)
     text = AWKWARD * 20 + "".join(make_text(3000, n_words=500))
     content = b"\xef\xbb\xbf" + text.encode()
     pieces = list(read_pieces(io.BytesIO(content), "text.txt"))
@@ -61,8 +62,8 @@ def test_a_text_without_spaces_is_cut_anywhere(monkeypatch):
     """Otherwise a file without any would be in memory as a whole. A line end is not cut in two."""
     text = ("世界" * 7 + "\r\n") * 9
     for longest in range(64, 84):
-        monkeypatch.setattr(sources, "PIECE_BYTES", longest)
-        monkeypatch.setattr(sources, "LONGEST_BYTES", longest)
+        monkeypatch.setattr(texts, "PIECE_BYTES", longest)
+        monkeypatch.setattr(texts, "LONGEST_BYTES", longest)
         pieces = list(cut_text(text))
         assert "".join(pieces) == text
         of_file = [piece for piece, _ in read_pieces(io.BytesIO(text.encode()), "text.txt")]
@@ -95,7 +96,7 @@ def test_a_separator_counts_as_a_character_of_its_split(tmp_path, monkeypatch):
 
 
 def test_reading_resumes_at_any_position(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_BYTES", 64)
+    monkeypatch.setattr(texts, "PIECE_BYTES", 64)
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(
             "".join(make_text(500, seed=i, n_words=500)) if i != 2 else ""
@@ -113,7 +114,7 @@ def test_reading_resumes_at_any_position(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
 def test_reading_documents_resumes_at_any_position(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr("nanogpt_jax.corpora.documents.PIECE_BYTES", 64)
+    monkeypatch.setattr("nanogpt_jax.corpora.text.PIECE_BYTES", 64)
     texts = [f"document {i} " * (i % 7) for i in range(60)]
     for name, part in (("a", texts[:25]), ("b", texts[25:])):
         path = tmp_path / f"{name}.{kind}"

@@ -131,48 +131,52 @@ def prepare(
     """
     data_dir = Path(data_dir)
     files.check_place(data_dir, "data_dir")
-    if dataset in NAMES:
-        spec = _spec(dataset, tokenizer, vocab_size)
-        folder = _named_folder(dataset, data_dir, spec)
-        if shards.is_foreign(folder):
-            if tokenizer is not None or load_tokenizer(folder) is None:
-                _add_tokenizer(folder, tokenizer or spec.label, vocab_size)
-            return folder
-        source = _named_source(dataset, data_dir)
-    else:
-        folder = data_dir / dataset
-        path = next((path for path in (folder, Path(dataset)) if path.exists()), None)
-        if path is None:
-            prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
-            hint = did_you_mean(dataset, {*NAMES, *prepared})
-            hint = hint or f" Put its train.bin and val.bin, if you have them, into {folder}"
-            raise InputError(
-                f"dataset must be one of {', '.join(NAMES)}, a text file or a folder, but there is "
-                f"no {dataset!r}.{hint}"
-            )
-        shards.check_finished(path)
-        if shards.has_tokens(path):
-            if tokenizer is not None:
-                _add_tokenizer(path, tokenizer, vocab_size)
-            return path
-        source = find_source(path)
-        usual = "char" if isinstance(source, Texts) else "gpt2"
-        spec = TokenizerSpec.parse(tokenizer or usual, vocab_size)
-        folder = _folder_of(path, data_dir, spec.label)
+    folder, spec, source = _locate(dataset, data_dir, tokenizer, vocab_size)
+    if source is None and (dataset not in NAMES or shards.is_foreign(folder)):
+        if tokenizer or (dataset in NAMES and load_tokenizer(folder) is None):
+            _add_tokenizer(folder, tokenizer or spec.label, spec)
+        return folder
+    source = source or _named_source(dataset, data_dir)
     refusal = None
     if is_training and source.text_bytes > preparation.LARGE_BYTES:
         refusal = _how_to_prepare(source, data_dir, tokenizer, vocab_size)
     return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens, refusal)
 
 
-def _spec(name: str, tokenizer: str | None, vocab_size: int | None) -> TokenizerSpec:
-    usual = "char" if name in (SHAKESPEARE, PYDOCS) else "gpt2"
-    return TokenizerSpec.parse(tokenizer or usual, vocab_size)
+def _locate(
+    dataset: str, data_dir: Path, tokenizer: str | None, vocab_size: int | None
+) -> tuple[Path, TokenizerSpec, Source | None]:
+    """Return the folder of a dataset's tokens, its tokenizer, and the user's text if it is one."""
+    name, source, default = dataset, None, "gpt2"
+    if dataset in (SHAKESPEARE, PYDOCS):
+        default = "char"
+    usual = default  # the tokenizer whose label the folder's name omits
+    if dataset not in NAMES:
+        path = _existing(dataset, data_dir)
+        if shards.has_tokens(path):
+            return path, TokenizerSpec.parse(tokenizer or default, vocab_size), None
+        source, usual = find_source(path), "char"
+        default = "char" if isinstance(source, Texts) else "gpt2"
+        # A hash keeps two files called input.txt apart. A name has at most 255 bytes.
+        path_hash = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+        name = f"{path.resolve().stem[:50]}-{path_hash}"
+    spec = TokenizerSpec.parse(tokenizer or default, vocab_size)
+    return data_dir / (name if spec.label == usual else f"{name}-{spec.label}"), spec, source
 
 
-def _named_folder(name: str, data_dir: Path, spec: TokenizerSpec) -> Path:
-    is_usual = spec.label == _spec(name, None, None).label
-    return data_dir / (name if is_usual else f"{name}-{spec.label}")
+def _existing(dataset: str, data_dir: Path) -> Path:
+    """Return the path of a dataset that has no name of ours; refuse an unfinished one."""
+    for path in (data_dir / dataset, Path(dataset)):
+        if path.exists():
+            shards.check_finished(path)
+            return path
+    prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
+    hint = did_you_mean(dataset, {*NAMES, *prepared})
+    hint = hint or f" Put its train.bin and val.bin, if you have them, into {data_dir / dataset}"
+    raise InputError(
+        f"dataset must be one of {', '.join(NAMES)}, a text file or a folder, but there is no "
+        f"{dataset!r}.{hint}"
+    )
 
 
 def _named_source(name: str, data_dir: Path) -> Source:
@@ -217,16 +221,9 @@ def find_source(path: Path) -> Source:
     return KINDS[end](str(path), paths)
 
 
-def _folder_of(source: Path, data_dir: Path, label: str) -> Path:
-    """Return the folder of a user's text; a hash keeps two files called input.txt apart."""
-    path_hash = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:8]
-    suffix = "" if label == "char" else f"-{label}"
-    return data_dir / f"{source.resolve().stem[:50]}-{path_hash}{suffix}"  # at most 255 bytes
-
-
-def _add_tokenizer(folder: Path, requested: str, vocab_size: int | None) -> None:
+def _add_tokenizer(folder: Path, requested: str, spec: TokenizerSpec) -> None:
     """Put the requested tokenizer into a folder that has none; refuse a folder with another."""
-    meta, spec = shards.read_meta(folder), TokenizerSpec.parse(requested, vocab_size)
+    meta = shards.read_meta(folder)
     dtype = meta.get("dtype", "uint16")
     present = load_tokenizer(folder) or tokenizer_of_nanogpt(folder, dtype)
     if present is not None and not spec.matches(present, meta.get("tokenizer")):
@@ -263,16 +260,13 @@ def known_val_tokens(
     dataset: str | None, data_dir: Path, tokenizer: str | None = None, vocab_size: int | None = None
 ) -> int | None:
     """Return the size of a dataset's validation split; None if it is not prepared here."""
-    data_dir, name = Path(data_dir), dataset or SHAKESPEARE
-    if name in NAMES:
-        folders = [_named_folder(name, data_dir, _spec(name, tokenizer, vocab_size))]
-    else:
-        labels = [TokenizerSpec.parse(tokenizer, vocab_size).label] if tokenizer else []
-        folders = [data_dir / name, Path(name)]
-        folders += [_folder_of(Path(name), data_dir, label) for label in labels or ("char", "gpt2")]
-    for folder in filter(shards.has_tokens, folders):
-        meta = shards.read_meta(folder)
-        width = np.dtype(meta.get("dtype", "uint16")).itemsize
-        paths = [folder / file["name"] for file in shards.files_of(folder, "val", meta)]
-        return sum(path.stat().st_size for path in paths if path.exists()) // width
-    return None
+    try:
+        folder, *_ = _locate(dataset or SHAKESPEARE, Path(data_dir), tokenizer, vocab_size)
+    except InputError:
+        return None
+    if not shards.has_tokens(folder):
+        return None
+    meta = shards.read_meta(folder)
+    width = np.dtype(meta.get("dtype", "uint16")).itemsize
+    paths = [folder / file["name"] for file in shards.files_of(folder, "val", meta)]
+    return sum(path.stat().st_size for path in paths if path.exists()) // width

@@ -743,7 +743,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path, data_dir, bpe):
 def test_a_second_process_waits(book, data_dir):
     with files.locked(book.parent, lambda: None):
         data_dir.mkdir()
-        folder = catalog._folder_of(book, data_dir, "char")
+        folder = catalog._locate(str(book), data_dir, None, None)[0]
         folder.mkdir()
         with files.locked(folder, lambda: None):
             process = start(book, "--data_dir", data_dir)

@@ -243,7 +243,7 @@ def _add_tokenizer(folder: Path, requested: str, spec: TokenizerSpec) -> None:
     except InputError as error:  # training needs none
         print(f"{folder}: samples will not be readable as text: {error}", file=sys.stderr)
         return
-    path = folder / shards.files_of(folder, "train", meta)[0]["name"]
+    path = next(iter(shards.files_of(folder, "train", meta)))
     largest = int(np.fromfile(path, dtype, 2**20).max(initial=0))
     if largest >= made.vocab_size:
         raise InputError(
@@ -268,5 +268,5 @@ def known_val_tokens(
         return None
     meta = shards.read_meta(folder)
     width = np.dtype(meta.get("dtype", "uint16")).itemsize
-    paths = [folder / file["name"] for file in shards.files_of(folder, "val", meta)]
-    return sum(path.stat().st_size for path in paths if path.exists()) // width
+    paths = filter(Path.exists, shards.files_of(folder, "val", meta))
+    return sum(path.stat().st_size for path in paths) // width

@@ -81,16 +81,15 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
 
 def _check_sizes(folder: Path, split: str, meta: dict, dtype: str) -> list[Path]:
     """Return a split's files; refuse missing, cut off or differing ones."""
-    paths = []
-    for file in shards.files_of(folder, split, meta):
-        paths.append(folder / file["name"])
-        n_tokens = tokens.check_size(paths[-1], dtype)
-        if n_tokens != file.get("tokens", n_tokens):
+    files = shards.files_of(folder, split, meta)
+    for path, expected in files.items():
+        n_tokens = tokens.check_size(path, dtype)
+        if expected not in (None, n_tokens):
             raise InputError(
-                f"{paths[-1]}: must have {file['tokens']} tokens, as meta.json says, but has "
-                f"{n_tokens}: delete the folder and prepare it again"
+                f"{path}: must have {expected} tokens, as meta.json says, but has {n_tokens}: "
+                "delete the folder and prepare it again"
             )
-    return paths
+    return [*files]
 
 
 def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
@@ -101,8 +100,8 @@ def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
     with source.open("rb") as file:
         chars = {char for text, _ in read_pieces(file, str(source)) for char in set(text)}
         tokenizer = CharTokenizer("".join(sorted(chars)))
-        files = [file for split in SPLITS for file in shards.files_of(folder, split, {})]
-        parts = tokens.map_files([folder / file["name"] for file in files], dtype)
+        paths = [path for split in SPLITS for path in shards.files_of(folder, split, {})]
+        parts = tokens.map_files(paths, dtype)
         texts = (text for text, _ in read_pieces(file, str(source)))
         if chars and parts and _is_encoded(parts, texts, tokenizer):
             return tokenizer

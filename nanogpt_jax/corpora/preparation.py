@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt_jax import files
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora import shards
 from nanogpt_jax.corpora.shards import PROGRESS, read_meta
@@ -33,14 +34,6 @@ from nanogpt_jax.corpora.tokenizer import (
     tokenizer_hash,
 )
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.files import (
-    check_place,
-    delete_partials,
-    locked,
-    read_json,
-    write_atomically,
-    write_json,
-)
 
 BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
 BATCH_PIECES = 2**15
@@ -77,7 +70,9 @@ def prepare_folder(
         if _is_done(folder, stat, info.get("sha256")):
             with contextlib.suppress(OSError):  # touched or copied: spare the next start the scan
                 if stat:
-                    write_json(folder / "meta.json", read_meta(folder) | {"source_stat": stat})
+                    files.write_json(
+                        folder / "meta.json", read_meta(folder) | {"source_stat": stat}
+                    )
         elif refusal:
             raise InputError(refusal)
         else:
@@ -120,19 +115,16 @@ def _check_length(
 def _read_journal(folder: Path) -> dict | None:
     """Return the content of a folder's progress.json, or None if it has none or is damaged."""
     try:
-        stored = read_json(folder / PROGRESS)
-        return stored["journal"] if stored["crc32"] == _checksum(stored["journal"]) else None
-    except (OSError, ValueError, LookupError, TypeError):
+        crc32, content = files.read_json(folder / PROGRESS)
+        return json.loads(content) if zlib.crc32(content.encode()) == crc32 else None
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
 def _write_journal(folder: Path, journal: dict) -> None:
-    stored = {"crc32": _checksum(journal), "journal": journal}
-    write_atomically(folder / PROGRESS, json.dumps(stored).encode())
-
-
-def _checksum(journal: dict) -> int:
-    return zlib.crc32(json.dumps(journal).encode())
+    content = json.dumps(journal)
+    stored = json.dumps([zlib.crc32(content.encode()), content])
+    files.write_atomically(folder / PROGRESS, stored.encode())
 
 
 def _scan(source: Source, spec: TokenizerSpec) -> dict:
@@ -150,26 +142,21 @@ def _bar(source: Source, what: str, done: int = 0):
 
 
 def _prepare(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, new: dict) -> None:
-    """Do what is left of a preparation.
-
-    Args:
-        new: the journal if it has not begun.
-    """
+    """Begin, with a new journal, or resume; leave nothing behind if it fails for good."""
     info, stat = new["source_info"], new["source_stat"]
-    if spec.label == "char" and "characters" in info:
-        n_train = train_characters(info["characters"])
-        sizes = n_train, info["characters"] - n_train
-        _check_length(source, sizes, min_tokens, "characters")
+    if spec.label == "char" and (n_chars := info.get("characters")):
+        n_train = train_characters(n_chars)
+        _check_length(source, (n_train, n_chars - n_train), min_tokens, "characters")
     waiting = f"waiting for another process that prepares {folder}"
-    existing = check_place(folder.parent, "data_dir")
+    existing = files.check_place(folder.parent, "data_dir")
     try:
-        with locked(folder, lambda: print(waiting, file=sys.stderr)):
+        with files.locked(folder, lambda: print(waiting, file=sys.stderr)):
             if _is_done(folder, stat, info.get("sha256")):  # by the other process
                 return
             tokenizer, journal = _resume(source, folder, new) or _begin(source, folder, spec, new)
             try:
                 _tokenize(source, folder, tokenizer, journal)
-                journal["position"] = None  # whatever is wrong from here on, is not resumed
+                journal["position"] = None  # there is nothing left to resume
                 if source.stat() != stat and _scan(source, spec) != journal["source_info"]:
                     raise InputError(
                         f"{source.name}: must not change while it is read, but did: run the "
@@ -245,7 +232,7 @@ def _tokenize(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict)
     if tokenizer.separator:
         separator = tokenizer.encode_prompt(tokenizer.separator)  # as a token, not as text
     dtype, shard_tokens = np.dtype(journal["dtype"]).newbyteorder("<"), journal["shard_tokens"]
-    tokens = dict(journal["tokens"])  # written, not all of them to be found after a crash
+    tokens = dict(journal["tokens"])  # in the files, perhaps not on the disk yet
     n_before = n_saved = sum(tokens.values())
     if n_before:
         print(f"resuming {folder} from {n_before:,} tokens")
@@ -281,12 +268,12 @@ def _tokenize(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict)
 
 def _first_texts(pieces: Iterable[Piece], max_chars: int) -> Iterator[str]:
     """Yield the texts of pieces until they have max_chars characters."""
-    left = max_chars
+    n_chars = 0
     for piece in pieces:
         if piece.text is not None:
             yield piece.text
-            left -= len(piece.text)
-        if left <= 0:
+            n_chars += len(piece.text)
+        if n_chars >= max_chars:
             return
 
 
@@ -333,9 +320,9 @@ def _finish(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict) -
         "val_tokens": splits["val"]["tokens"],
         "splits": splits,
     }
-    write_json(folder / "meta.json", meta)
+    files.write_json(folder / "meta.json", meta)
     (folder / PROGRESS).unlink()
-    delete_partials(folder)  # of a killed process
+    files.delete_partials(folder)  # of a killed process
     of_chars = f"{info['characters']:,} characters, " if "characters" in info else ""
     is_char = isinstance(tokenizer, CharTokenizer)
     kind = "distinct" if is_char else f"tokens in the vocabulary ({journal['tokenizer']})"
@@ -346,7 +333,7 @@ def _finish(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict) -
 
 
 def _delete(folder: Path) -> None:
-    delete_partials(folder)
+    files.delete_partials(folder)
     for path in (*shards.written(folder), folder / TOKENIZER_FILE, folder / PROGRESS):
         path.unlink(missing_ok=True)
 

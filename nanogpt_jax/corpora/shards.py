@@ -91,16 +91,13 @@ def written(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _TOKEN_FILE.fullmatch(path.name)]
 
 
-def files_of(folder: Path, split: str, meta: dict) -> list[dict]:
-    """Return the name, and if meta.json has them the tokens and crc32, of each file of a split."""
+def files_of(folder: Path, split: str, meta: dict) -> dict[Path, int | None]:
+    """Return the files of a split, in their order, and their tokens if meta.json says so."""
     if "splits" in meta:
-        return meta["splits"][split]["files"]
+        return {folder / file["name"]: file["tokens"] for file in meta["splits"][split]["files"]}
     whole = folder / f"{split}.bin"
     shards = [] if whole.exists() else sorted(folder.glob(f"{split}_[0-9]*.bin"))
-    if shards:
-        return [{"name": path.name} for path in shards]
-    size = f"{split}_tokens"
-    return [{"name": whole.name} | ({"tokens": meta[size]} if size in meta else {})]
+    return dict.fromkeys(shards) or {whole: meta.get(f"{split}_tokens")}
 
 
 def are_complete(folder: Path, meta: dict) -> bool:
@@ -108,8 +105,8 @@ def are_complete(folder: Path, meta: dict) -> bool:
     if (folder / PROGRESS).exists():
         return False
     width = np.dtype(meta.get("dtype", "uint16")).itemsize
-    files = [file for split in SPLITS for file in files_of(folder, split, meta)]
-    return all(_size(folder / file["name"]) == file.get("tokens", -1) * width for file in files)
+    files = [file for split in SPLITS for file in files_of(folder, split, meta).items()]
+    return all(n is not None and _size(path) == n * width for path, n in files)
 
 
 def _size(path: Path) -> int | None:

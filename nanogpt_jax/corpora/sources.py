@@ -218,22 +218,21 @@ class JsonLines(_DocumentFiles):
                 yield line, stored.tell()
 
     def _text(self, item: bytes, place: str) -> str | None:
-        return _text_of(item, place) if item.strip() else None
-
-
-def _text_of(line: bytes, place: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        if not isinstance(text, str):
-            raise TypeError
-        text.encode()  # fails for a lone surrogate, one half of a character
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = " without lone surrogates" if isinstance(error, UnicodeEncodeError) else ""
-        shown = line[:60].decode("utf-8", "replace").strip()
-        raise InputError(
-            f'{place}: must be like {{"text": "..."}}{what}, but is {shown}: correct or remove it'
-        ) from None
-    return text
+        if not item.strip():
+            return None
+        try:
+            text = json.loads(item)["text"]
+            if not isinstance(text, str):
+                raise TypeError
+            text.encode()  # fails for a lone surrogate, one half of a character
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = " without lone surrogates" if isinstance(error, UnicodeEncodeError) else ""
+            shown = item[:60].decode("utf-8", "replace").strip()
+            raise InputError(
+                f'{place}: must be like {{"text": "..."}}{what}, but is {shown}: correct or remove '
+                "it"
+            ) from None
+        return text
 
 
 class Parquet(_DocumentFiles):

@@ -78,8 +78,7 @@ class CharTokenizer:
             )
         return ids
 
-    def encode_prompt(self, text: str) -> np.ndarray:
-        return self.encode(text)
+    encode_prompt = encode
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]

@@ -257,12 +257,12 @@ def _tokenize(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict)
             bar.update(batch[-1].done - bar.n)
             is_due = n - n_saved >= shard_tokens or now_s - saved_s > SAVE_S
             if is_due and batch[-1].position is not None:
-                shards.sync(folder)
+                shards.sync(folder, journal["tokens"], tokens, shard_tokens)
                 at = {"position": batch[-1].position, "done": batch[-1].done}
                 journal |= at | {"tokens": dict(tokens)}
                 _write_journal(folder, journal)
                 n_saved, saved_s = n, now_s
-    shards.sync(folder)
+    shards.sync(folder, journal["tokens"], tokens, shard_tokens)
     journal["tokens"] = tokens
 
 

@@ -140,11 +140,12 @@ def append(folder: Path, split: str, n_tokens: int, ids: np.ndarray, shard_token
         n_tokens, ids = n_tokens + room, ids[room:]
 
 
-def sync(folder: Path) -> None:
-    """Flush the token files to the disk."""
-    for path in written(folder):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+def sync(folder: Path, before: dict, after: dict, shard_tokens: int) -> None:
+    """Flush to the disk the files that grew from so many tokens of each split to so many."""
+    for split, n_tokens in after.items():
+        for i in range(before[split] // shard_tokens, -(-n_tokens // shard_tokens)):
+            with _shard(folder, split, i).open("rb+") as file:
+                os.fsync(file.fileno())
     sync_folder(folder)
 
 

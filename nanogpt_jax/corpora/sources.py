@@ -199,8 +199,8 @@ class _DocumentFiles(_Documents, _Files):
         raise NotImplementedError
 
     def _text(self, item: Any, place: str) -> str | None:
-        """Return the text of a line or row."""
-        raise NotImplementedError
+        """Return the text in a line or row."""
+        return item
 
 
 class JsonLines(_DocumentFiles):
@@ -254,9 +254,6 @@ class Parquet(_DocumentFiles):
                 done = path.stat().st_size * (group + 1) // file.num_row_groups
                 for batch in file.iter_batches(64, row_groups=[group], columns=["text"]):
                     yield from ((text, done) for text in batch.column(0).to_pylist())
-
-    def _text(self, item: str | None, place: str) -> str | None:
-        return item
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ def known_val_tokens(
         folder, *_ = _locate(dataset or SHAKESPEARE, Path(data_dir), tokenizer, vocab_size)
     except InputError:
         return None
-    if not shards.has_tokens(folder):
+    if not shards.has_tokens(folder) or (folder / shards.PROGRESS).exists():
         return None
     meta = shards.read_meta(folder)
     width = np.dtype(meta.get("dtype", "uint16")).itemsize

@@ -505,7 +505,7 @@ def start(*argv) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
-def position(data_dir: Path) -> dict | None:
+def position(data_dir: Path) -> list | None:
     """Return how far a preparation has come, as its progress.json says."""
     journals = map(preparation._read_journal, data_dir.glob("*"))
     return next((journal["position"] for journal in journals if journal), None)
@@ -540,6 +540,7 @@ def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, dat
         kills += 1
         for name, content in token_files(folder).items():
             assert (whole / name).read_bytes().startswith(content)
+        assert corpora.known_val_tokens(str(path), data_dir, str(bpe)) is None
         with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
             open_corpus(folder, 9)
         with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):

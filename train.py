@@ -25,15 +25,12 @@ def main(argv: list[str]) -> int:
     processes = hardware.join_processes(config)
     if config.out_dir:  # before the data, whose preparation may take hours
         check_usable(Path(config.out_dir))
-    source = None if config.init_from == SCRATCH else config.init_from
-    if source:  # a GPT-2's weights bring their shape and their tokenizer
-        config = gpt2.adopt_shape(config)
-    corpus, config = corpora.load(config, processes, source and gpt2.tokenizer_of(source))
-    if source:
-        gpt2.check_tokenizer(source, corpus.tokenizer, config.tokenizer)
+    config = gpt2.adopt_shape(config)  # GPT-2's weights bring their shape and their tokenizer
+    corpus, config = corpora.load(config, processes, gpt2.tokenizer_of(config))
+    gpt2.check_tokenizer(config, corpus.tokenizer)
     with Run.open(config, corpus, processes) as run:
-        if source and not run.is_resuming:  # downloaded and found readable, or refused now
-            processes.first_alone(lambda: gpt2.open_tensors(source), "downloaded")
+        if not run.is_resuming:  # downloaded and found readable, or refused now
+            processes.first_alone(partial(gpt2.check_weights, config), "downloaded")
         return (evaluate_only if config.eval_only else train)(run.config, corpus, run)
 
 
@@ -139,17 +136,12 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     model = steps.make_model(config.model, machine.compute)
     init_params = partial(steps.init_params, model)
     abstract = sharding.place(jax.eval_shape(init_params, jax.random.key(0)), machine.mesh)
-    restored = run.restore_params(abstract)
-    if restored is None:
+    params, step = run.restore_params(abstract) or (None, None)
+    if params is None:
         params = gpt2.load_params(config.init_from, config.model, abstract)
-        source = config.init_from
-    else:
-        params, step = restored
-        source = f"step {step}"
-    batches = data.EvalLoader(
-        corpus.splits["val"], config.model.block_size, config.batch_size, machine.mesh,
-        config.eval_iters,
-    )  # fmt: skip
+    source = config.init_from if step is None else f"step {step}"
+    val, block_size = corpus.splits["val"], config.model.block_size
+    batches = data.EvalLoader(val, block_size, config.batch_size, machine.mesh, config.eval_iters)
     eval_step = compile_eval_step(model, abstract, batches, machine.mesh)
     val_loss = steps.evaluate(eval_step, params, batches)
     assert val_loss is not None, "nothing stops it"

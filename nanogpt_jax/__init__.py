@@ -7,10 +7,10 @@
 Importing the package imports neither JAX nor any of its own modules.
 """
 
-import functools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
@@ -51,11 +51,7 @@ class Source:
     tokenizer: "Tokenizer | None" = field(repr=False)  # None: there is no tokenizer.json
 
     def encode(self, prompt: str | None) -> "tuple[Tokenizer, np.ndarray]":
-        """Return the tokenizer and the token ids of a prompt; None: the tokenizer's default.
-
-        Raises:
-            InputError: no tokenizer, an empty prompt, or a character that the model does not know.
-        """
+        """Return the tokenizer and the token ids of a prompt; None: the tokenizer's default."""
         from nanogpt_jax.errors import InputError
 
         if self.tokenizer is None:
@@ -81,15 +77,13 @@ def find(source: str | os.PathLike | None = None) -> Source:
     """Return a model's shape and tokenizer without importing JAX; see `load`."""
     from nanogpt_jax import gpt2
     from nanogpt_jax.config import GPT2_SHAPES
-    from nanogpt_jax.corpora import load_tokenizer, read_tokenizer
+    from nanogpt_jax.corpora import load_tokenizer
     from nanogpt_jax.errors import InputError, did_you_mean
     from nanogpt_jax.run import newest, read_model_config
 
     if source is not None and gpt2.is_gpt2(source):
         name = str(source)
-        path = gpt2.tokenizer_of(name)
-        tokenizer = None if path is None else read_tokenizer(Path(path))
-        return Source(name, None, gpt2.read_config(name), tokenizer)
+        return Source(name, None, gpt2.read_config(name), gpt2.read_tokenizer(name))
     folder = newest() if source is None else Path(source)
     config_path = folder / "config.json"
     if not os.path.isfile(config_path):
@@ -109,76 +103,69 @@ def load(
 ) -> TrainedModel:
     """Load a trained model onto the first device: model, params, tokenizer, config and step.
 
+    Raises InputError if there is no such model, no checkpoint yet, or too little memory.
+
     Args:
         source: a run's folder; a folder with a Hugging Face GPT-2; gpt2, gpt2-medium, gpt2-large or
             gpt2-xl, downloaded once (a Path is always a folder); None: the newest run under out/.
             Or what `find` returned.
         checkpoint: of a run, the one with the lowest validation loss or the newest.
         dtype: of matrix products; auto: bfloat16 if the device has it, otherwise float32.
-
-    Raises:
-        InputError: there is no such model, no checkpoint yet, or too little memory.
     """
-    from nanogpt_jax.config import ComputeConfig, check_value
-    from nanogpt_jax.errors import InputError
-
-    source = source if isinstance(source, Source) else find(source)
-    check_value("checkpoint", Literal["best", "latest"], checkpoint)
-    requested = ComputeConfig(dtype=dtype, attention="xla")  # a cached token needs no kernel
-
     import jax
 
     from nanogpt_jax import gpt2, hardware, sharding, steps
+    from nanogpt_jax.config import ComputeConfig, check_value
+    from nanogpt_jax.errors import InputError
     from nanogpt_jax.run import CHECKPOINTS, Checkpoints
 
-    _check_memory(source.config, 1, "a smaller model")
-    compute, _ = hardware.choose_compute(requested, source.config, jax.devices()[0])
-    model = steps.make_model(source.config, compute)
-    abstract = jax.eval_shape(functools.partial(steps.init_params, model), jax.random.key(0))
+    source = source if isinstance(source, Source) else find(source)
+    name, folder, config = source.name, source.folder, source.config
+    check_value("checkpoint", Literal["best", "latest"], checkpoint)
+    requested = ComputeConfig(dtype=dtype, attention="xla")  # a cached token needs no kernel
+    _check_memory(config, 1, "a smaller model")
+    compute, _ = hardware.choose_compute(requested, config, jax.devices()[0])
+    model = steps.make_model(config, compute)
+    abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
     abstract = sharding.place(abstract, sharding.make_mesh())
-    if source.folder is None:
-        params, step = gpt2.load_params(source.name, source.config, abstract), None
+    if folder is None:
+        params, step = gpt2.load_params(name, config, abstract), None
     else:
-        checkpoints = Checkpoints(source.folder / CHECKPOINTS, read_only=True)
+        checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
         prefer = checkpoints.best_step() if checkpoint == "best" else None
         restored = checkpoints.restore_params(abstract, prefer)
         checkpoints.close()
         if restored is None:
-            raise InputError(f"{source.name} has no checkpoint yet: train it first")
+            raise InputError(f"{name} has no checkpoint yet: train it first")
         params, step = restored
-    known = {name: getattr(source, name) for name in ("name", "folder", "config", "tokenizer")}
-    return TrainedModel(**known, model=model, params=params, step=step)
+    return TrainedModel(name, folder, config, source.tokenizer, model, params, step)
 
 
 def generate(
-    run: TrainedModel,
-    prompt: str | None = None,
-    *,
-    num_samples: int = 1,
+    run: TrainedModel, prompt: str | None = None, *, num_samples: int = 1,
     **settings: Unpack[Settings],
-) -> str | list[str]:
+) -> str | list[str]:  # fmt: skip
     """Return the prompt and what the model writes after it; a list of texts if num_samples > 1.
+
+    Raises InputError for a setting out of range, an unknown character, or too little memory.
 
     Args:
         prompt: None: a line break, which is left out of the text.
         settings: see `Settings`; sample n of a seed is the same text however many are drawn.
-
-    Raises:
-        InputError: a setting out of range, an unknown character, or too little memory.
     """
-    from nanogpt_jax.config import SampleConfig
-
-    config = SampleConfig(num_samples=num_samples, **settings)  # refuses what is out of range
-    tokenizer, tokens = run.encode(prompt)
-
+    import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
     from nanogpt_jax import decoding
+    from nanogpt_jax.config import SampleConfig
 
+    config = SampleConfig(num_samples=num_samples, **settings)  # refuses what is out of range
+    tokenizer, tokens = run.encode(prompt)
     n_rows = 1 if config.exact_window else num_samples  # of the cache
     _check_memory(run.config, n_rows, "fewer --num_samples, or a smaller model")
-    tokens_BN = _compiled()["generate"](
+    static = "model", "n_tokens", "sampling", "exact_window"
+    tokens_BN = jax.jit(decoding.generate, static_argnames=static)(
         run.model,
         run.params,
         *decoding.start_window(tokens, num_samples, run.config.block_size),
@@ -195,13 +182,9 @@ def generate(
 
 
 def stream(
-    run: TrainedModel,
-    prompt: str | None = None,
-    *,
-    sample: int = 0,
-    n_generated: int = 0,
+    run: TrainedModel, prompt: str | None = None, *, sample: int = 0, n_generated: int = 0,
     **settings: Unpack[Settings],
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """Yield what the model writes after the prompt, token by token; otherwise as `generate`.
 
     Args:
@@ -210,31 +193,31 @@ def stream(
             with the random numbers that follow theirs.
         settings: see `Settings`; with max_new_tokens=-1 the text never ends.
     """
-    from nanogpt_jax.config import SampleConfig
-
-    config = SampleConfig(stream=True, **settings)
-    tokenizer, tokens = run.encode(prompt)
-
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
     from nanogpt_jax import decoding
+    from nanogpt_jax.config import SampleConfig
 
-    compiled = _compiled()
+    config = SampleConfig(stream=True, **settings)
+    tokenizer, tokens = run.encode(prompt)
     sampling = decoding.Sampling(config.temperature, config.top_k, config.top_p)
+    prefill = jax.jit(decoding.prefill, static_argnames=("model", "exact_window"))
+    # Two functions, so that another temperature compiles a few operations and not the model.
+    draw = jax.jit(decoding.draw, static_argnames="sampling")
+    read = jax.jit(decoding.read, static_argnames="model", donate_argnames="state")
 
     def pieces() -> Iterator[str]:
         keys_B = decoding.row_keys(config.seed, range(sample, sample + 1))
         window_BS, length = decoding.start_window(tokens, 1, run.config.block_size)
-        state = compiled["prefill"](
-            run.model, run.params, window_BS, length, exact_window=config.exact_window
-        )
+        state = prefill(run.model, run.params, window_BS, length, exact_window=config.exact_window)
         state = state._replace(n_generated=jnp.int32(n_generated))
         decode, n_left = tokenizer.stream_decoder(), config.max_new_tokens
         while n_left:  # from -1 it never comes to 0
             n_left -= 1
-            tokens_B = compiled["draw"](state, keys_B, sampling=sampling)
-            state = compiled["read"](run.model, run.params, state, tokens_B)
+            tokens_B = draw(state, keys_B, sampling=sampling)
+            state = read(run.model, run.params, state, tokens_B)
             yield decode(np.asarray(tokens_B), final=n_left == 0)
 
     return until(config.stop, pieces())
@@ -262,20 +245,3 @@ def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:
 
     needed = hardware.least_sampling_bytes(config, n_rows)
     hardware.check_memory(config, needed, hardware.memory_bytes(jax.devices()[0]), 1, advice)
-
-
-@functools.cache
-def _compiled() -> dict:
-    """Return decoding.py's functions jitted: each compiles once for each model and `Sampling`."""
-    import jax
-
-    from nanogpt_jax import decoding
-
-    static = ("model", "n_tokens", "sampling", "exact_window")
-    return {
-        "generate": jax.jit(decoding.generate, static_argnames=static),
-        "prefill": jax.jit(decoding.prefill, static_argnames=("model", "exact_window")),
-        # Separate, so that another temperature compiles a few operations and not the model.
-        "draw": jax.jit(decoding.draw, static_argnames="sampling"),
-        "read": jax.jit(decoding.read, static_argnames="model", donate_argnames="state"),
-    }

@@ -101,15 +101,21 @@ def test_stop_ends_the_text(run):
 
 
 def test_a_second_call_and_a_second_checkpoint_compile_nothing(run):
+    latest = nanogpt_jax.load(RUN, checkpoint="latest")
     nanogpt_jax.generate(run, "a cat", **SHORT)
     list(nanogpt_jax.stream(run, "a cat", **SHORT))
-    compiled = nanogpt_jax._compiled()
-    before = {name: function._cache_size() for name, function in compiled.items()}
-    latest = nanogpt_jax.load(RUN, checkpoint="latest")
-    for loaded in run, latest:
-        nanogpt_jax.generate(loaded, "a hat on a cat on a mat", **SHORT)
-        list(nanogpt_jax.stream(loaded, "a", **SHORT | {"max_new_tokens": 3}))
-    assert {name: function._cache_size() for name, function in compiled.items()} == before
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr("logging.Logger._log", lambda *args, **kwargs: compiled.append(args[2]))
+        for loaded in run, latest:
+            nanogpt_jax.generate(loaded, "a hat on a cat on a mat", **SHORT)
+            list(nanogpt_jax.stream(loaded, "a", **SHORT | {"max_new_tokens": 3}))
+        assert not compiled
+        nanogpt_jax.generate(run, "a cat", **SHORT | {"max_new_tokens": 2})
+        assert compiled
+        compiled.clear()
+        list(nanogpt_jax.stream(run, "a cat", **SHORT | {"temperature": 0.3}))
+    assert not any("read" in str(message) for message in compiled), "only `draw` is compiled again"
 
 
 def test_settings_are_those_of_sample_py():

@@ -4,9 +4,10 @@
 from nanogpt_jax.gpt2.config import (
     adopt_shape,
     check_tokenizer,
+    check_weights,
     is_gpt2,
     read_config,
+    read_tokenizer,
     tokenizer_of,
 )
-from nanogpt_jax.gpt2.convert import export, load_params
-from nanogpt_jax.gpt2.weights import open_tensors
+from nanogpt_jax.gpt2.convert import load_params

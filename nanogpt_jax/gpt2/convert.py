@@ -27,15 +27,12 @@ def load_params(source: str, config: ModelConfig, abstract_params) -> dict:
     """Return the parameters of a GPT-2, each device reading only its part of each tensor.
 
     A shorter context takes the first positions. The rows of a padded vocabulary are zero, and
-    `GPT.head` masks them.
+    `GPT.head` masks them. Raises InputError if the tensors are not exactly those of the model.
 
     Args:
         source: one of hub.py's names, or a folder.
         config: `read_config(source)`, or what `adopt_shape` made of it.
         abstract_params: the model's shapes with their shardings.
-
-    Raises:
-        InputError: a tensor is missing, unexpected, of another shape or dtype, or not finite.
     """
     import jax
     from jax.tree_util import tree_leaves_with_path, tree_map_with_path
@@ -58,14 +55,11 @@ def load_params(source: str, config: ModelConfig, abstract_params) -> dict:
 
 def _read_part(tensor: weights.Tensor, shape: tuple[int, ...], index) -> np.ndarray:
     """Return a device's part of an array with fewer or more rows than the tensor."""
-    parts = [axis.indices(n)[:2] for axis, n in zip(index, shape, strict=True)]
-    values = np.zeros([end - start for start, end in parts], np.float32)
-    parts = [
-        (min(start, n), min(end, n)) for (start, end), n in zip(parts, tensor.shape, strict=True)
-    ]
-    if all(start < end for start, end in parts):
-        there = tuple(slice(end - start) for start, end in parts)
-        values[there] = tensor.read(tuple(slice(*part) for part in parts))
+    rows, *columns = (slice(*axis.indices(n)[:2]) for axis, n in zip(index, shape, strict=True))
+    values = np.zeros([axis.stop - axis.start for axis in (rows, *columns)], np.float32)
+    end = min(rows.stop, tensor.shape[0])
+    if rows.start < end:
+        values[: end - rows.start] = tensor.read((slice(rows.start, end), *columns))
     return values
 
 
@@ -93,11 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 def export(run: Path, folder: Path, checkpoint: Literal["best", "latest"] = "best") -> None:
-    """Write a run's model and tokenizer to a new folder that `transformers` can load.
-
-    Raises:
-        InputError: there is no such run, it is not a GPT-2, or the folder is not free.
-    """
+    """Write a run's model and tokenizer to a new folder that `transformers` can load."""
     import nanogpt_jax
 
     source = nanogpt_jax.find(run)
@@ -109,7 +99,6 @@ def export(run: Path, folder: Path, checkpoint: Literal["best", "latest"] = "bes
     files = gpt2_config.config_files(unpadded, source.tokenizer)
     paths = [folder / name for name in (hub.WEIGHTS, *files)]
     try:
-        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InputError(f"{folder}: must be a new folder or an empty one, but holds files")
@@ -123,8 +112,7 @@ def export(run: Path, folder: Path, checkpoint: Literal["best", "latest"] = "bes
             for path in paths:
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                if is_new:
-                    folder.rmdir()
+                folder.rmdir()
             raise
     except OSError as error:
         raise InputError(
@@ -145,14 +133,13 @@ def _write_weights(run: "TrainedModel", path: Path) -> None:
 
     arrays = {}
     for tree_path, array in tree_leaves_with_path(run.params):
-        name = gpt2_config.tensor_name(tree_path)
-        values = np.ascontiguousarray(array)  # save_file writes the memory as it is
-        values = values[: run.config.known_tokens] if name == "wte.weight" else values
-        name = f"transformer.{name}"
-        arrays[name] = values
+        name = f"transformer.{gpt2_config.tensor_name(tree_path)}"
+        arrays[name] = np.ascontiguousarray(array)  # save_file writes the memory as it is
         if not run.config.bias and not name.endswith(("wte.weight", "wpe.weight")):
-            zeros = np.zeros(values.shape[-1], np.float32)
+            zeros = np.zeros(array.shape[-1], np.float32)
             arrays[f"{name.removesuffix('.weight')}.bias"] = zeros
+    embedding = f"transformer.{weights.EMBEDDING}"
+    arrays[embedding] = arrays[embedding][: run.config.known_tokens]  # without padding
     try:
         save_file(arrays, path, {"format": "pt"})  # some versions of `transformers` require it
     except SafetensorError as error:

@@ -18,12 +18,7 @@ def is_name(source: str) -> bool:
 
 
 def find(source: str, file: str) -> Path:
-    """Return the local path of a GPT-2's file, downloading it if it is not cached.
-
-    Args:
-        source: one of the four names, or a folder.
-        file: CONFIG, WEIGHTS or TOKENIZER.
-    """
+    """Return the local path of a GPT-2's file, downloaded if the source is one of the four."""
     if is_name(source):
         repository = f"openai-community/{source}"
         return download_from_hub(repository, file, f"save {FILES}", "--init_from FOLDER")
@@ -36,3 +31,9 @@ def find(source: str, file: str) -> Path:
         f"init_from must be {', '.join(GPT2_SHAPES)} or a folder with {FILES} of a "
         f"GPT-2, but {what}.{hint}"
     )
+
+
+def find_tokenizer(source: str) -> Path | None:
+    """Return the local path of a GPT-2's tokenizer as `find` does; None if a folder has none."""
+    has_one = is_name(source) or os.path.isfile(os.path.join(source, TOKENIZER))
+    return find(source, TOKENIZER) if has_one else None

@@ -51,11 +51,7 @@ class Tensor(NamedTuple):
 
 
 def open_tensors(source: str) -> dict[str, Tensor]:
-    """Open a GPT-2's weights, downloading them if necessary; return its tensors by name.
-
-    Args:
-        source: one of hub.py's names, or a folder.
-    """
+    """Open a GPT-2's weights, downloaded if necessary; return its tensors by name."""
     from safetensors import safe_open
 
     tensors = {}
@@ -72,43 +68,36 @@ def open_tensors(source: str) -> dict[str, Tensor]:
 
 
 def _files(source: str) -> list[Path]:
+    """Return the weight files: one, or those next to it that an index names. Refuse a pickle."""
     folder = Path(source)
-    if not hub.is_name(source) and not (folder / hub.WEIGHTS).is_file():
-        if (folder / INDEX).is_file():
-            return [hub.find(source, name) for name in _indexed(folder / INDEX)]
-        for pickle in sorted(folder.glob("*.bin")):
-            raise InputError(
-                f"{pickle}: this is a pickle, which can run any code when it is opened. If you "
-                f"trust it, load it with `transformers` and let save_pretrained write {hub.WEIGHTS}"
-            )
-    return [hub.find(source, hub.WEIGHTS)]
+    if hub.is_name(source) or (folder / hub.WEIGHTS).is_file():
+        return [hub.find(source, hub.WEIGHTS)]
+    if (folder / INDEX).is_file():
+        requirement = f'like {{"weight_map": {{"{EMBEDDING}": "a.safetensors"}}}}'
+        with reading(folder / INDEX, f"{requirement}, with the names of files next to it"):
+            names = {*read_json(folder / INDEX)["weight_map"].values()}
+            if not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
+                raise ValueError("it names others")
+        return [hub.find(source, name) for name in sorted(names)]
+    for pickle in sorted(folder.glob("*.bin")):
+        raise InputError(
+            f"{pickle}: this is a pickle, which can run any code when it is opened. If you trust "
+            f"it, load it with `transformers` and let save_pretrained write {hub.WEIGHTS}"
+        )
+    return [hub.find(source, hub.WEIGHTS)]  # which says what is missing
 
 
-def _indexed(path: Path) -> list[str]:
-    """Return the files that an index names; they must be next to it."""
-    requirement = f'like {{"weight_map": {{"{EMBEDDING}": "a.safetensors"}}}}'
-    with reading(path, f"{requirement}, with the names of files next to it"):
-        names = {*read_json(path)["weight_map"].values()}
-        if not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
-            raise ValueError("it names others")
-        return sorted(names)
-
-
-def check(
-    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], bias: bool, source: str
-) -> None:
+def check(tensors: dict[str, Tensor], shapes: dict[str, tuple], bias: bool, source: str) -> None:
     """Check that the tensors are exactly those with the given names and shapes.
 
     Three kinds may come in addition: masks, a head that equals the embedding, and zero biases for a
     model without biases.
     """
-    zeros = set()
-    if not bias:
-        modules = {name.removesuffix(".weight") for name in shapes} - {"wte", "wpe"}
-        zeros = {f"{module}.bias" for module in modules} & tensors.keys()
-    missing = sorted(shapes.keys() - tensors.keys())
+    modules = {name.removesuffix(".weight") for name in shapes} - {"wte", "wpe"}
+    zeros = set() if bias else {f"{module}.bias" for module in modules} & tensors.keys()
+    missing = shapes.keys() - tensors.keys()
     unknown = tensors.keys() - shapes.keys() - zeros - {HEAD}
-    unknown = sorted(name for name in unknown if not MASK.fullmatch(name))
+    unknown = {name for name in unknown if not MASK.fullmatch(name)}
     if missing or unknown:
         parts = [f"lack {_some(missing)}"] if missing else []
         parts += [f"have {_some(unknown)} in addition"] if unknown else []
@@ -116,34 +105,33 @@ def check(
             f"{source}: the weights must be the {len(shapes)} tensors that {hub.CONFIG} describes, "
             f"but {' and '.join(parts)}: take {hub.CONFIG} and the weights from the same model"
         )
+
+    def require(ok: bool, name: str, requirement: str) -> None:
+        if not ok:
+            raise InputError(f"{tensors[name].path}: {name} must {requirement}")
+
     for name, shape in shapes.items():
-        path, _, found, _ = tensors[name]
-        if found != shape:
-            raise InputError(
-                f"{path}: {name} must have the shape {shape}, as {hub.CONFIG} says, but has "
-                f"{found}: take both files from the same model"
-            )
+        found = tensors[name].shape
+        wrong = f"have the shape {shape}, as {hub.CONFIG} says, but has {found}"
+        require(found == shape, name, f"{wrong}: take both files from the same model")
     for name in sorted(zeros):
-        if tensors[name].read().any():
-            raise InputError(
-                f"{tensors[name].path}: {name} must be zero in a model without biases, but is not: "
-                f'set "bias" to true in {hub.CONFIG}'
-            )
-    if HEAD in tensors and not _are_equal(tensors[HEAD], tensors[EMBEDDING]):
-        raise InputError(
-            f"{tensors[HEAD].path}: {HEAD} must equal {EMBEDDING}, since a GPT-2 shares them, but "
-            "differs: a model with a head of its own cannot be loaded"
-        )
+        wrong = "be zero in a model without biases, but is not"
+        is_zero = not tensors[name].read().any()
+        require(is_zero, name, f'{wrong}: set "bias" to true in {hub.CONFIG}')
+    if HEAD in tensors:
+        wrong = f"equal {EMBEDDING}, since a GPT-2 shares them, but differs"
+        is_shared = _are_equal(tensors[HEAD], tensors[EMBEDDING])
+        require(is_shared, HEAD, f"{wrong}: a model with a head of its own cannot be loaded")
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(f"{name!r:.80}" for name in names[:4])
+def _some(names: set[str]) -> str:
+    shown = ", ".join(f"{name!r:.80}" for name in sorted(names)[:4])
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    starts = range(0, one.shape[0], CHUNK_ROWS)
-    rows = [(slice(start, min(start + CHUNK_ROWS, one.shape[0])),) for start in starts]
-    return all(np.array_equal(one.read(index), other.read(index)) for index in rows)
+    n = other.shape[0]
+    rows = [(slice(start, min(start + CHUNK_ROWS, n)),) for start in range(0, n, CHUNK_ROWS)]
+    return one.shape == other.shape and all(
+        np.array_equal(one.read(index), other.read(index)) for index in rows
+    )

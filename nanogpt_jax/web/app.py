@@ -76,34 +76,23 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
 
     session = Session(run)
     one_token = dataclasses.replace(config, max_new_tokens=1)
-    "".join(
-        session.write(session.tokenizer.default_start, one_token)
-    )  # compile before anyone waits
+    list(session.write(session.tokenizer.default_start, one_token))  # compile before anyone waits
     # The system's fonts, and explanations darker than Gradio's, which are hard to read.
     theme = gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("monospace",)).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
-        page(session, config),
-        path="/",
-        footer_links=[],
-        show_error=False,
-        max_file_size=1,  # nothing is uploaded here
-        ssr_mode=False,
-        theme=theme,
-        css=STYLE,
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(with_policy(app), log_level="critical", timeout_graceful_shutdown=1)
-    )
+        FastAPI(openapi_url=None), page(session, config), path="/", theme=theme, css=STYLE,
+        footer_links=[], show_error=False, ssr_mode=False, max_file_size=1,  # nothing is uploaded
+    )  # fmt: skip
+    options = uvicorn.Config(with_policy(app), log_level="critical", timeout_graceful_shutdown=1)
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host)
     name = f"[{host}]" if address.version == 6 else host
     print(f"the page is at http://{name}:{port} (Ctrl-C stops it)", flush=True)
     if not address.is_loopback:
         print("anyone who can reach this machine can use the page", flush=True)
-    server.run(sockets=[listener])
+    uvicorn.Server(options).run(sockets=[listener])
 
 
 def with_policy(app):
@@ -134,21 +123,16 @@ def page(session: "Session", config: SampleConfig):
     import gradio as gr
 
     handlers, unit, n_heads = Handlers(session, config), session.unit, session.n_heads
-    folder = session.run.folder
+    folder, block_size = session.run.folder, session.run.config.block_size
     name = folder.resolve().name if folder else session.run.name
-    block_size = session.run.config.block_size
-    start = config.start or session.tokenizer.default_start
     has_attention = bool(n_heads)
 
     # Gradio passes the event to the parameter annotated with its type.
-    def grow(text, start, temperature, top_k, top_p, seed, max_new_tokens, event: gr.EventData):
-        numbers = temperature, top_k, top_p, seed, max_new_tokens
-        if event.target is continue_button:
-            yield from handlers.extend(text, start, *numbers)
-        else:
-            yield from handlers.write(start, *numbers)
+    def write(event: gr.EventData, text, *start_and_numbers):
+        is_continued = event.target is continue_button
+        yield from handlers.write(text if is_continued else "", *start_and_numbers)
 
-    def choose(seen, layer, head, event: gr.EventData):
+    def choose(event: gr.EventData, seen, layer, head):
         return handlers.choose(seen, layer, head, event.position)
 
     with gr.Blocks(title="nanogpt_jax", analytics_enabled=False, fill_width=True) as blocks:
@@ -168,7 +152,8 @@ def page(session: "Session", config: SampleConfig):
                     continue_button = gr.Button("Continue", min_width=80)
                 wrong = gr.HTML(elem_id="wrong")
                 text_box = gr.Textbox(
-                    start, label="Text", lines=16, max_lines=16, elem_id="text",
+                    config.start or session.tokenizer.default_start, label="Text", elem_id="text",
+                    lines=16, max_lines=16,
                     info="You can edit it; “Continue” writes on from its end.",
                 )  # fmt: skip
                 with gr.Row():
@@ -246,7 +231,7 @@ def page(session: "Session", config: SampleConfig):
         }
         grown = gr.on(  # one event for both buttons: while one writes, the other waits for Stop
             [write_button.click, continue_button.click],
-            grow,
+            write,
             [text_box, start_box, temperature, top_k, top_p, seed, max_new_tokens],
             [text_box, wrong],
             **private,

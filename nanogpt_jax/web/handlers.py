@@ -5,13 +5,13 @@ Input from a browser is untrusted: numbers and lengths are checked here, text is
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from nanogpt_jax.config import SampleConfig
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.run import plots
+from nanogpt_jax.run import describe, loss_figure, read_run
 from nanogpt_jax.web import render
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ MAX_START = 10_000  # characters of a start text
 MAX_TEXT = 20_000  # characters of a text that is read or continued
 PIECE_S = 0.08  # between two updates of the text in the browser
 MEAN = "mean"  # of the heads, in place of one of them
-N_LIKELIEST = 10
 
 
 class Handlers:
@@ -30,32 +29,29 @@ class Handlers:
 
     def __init__(self, session: "Session", config: SampleConfig):
         self.session, self.config = session, config  # of which the page changes NUMBERS
-        self.default_start = session.tokenizer.default_start
         self._look = lru_cache(maxsize=4)(session.look)  # one text gets many clicks
 
-    def write(self, start: str, *numbers) -> Iterator[tuple[str, str]]:
-        """Yield (text, error) as a new text grows from its start."""
-        start = start or self.default_start
-        yield from self._grow(start, start, numbers)
-
-    def extend(self, text: str, start: str, *numbers) -> Iterator[tuple[str, str]]:
-        """Yield (text, error) as a text grows from its end."""
-        start = start or self.default_start
-        yield from self._grow(text or start, start, numbers)
-
-    def _grow(self, text: str, start: str, numbers) -> Iterator[tuple[str, str]]:
+    def write(self, text: str, start: str, *numbers) -> Iterator[tuple[str, str]]:
+        """Yield (text, error) as a text grows from its end; an empty text, from its start."""
+        start = start or self.session.tokenizer.default_start
+        text = text or start
         try:
             if len(start) > MAX_START:
                 n = f"{len(start):,}"
                 raise InputError(f"start must have at most {MAX_START:,} characters, got {n}")
             if len(text) > MAX_TEXT:
                 raise InputError(f"the text is full at {MAX_TEXT:,} characters: write a new one")
-            config = read_numbers(self.config, dict(zip(NUMBERS, numbers, strict=True)))
+            changes = dict(zip(NUMBERS, numbers, strict=True))
+            config = dataclasses.replace(self.config, **changes)  # refuses what no flag may be
             n_generated = self.session.n_tokens(text) - self.session.n_tokens(start)
             yield text, ""
-            for piece in batched(self.session.write(text, config, max(0, n_generated))):
+            shown_s = time.monotonic()
+            for piece in self.session.write(text, config, max(0, n_generated)):
                 text += piece
-                yield text, ""
+                if time.monotonic() - shown_s > PIECE_S:
+                    yield text, ""
+                    shown_s = time.monotonic()
+            yield text, ""
         except InputError as error:
             yield text, render.error(str(error))
 
@@ -79,7 +75,7 @@ class Handlers:
             return 0, "", ""
         insight = self._look(seen)
         position = min(max(0, int(position)), len(insight.tokens) - 1)
-        likeliest = insight.likeliest(position, N_LIKELIEST)
+        likeliest = insight.likeliest(position, n=10)
         came = insight.probability_of_next(position)
         forecast = render.forecast(insight.tokens, position, likeliest, came)
         return position, forecast, self.attention(seen, layer, head, position)
@@ -110,34 +106,7 @@ class Handlers:
         if folder is None:
             return None, "There is no curve to draw: these weights were not trained here."
         try:
-            rows = plots.read_run(folder, "step")
+            rows = read_run(folder, "step")
         except InputError as error:
             return None, f"There is no curve to draw: {error}."
-        return plots.loss_figure({str(folder): rows}), plots.describe(rows)
-
-
-def read_numbers(config: SampleConfig, numbers: dict) -> SampleConfig:
-    """Return a configuration with the page's numbers, checked like flags."""
-    checked = {}
-    for name, value in numbers.items():
-        is_whole = isinstance(getattr(config, name), int)
-        try:
-            checked[name] = int(value) if is_whole else float(value)
-            if checked[name] != float(value):
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            kind = "whole number" if is_whole else "number"
-            raise InputError(f"{name} must be a {kind}, got {value!r}") from None
-    return dataclasses.replace(config, **checked)
-
-
-def batched(pieces: Iterable[str], seconds: float = PIECE_S) -> Iterator[str]:
-    """Yield pieces of text, joined so that at most one is yielded every few seconds."""
-    held, last_s = "", time.monotonic()
-    for piece in pieces:
-        held += piece
-        if time.monotonic() - last_s >= seconds:
-            yield held
-            held, last_s = "", time.monotonic()
-    if held:
-        yield held
+        return loss_figure({str(folder): rows}), describe(rows)

@@ -50,15 +50,13 @@ def surprise(tokens: list[str], surprise_T: np.ndarray, position: int) -> str:
     """Return the text to click on, each token coloured by how little it was expected."""
     parts = []
     for i, (token, nats) in enumerate(zip(tokens, surprise_T, strict=True)):
-        is_first = np.isnan(nats)
-        depth = 0.0 if is_first else min(1.0, nats / FULL_SURPRISE)
-        title = "the first: nothing predicts it" if is_first else f"probability {np.exp(-nats):.1%}"
-        is_here = i == position
+        title = f"probability {np.exp(-nats):.1%}"
+        title = "the first: nothing predicts it" if np.isnan(nats) else title
         attributes = (
-            f'role="button" tabindex="{0 if is_here else -1}" data-position="{i}" '
-            f'aria-pressed="{str(is_here).lower()}" title="{title}"'
+            f'role="button" tabindex="{0 if i == position else -1}" data-position="{i}" '
+            f'aria-pressed="{"true" if i == position else "false"}" title="{title}"'
         )
-        parts.append(_span(token, attributes, "235 120 0", depth))
+        parts.append(_span(token, attributes, "235 120 0", np.nan_to_num(nats) / FULL_SURPRISE))
     return f'<div class="text">{"".join(parts)}</div>'
 
 
@@ -84,11 +82,8 @@ def forecast(
         for token, probability in rows
     )
     read = "".join(map(visible, tokens[max(0, position - 11) : position + 1]))
-    came_next = (
-        f"<b>{visible(next_token)}</b> (orange)"
-        if next_token
-        else "nothing yet: the text ends here"
-    )
+    came_next = f"<b>{visible(next_token)}</b> (orange)"
+    came_next = came_next if next_token else "nothing yet: the text ends here"
     head = f'<p class="view-note">After <code>{read}</code> came {came_next}.</p>'
     return f'{head}<div class="forecast">{bars}</div>'
 
@@ -102,8 +97,7 @@ def attention(
         unit: what to call a token: "character" or "token".
     """
     weights_S = weights_TT[position]
-    highest = weights_S.max()
-    most = int(weights_S.argmax())
+    highest, most = weights_S.max(), int(weights_S.argmax())
     parts = []
     for i, (token, weight) in enumerate(zip(tokens, weights_S, strict=True)):
         kind = "here" if i == position else "faint" if i > position else ""
@@ -130,16 +124,14 @@ def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: st
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     image = axes.imshow(weights_TT, cmap="Blues", norm=norm, interpolation="nearest")
     axes.set(title=name, xlabel=f"takes from this {unit}", ylabel=f"this {unit}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     # A long text, or an alphabet that matplotlib's font lacks, gets numbered positions.
     text = "".join(tokens)
-    if len(text) <= MAX_LABELS and all(ord(character) < 0x500 for character in text):
-        labels = [
-            "".join("↵" if c == "\n" else "·" if c.isspace() else c for c in token)
-            for token in tokens
-        ]
-        for axis in (axes.xaxis, axes.yaxis):
+    is_readable = len(text) <= MAX_LABELS and all(ord(character) < 0x500 for character in text)
+    signs = {ord("\n"): "↵"} | dict.fromkeys(map(ord, " \t\r\N{NO-BREAK SPACE}"), "·")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+        if is_readable:
+            labels = [token.translate(signs) for token in tokens]
             axis.set_ticks(range(len(tokens)), labels, parse_math=False)
             axis.set_tick_params(labelsize=min(9, 400 / len(text)), length=0)
     figure.colorbar(image, label="weight (each row sums to 1)", shrink=0.6, fraction=0.04)
@@ -148,6 +140,6 @@ def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: st
 
 def _span(token: str, attributes: str, rgb: str, depth: float) -> str:
     # Light enough that black text on white and white text on black stay legible.
-    style = f"background:rgb({rgb} / {0.6 * depth:.2f})"
+    style = f"background:rgb({rgb} / {0.6 * min(depth, 1):.2f})"
     text = visible(token).replace("␣", " ")  # in running text, a blank stays blank
     return f'<span {attributes} style="{style}">{text}</span>' + "\n" * token.count("\n")

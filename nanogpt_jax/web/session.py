@@ -19,20 +19,11 @@ from nanogpt_jax.corpora import CharTokenizer
 from nanogpt_jax.model import Model
 
 
-class Reading(NamedTuple):
-    """What a model makes of a text of T tokens."""
+def read_text(model: Model, params, tokens_T) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return next_probs_TV and, of each layer with attention, weights_HTT, query by key.
 
-    next_probs_TV: jax.Array  # of the token after each position
-    weights: tuple[jax.Array, ...]  # (H, T, T), query by key, of each layer with attention
-
-
-def read_text(model: Model, params, tokens_T) -> Reading:
-    """Read at most block_size tokens in one pass, keeping the attention weights.
-
-    No position depends on a later one, so the text may be padded at its end.
-
-    Args:
-        model: with attention in plain XLA; fused kernels never store the weights.
+    Reads at most block_size tokens in one pass. No position depends on a later one, so the text may
+    be padded at its end. Attention must be in plain XLA: fused kernels never store the weights.
     """
     (T,) = tokens_T.shape
     variables = {"params": params}
@@ -48,7 +39,7 @@ def read_text(model: Model, params, tokens_T) -> Reading:
         jnp.concatenate([leaf[0].reshape(-1, T, T) for _, leaf in heads])
         for _, heads in groupby(by_head, key=lambda kv: kv[0][0])
     )
-    return Reading(jax.nn.softmax(logits_BTV[0].astype(jnp.float32)), weights)
+    return jax.nn.softmax(logits_BTV[0].astype(jnp.float32)), weights
 
 
 class Insight(NamedTuple):
@@ -89,28 +80,24 @@ class Session:
         self.unit = "character" if isinstance(self.tokenizer, CharTokenizer) else "token"
         self._read_text = jax.jit(partial(read_text, run.model))
         tokens_S = jax.ShapeDtypeStruct((run.config.block_size,), jnp.int32)
-        reading = jax.eval_shape(self._read_text, run.params, tokens_S)
-        self.n_heads = [weights_HSS.shape[0] for weights_HSS in reading.weights]  # by layer
+        _, weights = jax.eval_shape(self._read_text, run.params, tokens_S)
+        self.n_heads = [weights_HSS.shape[0] for weights_HSS in weights]  # by layer
 
     def n_tokens(self, text: str) -> int:
-        """Return the number of tokens in a text; raises as `write` does."""
+        """Return the number of tokens in a text."""
         return len(self.tokenizer.encode_prompt(text))
 
     def write(self, text: str, config: SampleConfig, n_generated: int = 0) -> Iterator[str]:
-        """Yield the continuation of a text, which is that of `sample.py --stream`.
+        """Yield the continuation of a text as `nanogpt_jax.stream` does.
 
-        Args:
-            n_generated: tokens at the text's end that were generated before. A text of characters
-                that was stopped continues as if it never had been, until the context is first full.
-
-        Raises:
-            InputError: the text is empty, or has characters that the model does not know.
+        A text of characters that was stopped continues as if it never had been, until the context
+        is first full.
         """
         settings = nanogpt_jax.settings_of(config)
         return nanogpt_jax.stream(self.run, text, n_generated=n_generated, **settings)
 
     def look(self, text: str) -> Insight:
-        """Read the last block_size tokens of a text; raises as `write` does."""
+        """Read the last block_size tokens of a text."""
         _, tokens = self.run.encode(text)
         window_BS, length = decoding.start_window(tokens, 1, self.run.config.block_size)
         next_probs_SV, weights = self._read_text(self.run.params, window_BS[0])
@@ -119,6 +106,5 @@ class Session:
         had_T1 = next_probs_TV[np.arange(length - 1), tokens_T[1:]]
         with np.errstate(divide="ignore"):  # infinite if the model held it to be impossible
             surprise_T = np.concatenate([[np.nan], -np.log(had_T1)])
-        decode = self.tokenizer.decode
-        texts = [decode([token]) for token in tokens_T]
-        return Insight(texts, decode, surprise_T, next_probs_TV, weights)
+        texts = [self.tokenizer.decode([token]) for token in tokens_T]
+        return Insight(texts, self.tokenizer.decode, surprise_T, next_probs_TV, weights)

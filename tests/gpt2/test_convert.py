@@ -228,9 +228,10 @@ def test_a_shorter_context_takes_the_first_positions(tmp_path):
 # A padded vocabulary
 
 
-@pytest.fixture
-def padded(gpt2):
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
     """(model, params, the unpadded of both): 23 tokens, padded to 64."""
+    gpt2, _ = save_golden(tmp_path_factory.mktemp("padded") / "gpt2", 3)
     model, params = load(gpt2)
     wide = replace(model.config, vocab_size=64, known_tokens=23)
     return *load(gpt2, wide), model, params
@@ -365,8 +366,6 @@ def test_a_run_that_starts_from_a_gpt2_adopts_its_shape_but_keeps_its_own_contex
         adopt(vocab_size=1)
     with pytest.raises(InputError, match=f"block_size must be at most {n_positions} with"):
         adopt(block_size=n_positions + 1)
-    from_scratch = TrainConfig(model=ModelConfig(n_layer=9))
-    assert gpt2_config.adopt_shape(from_scratch) is from_scratch
 
 
 def test_a_source_is_a_gpt2_if_its_config_says_so(gpt2, tmp_path, monkeypatch):
@@ -382,10 +381,13 @@ def test_a_source_is_a_gpt2_if_its_config_says_so(gpt2, tmp_path, monkeypatch):
 
 
 def test_weights_bring_their_tokenizer_where_they_have_one(gpt2):
+    config = TrainConfig(init_from=gpt2)
     path = Path(gpt2, "tokenizer.json")
-    assert gpt2_config.tokenizer_of(gpt2) is None
-    path.write_text("{}")
-    assert gpt2_config.tokenizer_of(gpt2) == str(path)
+    assert gpt2_config.tokenizer_of(config) is None
+    assert gpt2_config.read_tokenizer(gpt2) is None
+    save_tokenizer(CHARS, Path(gpt2))
+    assert gpt2_config.tokenizer_of(config) == str(path)
+    assert gpt2_config.read_tokenizer(gpt2) == CHARS
 
 
 def test_a_corpus_of_other_tokens_than_the_weights_know_is_refused(gpt2):
@@ -393,20 +395,38 @@ def test_a_corpus_of_other_tokens_than_the_weights_know_is_refused(gpt2):
     mine, other = (BPETokenizer.train([text * 20], 270) for text in ("the cat sat", "on a mat"))
     chars = CharTokenizer("abc")
     save_tokenizer(mine, gpt2)
-    gpt2_config.check_tokenizer(gpt2, mine, None)
-    gpt2_config.check_tokenizer(gpt2, None, None)  # .bin files that came without one
+    config = TrainConfig(init_from=gpt2)
+    gpt2_config.check_tokenizer(config, mine)
+    gpt2_config.check_tokenizer(config, None)  # .bin files that came without one
     for tokenizer in (other, chars):
-        for asked in (None, "char"):
+        for requested in (None, "char"):
             with pytest.raises(InputError, match=f"the tokens that the weights of {gpt2} know"):
-                gpt2_config.check_tokenizer(gpt2, tokenizer, asked)
+                gpt2_config.check_tokenizer(replace(config, tokenizer=requested), tokenizer)
 
 
 def test_weights_without_a_tokenizer_ask_for_one(gpt2):
     """As `model.save_pretrained` leaves them."""
-    chars = CharTokenizer("abc")
+    config, chars = TrainConfig(init_from=gpt2), CharTokenizer("abc")
     with pytest.raises(InputError, match=r"has no tokenizer.json, so .*name it with --tokenizer"):
-        gpt2_config.check_tokenizer(gpt2, chars, None)
-    gpt2_config.check_tokenizer(gpt2, chars, "char")
+        gpt2_config.check_tokenizer(config, chars)
+    gpt2_config.check_tokenizer(replace(config, tokenizer="char"), chars)
+
+
+def test_a_run_from_scratch_needs_no_gpt2(monkeypatch):
+    monkeypatch.setattr(gpt2_config.hub, "find", None)
+    config = TrainConfig()
+    assert gpt2_config.adopt_shape(config) is config
+    assert gpt2_config.tokenizer_of(config) is None
+    gpt2_config.check_tokenizer(config, CHARS)
+    gpt2_config.check_weights(config)
+
+
+def test_weights_are_found_missing_before_they_are_needed(gpt2):
+    config = TrainConfig(init_from=gpt2)
+    gpt2_config.check_weights(config)
+    Path(gpt2, "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"there is no .*model\.safetensors"):
+        gpt2_config.check_weights(config)
 
 
 def test_the_four_names_have_their_shape_without_a_network(monkeypatch):
@@ -528,13 +548,13 @@ def test_a_damaged_file_gives_tensors_or_an_input_error(gpt2):
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     rng = np.random.default_rng(0)
-    damaged = [whole[:n] for n in [*range(0, header, 17), *range(header, len(whole), 997)]]
-    for _ in range(200):
+    damaged = [whole[:n] for n in [*range(0, header, 61), *range(header, len(whole), 1999)]]
+    for _ in range(60):
         content = bytearray(whole)
         for place in rng.integers(header if rng.random() < 0.8 else len(whole), size=3):
             content[place] = rng.integers(256)
         damaged.append(bytes(content))
-    damaged += [rng.bytes(int(n)) for n in rng.integers(1, 500, size=50)]
+    damaged += [rng.bytes(int(n)) for n in rng.integers(1, 500, size=20)]
     model = GPT(gpt2_config.read_config(gpt2))
     abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
     abstract = sharding.place(abstract, sharding.make_mesh())
@@ -564,14 +584,14 @@ RUNS = {
 }
 
 
-@pytest.fixture(params=RUNS)
-def exported(request, tmp_path):
+@pytest.fixture(scope="module", params=RUNS)
+def exported(request, tmp_path_factory):
     """(config, tokenizer, params, folder of its export) of runs of several kinds."""
     config, tokenizer = RUNS[request.param]
-    params = random_params(config)
-    save_run(tmp_path / "run", config, tokenizer, params)
-    convert.export(tmp_path / "run", tmp_path / "hf")
-    return config, tokenizer, params, tmp_path / "hf"
+    params, folder = random_params(config), tmp_path_factory.mktemp("exported")
+    save_run(folder / "run", config, tokenizer, params)
+    convert.export(folder / "run", folder / "hf")
+    return config, tokenizer, params, folder / "hf"
 
 
 def test_what_was_exported_comes_back_bit_for_bit(exported):
@@ -579,8 +599,8 @@ def test_what_was_exported_comes_back_bit_for_bit(exported):
     again = gpt2_config.read_config(str(folder))
     known = config.known_tokens or config.vocab_size
     assert again == replace(config, vocab_size=known, known_tokens=None)
-    params["wte"]["embedding"] = params["wte"]["embedding"][:known]
-    assert_equal(load(str(folder))[1], params)
+    expected = params | {"wte": {"embedding": params["wte"]["embedding"][:known]}}
+    assert_equal(load(str(folder))[1], expected)
     assert load_tokenizer(folder) == tokenizer
 
 
@@ -620,20 +640,24 @@ def test_a_gpt2_goes_through_us_bit_for_bit(gpt2, tmp_path):
     assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == set()
 
 
-def test_biases_that_were_zeros_when_exported_must_be_so_still(tmp_path):
-    config, tokenizer = RUNS["no_bias"]
-    save_run(tmp_path / "run", config, tokenizer, random_params(config))
-    convert.export(tmp_path / "run", tmp_path / "hf")
+def test_biases_that_were_zeros_when_exported_must_be_so_still(saved_run, tmp_path):
+    convert.export(saved_run, tmp_path / "hf")
     name = "transformer.ln_f.bias"
     change_tensors(str(tmp_path / "hf"), edit(name, lambda x: x + np.float32(1)))
     refused(str(tmp_path / "hf"), "ln_f.bias must be zero in a model without biases")
 
 
-@pytest.fixture
-def chars_run(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory) -> Path:
     config, tokenizer = RUNS["no_bias"]
-    save_run(tmp_path / "run", config, tokenizer, random_params(config))
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    save_run(folder, config, tokenizer, random_params(config))
+    return folder
+
+
+@pytest.fixture
+def chars_run(saved_run, tmp_path) -> Path:
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))
 
 
 def test_best_and_latest_are_those_asked_for(chars_run, tmp_path, capsys):
@@ -704,7 +728,7 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
         convert.export(chars_run, tmp_path / "hf")
     rung = ModelConfig(architecture="bigram", n_layer=1, n_head=1, vocab_size=9, bias=True)
     run_folder.begin(tmp_path / "rung", TrainConfig(model=rung), {})
-    with pytest.raises(InputError, match="the lecture's bigram"):
+    with pytest.raises(InputError, match="whose architecture must be gpt, but is bigram"):
         convert.export(tmp_path / "rung", tmp_path / "hf")
     few = replace(RUNS["bpe"][0], vocab_size=100)
     run_folder.begin(tmp_path / "few", TrainConfig(model=few), {})
@@ -725,8 +749,7 @@ OTHER_THAN_GPT2 = {name: value for name, value in MODERN.items() if name != "zer
 )
 def test_a_run_with_a_part_that_gpt2_has_not_is_not_exported(tmp_path, fields):
     run = tmp_path / "run"
-    config = replace(RUNS["chars"][0], **fields)
-    save_run(run, config, CHARS, random_params(config))
+    run_folder.begin(run, TrainConfig(model=replace(RUNS["chars"][0], **fields)), {})
     with pytest.raises(InputError) as error:
         convert.export(run, tmp_path / "hf")
     message = str(error.value)
@@ -734,7 +757,7 @@ def test_a_run_with_a_part_that_gpt2_has_not_is_not_exported(tmp_path, fields):
     assert "\n" not in message
     named = re.search(r"whose (\w+) must be .* but is ", message)[1]
     assert named in fields
-    assert message.endswith(f"but is {fields[named]}")
+    assert f"but is {fields[named]}: name another run" in message
     assert not (tmp_path / "hf").exists()
 
 

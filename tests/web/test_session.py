@@ -20,11 +20,11 @@ def test_a_reading_has_the_models_forecasts_and_the_weights_of_each_layer(model_
     model = GPT(model_config)
     params = steps.init_params(model, jax.random.key(0))
     tokens_T = jnp.array([3, 1, 4, 1, 5])
-    reading = jax.jit(partial(session.read_text, model))(params, tokens_T)
+    next_probs_TV, weights = jax.jit(partial(session.read_text, model))(params, tokens_T)
     logits_BTV, _ = jax.jit(model.apply)({"params": params}, tokens_T[None])
-    np.testing.assert_allclose(reading.next_probs_TV, jax.nn.softmax(logits_BTV[0]), atol=1e-6)
-    assert len(reading.weights) == model_config.n_layer
-    for weights_HTT in reading.weights:
+    np.testing.assert_allclose(next_probs_TV, jax.nn.softmax(logits_BTV[0]), atol=1e-6)
+    assert len(weights) == model_config.n_layer
+    for weights_HTT in weights:
         assert weights_HTT.shape == (model_config.n_head, 5, 5)
         np.testing.assert_allclose(weights_HTT.sum(-1), 1, atol=1e-6)
         assert not np.triu(weights_HTT, 1).any()
@@ -37,11 +37,11 @@ def test_a_reading_has_the_models_forecasts_and_the_weights_of_each_layer(model_
 def test_a_reading_of_a_lecture_model_has_all_its_heads_by_layer(architecture, n_layers, n_heads):
     model, params = lecture_model(architecture)
     tokens_T = jnp.array([3, 1, 4, 1, 5])
-    reading = jax.jit(partial(session.read_text, model))(params, tokens_T)
+    next_probs_TV, weights = jax.jit(partial(session.read_text, model))(params, tokens_T)
     logits_BTV, _ = jax.jit(model.apply)({"params": params}, tokens_T[None])
-    np.testing.assert_allclose(reading.next_probs_TV, jax.nn.softmax(logits_BTV[0]), atol=1e-6)
-    assert [weights_HTT.shape for weights_HTT in reading.weights] == n_layers * [(n_heads, 5, 5)]
-    for weights_HTT in reading.weights:
+    np.testing.assert_allclose(next_probs_TV, jax.nn.softmax(logits_BTV[0]), atol=1e-6)
+    assert [weights_HTT.shape for weights_HTT in weights] == n_layers * [(n_heads, 5, 5)]
+    for weights_HTT in weights:
         np.testing.assert_allclose(weights_HTT.sum(-1), 1, atol=1e-6)
         assert not np.triu(weights_HTT, 1).any()
 
@@ -57,7 +57,7 @@ def test_layers_and_heads_are_in_their_order_past_the_tenth():
     model, params = lecture_model("residual", n_layer=11, n_head=12)
     tokens_T = jnp.array([3, 1, 4, 1, 5])
     read_text = partial(session.read_text, model)  # eager: faster than compiling 132 heads
-    reading = read_text(params, tokens_T)
+    _, weights = read_text(params, tokens_T)
     first = params["layers_0"]["sa"]
     x_BTD = params["token_embedding_table"]["embedding"][tokens_T][None]
     x_BTD = x_BTD + params["position_embedding_table"]["embedding"][None, :5]
@@ -65,10 +65,10 @@ def test_layers_and_heads_are_in_their_order_past_the_tenth():
         head = Head(head_size=1)
         _, kept = head.apply({"params": first[f"Head_{n}"]}, x_BTD, True, mutable=[WEIGHTS])
         (weights_BTS,) = kept[WEIGHTS]["weights_BTS"]
-        np.testing.assert_allclose(reading.weights[0][n], weights_BTS[0], atol=1e-6)
+        np.testing.assert_allclose(weights[0][n], weights_BTS[0], atol=1e-6)
     swapped = params | {"layers_2": params["layers_10"], "layers_10": params["layers_2"]}
-    again = read_text(swapped, tokens_T)
-    same = [bool((a == b).all()) for a, b in zip(reading.weights, again.weights, strict=True)]
+    _, again = read_text(swapped, tokens_T)
+    same = [bool((a == b).all()) for a, b in zip(weights, again, strict=True)]
     assert same[:2] == [True, True]
     assert not any(same[2:])
 
@@ -77,10 +77,10 @@ def test_padding_at_the_end_changes_nothing_before_it(model_config):
     model = GPT(model_config)
     params = steps.init_params(model, jax.random.key(0))
     read_text = jax.jit(partial(session.read_text, model))
-    short = read_text(params, jnp.array([3, 1, 4]))
-    padded = read_text(params, jnp.array([3, 1, 4, 0, 9]))
-    np.testing.assert_allclose(padded.next_probs_TV[:3], short.next_probs_TV, atol=1e-6)
-    np.testing.assert_allclose(padded.weights[1][:, :3, :3], short.weights[1], atol=1e-6)
+    probs_TV, weights = read_text(params, jnp.array([3, 1, 4]))
+    padded_probs_TV, padded_weights = read_text(params, jnp.array([3, 1, 4, 0, 9]))
+    np.testing.assert_allclose(padded_probs_TV[:3], probs_TV, atol=1e-6)
+    np.testing.assert_allclose(padded_weights[1][:, :3, :3], weights[1], atol=1e-6)
 
 
 def test_training_keeps_no_weights(model_config):

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -33,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 BLOCK_SIZE = 16
 HOSTILE = ("<b>bold</b>", "<script>1;", "<img src=x>", "${1+1}{{2}}&lt;")
 TEXT = "the cat sat on the mat and ate a rat, then it left.\n"
-CONFIG = SampleConfig(max_new_tokens=3 * BLOCK_SIZE, num_samples=1)
+CONFIG = SampleConfig(max_new_tokens=3 * BLOCK_SIZE, num_samples=1, web=True)
 
 
 def script(name, *argv):
@@ -157,7 +156,7 @@ def test_a_page_of_byte_pairs_shows_tokens():
     assert "There is no curve to draw" in answer.loss()[1]
     pieces = list(session.write("the cat", dataclasses.replace(CONFIG, max_new_tokens=9)))
     assert len(pieces) == 9
-    *_, (grown, wrong) = answer.extend("the cat sat", "the cat", *numbers(max_new_tokens=2))
+    *_, (grown, wrong) = answer.write("the cat sat", "the cat", *numbers(max_new_tokens=2))
     assert (wrong, grown.startswith("the cat sat")) == ("", True)
 
 
@@ -240,16 +239,14 @@ def test_the_maps_axes_are_the_text_where_it_can_be_read(text, labels, tmp_path)
         *(("max_new_tokens", value) for value in (0, -1, MAX_PAGE_TOKENS + 1, 1e300)),
     ],
 )
-def test_numbers_from_a_browser_are_checked(name, value):
-    config = SampleConfig(web=True)
-    assert handlers.read_numbers(config, {name: getattr(config, name)}) == config
-    with pytest.raises(InputError, match=name):
-        handlers.read_numbers(config, {name: value})
+def test_numbers_from_a_browser_are_checked(answer, name, value):
+    assert list(answer.write("", "a", *numbers(max_new_tokens=1)))[-1][1] == ""
+    ((text, wrong),) = answer.write("", "a", *numbers(**{name: value}))
+    assert (text, f"{name} must be" in wrong) == ("a", True)
 
 
 def numbers(**changes):
-    config = dataclasses.replace(CONFIG, web=True, **changes)
-    return [getattr(config, name) for name in handlers.NUMBERS]
+    return [changes.get(name, getattr(CONFIG, name)) for name in handlers.NUMBERS]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +261,7 @@ def test_a_start_that_cannot_be_is_answered_and_not_raised(
     answer, home, monkeypatch, start, complaint
 ):
     monkeypatch.chdir(home)
-    *_, (text, wrong) = answer.write(start, *numbers())
+    *_, (text, wrong) = answer.write("", start, *numbers())
     assert text == start
     assert complaint in wrong
     assert "view-error" in answer.see("QZ", "1", "1")[0]
@@ -273,19 +270,19 @@ def test_a_start_that_cannot_be_is_answered_and_not_raised(
 def test_a_text_grows_from_its_start_and_continues_from_its_end(answer, session):
     config = dataclasses.replace(CONFIG, temperature=1.5, max_new_tokens=5)
     more = numbers(temperature=1.5, max_new_tokens=5)
-    shown = list(answer.write("a c", *more))
+    shown = list(answer.write("", "a c", *more))
     assert shown[0] == ("a c", "")
     assert shown[-1] == ("a c" + "".join(session.write("a c", config)), "")
-    *_, (longer, _) = answer.extend(shown[-1][0], "a c", *more)
+    *_, (longer, _) = answer.write(shown[-1][0], "a c", *more)
     whole = "".join(session.write("a c", dataclasses.replace(config, max_new_tokens=10)))
     assert longer == "a c" + whole
-    *_, (from_nothing, _) = answer.write("", *more)
+    *_, (from_nothing, _) = answer.write("", "", *more)
     assert from_nothing.startswith("\n")
 
 
 def test_a_text_that_is_full_is_not_continued(answer):
     text = "a" * (handlers.MAX_TEXT + 1)
-    assert "full" in next(answer.extend(text, "a", *numbers()))[1]
+    assert "full" in next(answer.write(text, "a", *numbers()))[1]
 
 
 def test_a_position_past_the_text_is_its_last_character(answer):
@@ -294,15 +291,12 @@ def test_a_position_past_the_text_is_its_last_character(answer):
     assert answer.choose("", "1", "1", 3) == (0, "", "")
 
 
-def test_pieces_are_joined_until_some_time_has_passed():
-    def pieces():
-        for piece in "abcdef":
-            time.sleep(0.02)
-            yield piece
-
-    assert list(handlers.batched(pieces(), seconds=0)) == list("abcdef")
-    assert list(handlers.batched(pieces(), seconds=9)) == ["abcdef"]
-    assert "".join(handlers.batched(pieces(), seconds=0.05)) == "abcdef"
+def test_pieces_are_joined_until_some_time_has_passed(answer, session, monkeypatch):
+    monkeypatch.setattr(session, "write", lambda *args: iter("bcdef"))
+    for seconds, n_updates in (-1, 5), (99, 0):
+        monkeypatch.setattr(handlers, "PIECE_S", seconds)
+        texts = [text for text, _ in answer.write("", "a", *numbers())]
+        assert texts == ["a", *("abcdef"[: n + 2] for n in range(n_updates)), "abcdef"]
 
 
 def test_a_missing_loss_curve_is_answered_with_a_sentence(answer, tmp_path):

@@ -25,6 +25,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["NANOGPT_JAX_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import numpy as np
 import pytest
 
 from nanogpt_jax.config import ModelConfig, TrainConfig, presets
@@ -42,6 +43,19 @@ def layers_of(architecture: str, n_layer: int = 2, n_head: int = 2) -> dict:
         "n_layer": n_layer if is_deep else 1,
         "n_head": n_head if has_heads else 1,
     }
+
+
+def random_params(model, std: float = 0.3):
+    """Return parameters of a model without compiling its initialization."""
+    import jax
+
+    from nanogpt_jax import steps
+
+    abstract = jax.eval_shape(lambda key: steps.init_params(model, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jax.numpy.asarray(rng.normal(size=leaf.shape, scale=std), "f"), abstract
+    )
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_the_same_flags_give_the_same_text_and_another_seed_another(write):
 
 
 def test_a_sample_is_the_same_however_many_are_drawn(write):
-    assert write("--num_samples=3", "--max_new_tokens=48")[:2] == write(*SHORT)
+    assert write("--num_samples=1", "--max_new_tokens=48") == write(*SHORT)[:1]
 
 
 def test_a_sample_is_the_prompt_and_as_many_new_characters_as_requested(write):
@@ -101,9 +101,8 @@ def test_a_prompt_can_come_from_standard_input(write, monkeypatch):
     [
         (),
         ("--start=a cat sat on a mat",),
-        ("--top_k=3", "--top_p=0.9"),
         ("--stop=t o",),
-        ("--exact_window",),
+        ("--top_k=3", "--top_p=0.9", "--exact_window"),
     ],
 )
 def test_streamed_text_is_the_same_text(write, more):

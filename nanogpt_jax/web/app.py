@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Whatever Gradio's files name, the browser asks no host but this one.
 POLICY = (
-    "default-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; frame-ancestors 'none'"
+    b"default-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    b"script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; frame-ancestors 'none'"
 )
 MAX_REQUEST_BYTES = 2**22  # a hundred times what can be typed
 # Clicks and arrow keys choose a character.
@@ -109,8 +109,7 @@ def with_policy(app):
 
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", POLICY.encode())
-                message["headers"] = [*message["headers"], policy]
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
             await send(message)
 
         await app(scope, receive_limited, send_with_policy)
@@ -125,7 +124,6 @@ def page(session: "Session", config: SampleConfig):
     handlers, unit, n_heads = Handlers(session, config), session.unit, session.n_heads
     folder, block_size = session.run.folder, session.run.config.block_size
     name = folder.resolve().name if folder else session.run.name
-    has_attention = bool(n_heads)
 
     # Gradio passes the event to the parameter annotated with its type.
     def write(event: gr.EventData, text, *start_and_numbers):
@@ -192,27 +190,25 @@ def page(session: "Session", config: SampleConfig):
                     f"### Where it looks\nTo predict the next {unit}, attention takes something "
                     f"from each {unit} so far: the deeper the blue, the more. Layers run one after "
                     "the other, the heads of a layer side by side."
-                    if has_attention
+                    if n_heads
                     else "### Where it looks\nNowhere: this model has no attention. It sees only "
                     f"the last {unit}."
                 )
-                with gr.Row(visible=has_attention):
-                    layer = gr.Radio(
-                        [str(n + 1) for n in range(len(n_heads))], label="Layer", scale=4,
-                        value=str(len(n_heads)) if n_heads else None, elem_id="layer",
-                    )  # fmt: skip
-                    head = gr.Radio(
-                        [MEAN, *(str(n + 1) for n in range(max(n_heads, default=0)))],
-                        label="Head", scale=5, value=MEAN, elem_id="head",
-                    )  # fmt: skip
-                attention = gr.HTML(elem_id="attention", visible=has_attention)
-                gr.Markdown(
-                    f"All of them at once: each row shows what one {unit} takes from those before.",
-                    visible=has_attention,
-                )
-                attention_map = gr.Plot(
-                    show_label=False, visible=has_attention, elem_id="map", elem_classes="picture"
-                )
+                with gr.Column(visible=bool(n_heads)):
+                    layers = [str(n + 1) for n in range(len(n_heads))]
+                    heads = [MEAN, *(str(n + 1) for n in range(max(n_heads, default=0)))]
+                    with gr.Row():
+                        last = layers[-1] if layers else None
+                        layer = gr.Radio(
+                            layers, value=last, label="Layer", elem_id="layer", scale=4
+                        )
+                        head = gr.Radio(heads, value=MEAN, label="Head", elem_id="head", scale=5)
+                    attention = gr.HTML(elem_id="attention")
+                    gr.Markdown(
+                        f"All of them at once: each row shows what one {unit} takes from those "
+                        "before."
+                    )
+                    attention_map = gr.Plot(show_label=False, elem_id="map", elem_classes="picture")
         with gr.Tab("Loss") as loss_tab:
             gr.Markdown(
                 f"How wrong the model was during training: its mean surprise at the next {unit}, "

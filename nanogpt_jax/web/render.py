@@ -7,9 +7,6 @@ from html import escape
 
 import numpy as np
 
-FULL_SURPRISE = 5.0  # nats, at which the colour is deepest: a probability below 1 %
-MAX_LABELS = 64  # characters along an axis of the map that can still be read
-
 STYLE = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.7 ui-monospace, monospace;
         max-height: 14em; overflow-y: auto; padding: 2px; }
@@ -56,7 +53,8 @@ def surprise(tokens: list[str], surprise_T: np.ndarray, position: int) -> str:
             f'role="button" tabindex="{0 if i == position else -1}" data-position="{i}" '
             f'aria-pressed="{"true" if i == position else "false"}" title="{title}"'
         )
-        parts.append(_span(token, attributes, "235 120 0", np.nan_to_num(nats) / FULL_SURPRISE))
+        depth = np.nan_to_num(nats) / 5  # deepest at 5 nats, a probability below 1 %
+        parts.append(_span(token, attributes, "235 120 0", depth))
     return f'<div class="text">{"".join(parts)}</div>'
 
 
@@ -126,7 +124,7 @@ def attention_map(tokens: list[str], weights_TT: np.ndarray, name: str, unit: st
     axes.set(title=name, xlabel=f"takes from this {unit}", ylabel=f"this {unit}")
     # A long text, or an alphabet that matplotlib's font lacks, gets numbered positions.
     text = "".join(tokens)
-    is_readable = len(text) <= MAX_LABELS and all(ord(character) < 0x500 for character in text)
+    is_readable = len(text) <= 64 and all(ord(character) < 0x500 for character in text)
     signs = {ord("\n"): "↵"} | dict.fromkeys(map(ord, " \t\r\N{NO-BREAK SPACE}"), "·")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))

@@ -6,39 +6,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import layers_of
+from conftest import layers_of, random_params
 
 from nanogpt_jax import steps
 from nanogpt_jax.attention import WEIGHTS
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.lecture.models import Head
-from nanogpt_jax.model import GPT
 from nanogpt_jax.web import session
 
+TOKENS_T = np.array([3, 1, 4, 1, 5])
 
-def test_a_reading_has_the_models_forecasts_and_the_weights_of_each_layer(model_config):
-    model = GPT(model_config)
-    params = steps.init_params(model, jax.random.key(0))
-    tokens_T = jnp.array([3, 1, 4, 1, 5])
-    next_probs_TV, weights = jax.jit(partial(session.read_text, model))(params, tokens_T)
-    logits_BTV, _ = jax.jit(model.apply)({"params": params}, tokens_T[None])
-    np.testing.assert_allclose(next_probs_TV, jax.nn.softmax(logits_BTV[0]), atol=1e-6)
-    assert len(weights) == model_config.n_layer
-    for weights_HTT in weights:
-        assert weights_HTT.shape == (model_config.n_head, 5, 5)
-        np.testing.assert_allclose(weights_HTT.sum(-1), 1, atol=1e-6)
-        assert not np.triu(weights_HTT, 1).any()
+
+def new_model(architecture, n_layer=2, n_head=4):
+    shape = {"block_size": 8, "vocab_size": 11, "n_embd": 12}
+    model = steps.make_model(ModelConfig(**shape | layers_of(architecture, n_layer, n_head)))
+    return model, random_params(model)
 
 
 @pytest.mark.parametrize(
     ("architecture", "n_layers", "n_heads"),
-    [("bigram", 0, 0), ("head", 1, 1), ("multihead", 1, 4), ("layernorm", 2, 4)],
+    [("gpt", 2, 4), ("bigram", 0, 0), ("head", 1, 1), ("layernorm", 2, 4)],
 )
-def test_a_reading_of_a_lecture_model_has_all_its_heads_by_layer(architecture, n_layers, n_heads):
-    model, params = lecture_model(architecture)
-    tokens_T = jnp.array([3, 1, 4, 1, 5])
-    next_probs_TV, weights = jax.jit(partial(session.read_text, model))(params, tokens_T)
-    logits_BTV, _ = jax.jit(model.apply)({"params": params}, tokens_T[None])
+def test_a_reading_has_the_models_forecasts_and_all_its_heads_by_layer(
+    architecture, n_layers, n_heads
+):
+    model, params = new_model(architecture)
+    next_probs_TV, weights = jax.jit(partial(session.read_text, model))(params, TOKENS_T)
+    logits_BTV, _ = jax.jit(model.apply)({"params": params}, TOKENS_T[None])
     np.testing.assert_allclose(next_probs_TV, jax.nn.softmax(logits_BTV[0]), atol=1e-6)
     assert [weights_HTT.shape for weights_HTT in weights] == n_layers * [(n_heads, 5, 5)]
     for weights_HTT in weights:
@@ -46,48 +40,54 @@ def test_a_reading_of_a_lecture_model_has_all_its_heads_by_layer(architecture, n
         assert not np.triu(weights_HTT, 1).any()
 
 
-def lecture_model(architecture, **changes):
-    shape = {"block_size": 8, "vocab_size": 11, "n_embd": 12} | layers_of(architecture, 2, 4)
-    model = steps.make_model(ModelConfig(**shape | changes))
-    return model, steps.init_params(model, jax.random.key(0))
-
-
-def test_layers_and_heads_are_in_their_order_past_the_tenth():
-    """By name alone h_10 would come before h_2, and Head_10 before Head_2."""
-    model, params = lecture_model("residual", n_layer=11, n_head=12)
-    tokens_T = jnp.array([3, 1, 4, 1, 5])
-    read_text = partial(session.read_text, model)  # eager: faster than compiling 132 heads
-    _, weights = read_text(params, tokens_T)
-    first = params["layers_0"]["sa"]
-    x_BTD = params["token_embedding_table"]["embedding"][tokens_T][None]
+def test_heads_are_in_their_order_past_the_tenth():
+    """By name alone Head_10 would come before Head_2."""
+    model, params = new_model("multihead", n_head=12)
+    _, (weights_HTT,) = jax.jit(partial(session.read_text, model))(params, TOKENS_T)
+    heads = params["layers_0"]
+    x_BTD = params["token_embedding_table"]["embedding"][TOKENS_T][None]
     x_BTD = x_BTD + params["position_embedding_table"]["embedding"][None, :5]
+    head = jax.jit(partial(Head(head_size=1).apply, mutable=[WEIGHTS]), static_argnums=2)
     for n in range(12):
-        head = Head(head_size=1)
-        _, kept = head.apply({"params": first[f"Head_{n}"]}, x_BTD, True, mutable=[WEIGHTS])
+        _, kept = head({"params": heads[f"Head_{n}"]}, x_BTD, True)
         (weights_BTS,) = kept[WEIGHTS]["weights_BTS"]
-        np.testing.assert_allclose(weights[0][n], weights_BTS[0], atol=1e-6)
-    swapped = params | {"layers_2": params["layers_10"], "layers_10": params["layers_2"]}
-    _, again = read_text(swapped, tokens_T)
-    same = [bool((a == b).all()) for a, b in zip(weights, again, strict=True)]
-    assert same[:2] == [True, True]
-    assert not any(same[2:])
+        np.testing.assert_allclose(weights_HTT[n], weights_BTS[0], atol=1e-6)
 
 
-def test_padding_at_the_end_changes_nothing_before_it(model_config):
-    model = GPT(model_config)
-    params = steps.init_params(model, jax.random.key(0))
+@pytest.mark.parametrize("name", ["layers_{}/sa/Head_0", "h_{}/attn"])
+def test_layers_are_in_their_order_past_the_tenth(name):
+    """By name alone h_10 would come before h_2."""
+
+    class Model:
+        def apply(self, variables, tokens_BT, mutable):
+            sown = {}
+            for n in range(12):
+                inner = sown
+                for part in name.format(n).split("/"):
+                    inner = inner.setdefault(part, {})
+                inner["weights"] = (jnp.full((1, 5, 5), n),)
+            return (jnp.zeros((1, 5, 11)), None), {WEIGHTS: dict(sorted(sown.items()))}
+
+    _, weights = session.read_text(Model(), {}, TOKENS_T)
+    assert [int(weights_HTT.max()) for weights_HTT in weights] == list(range(12))
+
+
+def test_padding_at_the_end_changes_nothing_before_it():
+    model, params = new_model("gpt")
     read_text = jax.jit(partial(session.read_text, model))
-    probs_TV, weights = read_text(params, jnp.array([3, 1, 4]))
-    padded_probs_TV, padded_weights = read_text(params, jnp.array([3, 1, 4, 0, 9]))
-    np.testing.assert_allclose(padded_probs_TV[:3], probs_TV, atol=1e-6)
-    np.testing.assert_allclose(padded_weights[1][:, :3, :3], weights[1], atol=1e-6)
+    probs_TV, weights = read_text(params, TOKENS_T)
+    other_T = np.where(np.arange(5) < 3, TOKENS_T, 0)
+    padded_probs_TV, padded_weights = read_text(params, other_T)
+    np.testing.assert_allclose(padded_probs_TV[:3], probs_TV[:3], atol=1e-6)
+    np.testing.assert_allclose(padded_weights[1][:, :3, :3], weights[1][:, :3, :3], atol=1e-6)
+    assert not np.allclose(padded_probs_TV[3:], probs_TV[3:])
 
 
-def test_training_keeps_no_weights(model_config):
+def test_training_keeps_no_weights():
     """They are kept only on request."""
-    model = GPT(model_config)
-    params = steps.init_params(model, jax.random.key(0))
-    assert set(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))) >= {
-        "params"
-    }
-    assert set(params) == {"wte", "wpe", "h_0", "h_1", "ln_f"}
+    model, _ = new_model("gpt")
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    assert {*jax.eval_shape(model.init, jax.random.key(0), tokens_BT)} >= {"params"}
+    assert {*jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))} == {
+        "wte", "wpe", "h_0", "h_1", "ln_f",
+    }  # fmt: skip

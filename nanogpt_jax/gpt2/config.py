@@ -232,7 +232,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> str:
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Words
 
-    with reading(hub.TOKENIZER, "made of a text in UTF-8"):  # which has no lone surrogates
+    with reading(hub.TOKENIZER, "made of UTF-8 text (prepare it again)"):  # no surrogates
         words = Words(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}, ""))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     words.decoder = decoders.Fuse()

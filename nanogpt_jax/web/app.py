@@ -6,7 +6,7 @@ import importlib.util
 import ipaddress
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_jax.config import MAX_PAGE_TOKENS, SampleConfig
 from nanogpt_jax.errors import InputError
@@ -23,26 +23,9 @@ POLICY = (
     b"script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; frame-ancestors 'none'"
 )
 MAX_REQUEST_BYTES = 2**22  # a hundred times what can be typed
-# Clicks and arrow keys choose a character.
-CHOOSE = """
-const choose = (character) => {
-  if (!character) return;
-  const before = element.querySelector('[aria-pressed=true]');
-  before.setAttribute('aria-pressed', 'false');
-  before.tabIndex = -1;
-  character.setAttribute('aria-pressed', 'true');
-  character.tabIndex = 0;
-  character.focus();
-  trigger('select', {position: Number(character.dataset.position)});
-};
-element.addEventListener('click', (event) => choose(event.target.closest('[role=button]')));
-element.addEventListener('keydown', (event) => {
-  const way = {ArrowLeft: 'previousElementSibling', ArrowRight: 'nextElementSibling'}[event.key];
-  if (!way || !event.target.matches('[role=button]')) return;
-  event.preventDefault();
-  choose(event.target[way]);
-});
-"""
+CHOOSE = """element.addEventListener('change', (event) => {
+  trigger('select', {position: Number(event.target.value)});
+});"""
 STYLE = f"""{render.STYLE}
 footer {{ display: none !important; }}
 #wrong:not(:has(p)) {{ display: none; }}
@@ -78,7 +61,7 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
     one_token = dataclasses.replace(config, max_new_tokens=1)
     list(session.write(session.tokenizer.default_start, one_token))  # compile before anyone waits
     # The system's fonts, and explanations darker than Gradio's, which are hard to read.
-    theme = gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("monospace",)).set(
+    theme = gr.Theme(font=("system-ui", "sans-serif"), font_mono=("monospace",)).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
     app = gr.mount_gradio_app(
@@ -217,10 +200,10 @@ def page(session: "Session", config: SampleConfig):
             loss_plot = gr.Plot(show_label=False, elem_id="loss", elem_classes="picture")
             loss_line = gr.Textbox(show_label=False, container=False, interactive=False)
 
-        private = {"api_visibility": "private", "show_progress": "hidden"}
-        latest = private | {"trigger_mode": "always_last"}
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        latest: dict[str, Any] = private | {"trigger_mode": "always_last"}
         window, position = gr.State(""), gr.State(0)
-        see = private | {
+        see: dict[str, Any] = private | {
             "fn": handlers.see,
             "inputs": [text_box, layer, head],
             "outputs": [seen, window, position, forecast, attention, attention_map],

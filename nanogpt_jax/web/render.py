@@ -12,9 +12,10 @@ STYLE = """
         max-height: 14em; overflow-y: auto; padding: 2px; }
 .text span { padding: 2px 0; }
 .text .faint { opacity: .45; }
-.text [role=button] { cursor: pointer; }
-.text [role=button]:hover { outline: 1px solid currentColor; }
-.text [aria-pressed=true], .text .here { outline: 2px solid currentColor; border-radius: 2px; }
+.text input { position: absolute; opacity: 0; }
+.text label { position: relative; cursor: pointer; }
+.text label:hover span { outline: 1px solid currentColor; }
+.text :checked + span, .text .here { outline: 2px solid currentColor; border-radius: 2px; }
 .forecast { display: grid; grid-template-columns: minmax(2.5em, max-content) 1fr 4.5em;
             gap: 2px 8px; align-items: center; font: 14px/1.4 ui-monospace, monospace; }
 .forecast .bar { height: .9em; min-width: 1px; background: rgb(60 125 230); border-radius: 2px; }
@@ -44,17 +45,16 @@ def error(sentence: str) -> str:
 
 
 def surprise(tokens: list[str], surprise_T: np.ndarray, position: int) -> str:
-    """Return the text to click on, each token coloured by how little it was expected."""
+    """Return the text as radio buttons, each token coloured by how little it was expected."""
     parts = []
     for i, (token, nats) in enumerate(zip(tokens, surprise_T, strict=True)):
         title = f"probability {np.exp(-nats):.1%}"
         title = "the first: nothing predicts it" if np.isnan(nats) else title
-        attributes = (
-            f'role="button" tabindex="{0 if i == position else -1}" data-position="{i}" '
-            f'aria-pressed="{"true" if i == position else "false"}" title="{title}"'
-        )
         depth = np.nan_to_num(nats) / 5  # deepest at 5 nats, a probability below 1 %
-        parts.append(_span(token, attributes, "235 120 0", depth))
+        checked = " checked" if i == position else ""
+        radio = f'<input type="radio" name="position" value="{i}"{checked}>'
+        span = _span(token, f'title="{title}"', "235 120 0", depth)
+        parts.append(f"<label>{radio}{span}</label>")
     return f'<div class="text">{"".join(parts)}</div>'
 
 

@@ -146,7 +146,7 @@ def test_a_page_of_byte_pairs_shows_tokens():
     seen, window, position, forecast, attention, _ = answer.see(text, "1", handlers.MEAN)
     assert window == text
     assert position == session.run.model.config.block_size - 1 < n_tokens < len(text)
-    (shown,) = re.findall(r'aria-pressed="true".*?>([^<]+)</span>', seen)
+    (shown,) = re.findall(r" checked><span.*?>([^<]+)</span>", seen)
     assert reader.token_bytes[reader.encode(text)[-1]] == shown.encode()
     assert "nothing yet" in forecast
     position, forecast, attention = answer.choose(window, "1", handlers.MEAN, 2)
@@ -205,8 +205,8 @@ def test_surprise_is_the_deeper_the_less_a_character_was_expected():
     assert depths == sorted(depths)
     assert depths[0] == 0
     assert "100.0%" not in html
-    assert re.findall('aria-pressed="true".*?>(.)<', html) == ["b"]
-    assert html.count('tabindex="0"') == 1
+    assert re.findall(" checked><span.*?>(.)<", html) == ["b"]
+    assert html.count(" checked") == 1
 
 
 def test_attention_names_what_most_is_taken_from():
@@ -415,7 +415,7 @@ def page(browser, address):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
     page.goto(address)
-    page.wait_for_selector("#seen [role=button]")
+    page.wait_for_selector("#seen label")
     yield page
     context.close()
     assert not [url for url in foreign if not url.startswith((f"{address}/", "data:", "blob:"))]
@@ -429,7 +429,7 @@ class Controls:
         self.page = page
         self.start = page.get_by_label("Start text")
         self.text = page.locator("#text textarea")
-        self.characters = page.locator("#seen [role=button]")
+        self.characters = page.locator("#seen label")
         self.forecast = page.locator("#forecast")
         self.attention = page.locator("#attention")
 
@@ -533,7 +533,7 @@ def test_a_character_is_chosen_with_the_mouse_and_the_keys(controls):
     controls.attention.get_by_text("layer 2, mean of heads, at c").wait_for()
     controls.page.keyboard.press("ArrowRight")
     controls.forecast.get_by_text("After the␣ca came t").wait_for()
-    assert controls.page.locator("#seen [aria-pressed=true]").inner_text() == "a"
+    assert controls.page.locator("#seen :checked + span").inner_text() == "a"
     picture = controls.page.locator("#map img")
     before = picture.get_attribute("src")
     controls.page.locator("#layer").get_by_label("1").check()
@@ -583,7 +583,7 @@ def test_ctrl_c_ends_it_though_a_page_is_open(home, browser):
         assert re.fullmatch(r"the page is at http://127\.0\.0\.1:\d+ .*\n", line)
         page = browser.new_page()
         page.goto(re.search(r"http://\S+", line)[0])
-        page.wait_for_selector("#seen [role=button]")
+        page.wait_for_selector("#seen label")
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=20)
         page.close()

@@ -132,12 +132,9 @@ def read_tokenizer(source: str) -> Tokenizer | None:
 
 
 def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
-    """Check that a corpus has the tokens that the weights of init_from know.
+    """Check that a corpus with this tokenizer has the tokens that the weights of init_from know.
 
-    If the weights come without a tokenizer, --tokenizer is trusted.
-
-    Args:
-        tokenizer: of the corpus; None cannot be checked.
+    A corpus without one cannot be checked; for weights without one, --tokenizer is trusted.
     """
     source = config.init_from
     if source == SCRATCH or tokenizer is None:
@@ -181,11 +178,7 @@ def check_exportable(config: ModelConfig, run: Path) -> None:
 
 
 def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """Return name -> content of the files that describe one of our models, except its weights.
-
-    Args:
-        config: with a vocab_size that does not count padding.
-    """
+    """Return name -> content of the files beside a model's weights; vocab_size without padding."""
     end_id, ends = None, {}
     if isinstance(tokenizer, BPETokenizer) and tokenizer.separator == END_OF_TEXT:
         end_id = int(tokenizer.encode_prompt(END_OF_TEXT)[0])

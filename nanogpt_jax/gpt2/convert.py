@@ -67,8 +67,7 @@ def _read_part(tensor: weights.Tensor, shape: tuple[int, ...], index) -> np.ndar
 class ExportConfig:
     """What to export."""
 
-    checkpoint: Literal["best", "latest"] = "best"
-    """The checkpoint with the lowest validation loss, or the newest."""
+    checkpoint: Literal["best", "latest"] = "best"  # best: the lowest validation loss
 
     def __post_init__(self):
         check_fields(self)

@@ -37,7 +37,9 @@ def random_params(model):
     """Parameters of any size: compiling their initialization takes longest."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: steps.init_params(model, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), shapes)
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, leaf.shape[0] ** -0.5, leaf.shape).astype(np.float32), shapes
+    )
 
 
 def dense(x, p):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from nanogpt_jax.config import TrainConfig, with_vocab_size
 from nanogpt_jax.errors import InputError, first_line
-from nanogpt_jax.hardware import Chip, find_chip, forward_flops_per_token, n_params, needed_bytes
+from nanogpt_jax.hardware import find_chip, forward_flops_per_token, n_params, needed_bytes
 
 if TYPE_CHECKING:
     from nanogpt_jax.model import Compute
@@ -34,30 +34,23 @@ ADAMW_BYTES = 8 * 4  # per parameter: read it, its gradient (twice: clipped) and
 
 
 def compile_for(config: TrainConfig, topology: str) -> int:
-    """Compile the step for a topology like "v5e:4x4", print what it needs, return the exit code.
-
-    Raises:
-        InputError: there is no such topology, or no TPU compiler.
-    """
-    check_topology(topology)
-    os.environ.update(ENVIRONMENT)
+    """Compile the step for a topology like "v5e:4x4", print what it needs, return the exit code."""
+    tpus = topology_devices(topology)
     from nanogpt_jax import sharding
-    from nanogpt_jax.bench import step
+    from nanogpt_jax.bench.step import abstract_state, compile_step
     from nanogpt_jax.hardware import choose_compute, describe
 
     config = with_vocab_size(config)
-    tpus = topology_devices(topology)
     several_hosts = len({device.process_index for device in tpus}) > 1
     mesh = sharding.make_mesh(sharding.choose_sizes(config, len(tpus), several_hosts), tpus)
     compute, how = choose_compute(config.compute, config.model, tpus[0], mesh)
     print(f"{config.config} on {topology}: {describe(mesh)}: {how}")
+    print(sharding.unsplit_note(mesh, abstract_state(config).params), end="")
+    # With a vocabulary of its own, a model's corpus is in files, whose windows are sent.
+    n_tokens = None if (config.model.vocab_size or 0) > 2**10 else CORPUS_TOKENS
     start_s = time.perf_counter()
     try:
-        jitted = step.jit_steps(config, compute, mesh)
-        print(sharding.unsplit_note(mesh, jitted.abstract_state.params), end="")
-        # With a vocabulary of its own, a model's corpus is in files, whose windows are sent.
-        n_tokens = None if (config.model.vocab_size or 0) > 2**10 else CORPUS_TOKENS
-        compiled = step.compile_train_step(config, jitted, mesh, n_tokens)
+        compiled = compile_step(config, compute, mesh, n_tokens)
     except Exception as error:  # the class differs between versions of JAX, the text does not
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -71,89 +64,56 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     if chip is None:
         print(f"\n{tpus[0].device_kind} is not in chips.py: without its rates there is no roofline")
         return 0
-    n_chips = math.prod(map(int, re.findall(r"\d+", topology.partition(":")[2])))
-    share = n_chips / len(tpus)  # a device can be a part of a chip: a core
-    fits = needed <= chip.memory_bytes * share
+    fits = needed <= chip.memory_bytes
+    print(f" of {chip.memory_bytes / 2**30:.0f} GiB: {'fits' if fits else 'does not fit'}")
+
+    passes = 4 if compute.remat else 3  # forward, backward (counts twice), and forward again
+    flops = passes * forward_flops_per_token(config.model) * config.tokens_per_iter / mesh.size
+    flops_s = flops / chip.flops
+    moved_bytes = least_bytes(config, compute, mesh.shape)
+    moved_s = moved_bytes / chip.bandwidth
+    least_s = max(flops_s, moved_s)
+    print(f"FLOPs a step       {flops:10.3g} a device: {1e3 * flops_s:.1f} ms at its peak")
+    print(f"bytes at least     {moved_bytes:10.3g} a device: {1e3 * moved_s:.1f} ms at its peak")
     print(
-        f" of {chip.memory_bytes * share / 2**30:.0f} GiB: {'fits' if fits else 'does not fit'}",
-        *roofline_lines(config, compute, mesh.shape, chip, share),
-        sep="\n",
+        f"roofline           {1e3 * least_s:10.1f} ms a step, "
+        f"{config.tokens_per_iter / least_s:,.0f} tokens/s, without communication between chips"
     )
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed", math.nan)
     print(f"bytes accessed     {accessed:10.3g} as the compiler counts, see bench/absent.py")
     return 0 if fits else 1
 
 
-def check_topology(topology: str) -> None:
-    """Check the form of a topology.
-
-    Raises:
-        InputError: it does not look like one.
-    """
+def topology_devices(topology: str) -> list:
+    """Return the devices of a topology, from the TPU's compiler."""
     if not re.fullmatch(r"v\d+[a-z]?:\d+x\d+(x\d+)?", topology):
         raise InputError(f"compile_for must look like v5e:4x4 or v5p:2x2x1, got {topology!r}")
     if topology.startswith("v4:"):  # runs as one device per chip, but compiles as two
         raise InputError(
             f"compile_for must be a v2, v3, v5e, v5p or v6e topology, got {topology!r}"
         )
-
-
-def topology_devices(topology: str) -> list:
-    """Return the devices of a topology.
-
-    Raises:
-        InputError: there is no such topology, or no TPU compiler.
-    """
+    os.environ.update(ENVIRONMENT)
     from jax.experimental import topologies
 
-    options = {}
-    if topology.endswith(":1x1"):  # one chip, where the compiler expects hosts of four
-        options["chips_per_host_bounds"] = [1, 1, 1]
+    # A single chip, where the compiler expects hosts of four.
+    options = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
     try:
-        return list(
-            topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-        )
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except RuntimeError as error:
         reason = first_line(error)
-        if "not installed" in reason:
-            raise InputError(
-                "compile_for needs the TPU's compiler: pip install -e '.[tpu]' (no TPU needed)"
-            ) from None
         raise InputError(
-            f"compile_for must be a topology that exists, like v5e:4x4, got {topology!r} ({reason})"
+            "compile_for needs the TPU's compiler: pip install -e '.[tpu]' (no TPU needed)"
+            if "not installed" in reason
+            else f"compile_for must be a topology that exists, like v5e:4x4, got {topology!r} "
+            f"({reason})"
         ) from None
-
-
-def roofline_lines(
-    config: TrainConfig, compute: "Compute", mesh: Mapping[str, int], chip: Chip, share: float
-) -> list[str]:
-    """Return the lower bounds on a step's time, as lines.
-
-    Args:
-        mesh: devices along each axis.
-        share: of a chip that is one device.
-    """
-    passes = 4 if compute.remat else 3  # forward, backward (counts twice), and forward again
-    flops = passes * forward_flops_per_token(config.model) * config.tokens_per_iter
-    flops /= math.prod(mesh.values())
-    moved_bytes = least_bytes(config, compute, mesh)
-    arithmetic_s = flops / (chip.flops * share)
-    movement_s = moved_bytes / (chip.bandwidth * share)
-    roofline_s = max(arithmetic_s, movement_s)
-    return [
-        f"FLOPs a step       {flops:10.3g} a device: {1e3 * arithmetic_s:.1f} ms at its peak",
-        f"bytes at least     {moved_bytes:10.3g} a device: {1e3 * movement_s:.1f} ms at its peak",
-        f"roofline           {1e3 * roofline_s:10.1f} ms a step, "
-        f"{config.tokens_per_iter / roofline_s:,.0f} tokens/s, without communication between chips",
-    ]
 
 
 def least_bytes(config: TrainConfig, compute: "Compute", mesh: Mapping[str, int]) -> float:
     """Return the bytes of weights, gradients and optimizer state that a step moves on a device.
 
-    Activations are not included. The compiler's own count, "bytes accessed", differs: it counts the
-    body of a loop once (micro-batches, chunks of the loss) and includes what stays within the chip.
-    Use it to compare variants of one program.
+    The compiler's own count, "bytes accessed", differs: it counts the body of a loop once
+    (micro-batches, chunks of the loss) and includes what stays within the chip.
     """
     n_micro = config.gradient_accumulation_steps
     reads = 3 if compute.remat else 2  # forward, backward, and forward again

@@ -38,10 +38,8 @@ TABLE = ("T4", "RTX 3070 Ti", "RTX 4090", "L4", "A100 40GB", "H100", "H200", "TP
 class CostConfig(TrainConfig):
     """A run, and how to price it."""
 
-    mfu: float = 0.4
-    """Model FLOPs utilization to assume: the share of the chip's peak, above 0 and at most 1."""
-    reference: bool = False
-    """Print the published GPTs instead."""
+    mfu: float = 0.4  # share of the chip's peak to assume (model FLOPs utilization), at most 1
+    reference: bool = False  # print the published GPTs instead
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,44 +58,46 @@ def cost_lines(config: CostConfig) -> list[str]:
     """Return a run's parameters, FLOPs, memory and costs, as lines to print."""
     model = config.model
     val_tokens, evaluated = validation_tokens(config)
-    flops, per_token = run_flops(config, val_tokens), train_flops_per_token(model)
+    train, evaluate = run_flops(config, val_tokens)
+    per_token = train_flops_per_token(model)
     six_n = 6 * headline_params(model)
     lines = [f"{'':27}{'parameters':>14}{'FLOPs a token, forward':>26}"]
-    lines += [f"{part.name:27}{part.n_params:14,}{part.forward_flops:26,}" for part in parts(model)]
-    lines += [f"{'all':27}{n_params(model):14,}{forward_flops_per_token(model):26,}", ""]
-    if not flops.total:
-        return [*lines, "It has no matrix products, so there are no FLOPs to count."]
-    lines += [
-        f"a token of training   {per_token:,} FLOPs, three times forward; 6 N = {six_n:,} "
-        f"({six_n / per_token - 1:+.1%}) with N = {size_in_words(model)}",
-        f"the run               {amount(flops.train)} FLOPs: {config.max_iters:,} steps of "
-        f"{config.tokens_per_iter:,} tokens",
-        f"its evaluations       {amount(flops.evaluate)} FLOPs: {evaluated}",
-        "",
-        "memory of a step on one device; activations are an estimate, in "
-        + ("float32:" if is_float32(model, config.compute) else "16 bits (--dtype float32: more):"),
-    ]
+    whole = "all", n_params(model), forward_flops_per_token(model)
+    lines += [f"{name:27}{size:14,}{forward:26,}" for name, size, forward in (*parts(model), whole)]
+    if not train:
+        return [*lines, "", "It has no matrix products, so there are no FLOPs to count."]
+    in_float32 = is_float32(model, config.compute)
+    width = "float32:" if in_float32 else "16 bits (--dtype float32: more):"
+    far_lower = "" if n_params(model) > 1e8 else ", far lower for a model as small as this"
     memory = estimate_memory(model, config.compute, config.batch_size, config.optim.optimizer)
     memory["all"] = sum(memory.values())
-    lines += [f"  {name:12}{size / 2**20:12,.1f} MiB" for name, size in memory.items()]
     lines += [
         "",
+        f"a token of training   {per_token:,} FLOPs, three times forward; 6 N = {six_n:,} "
+        f"({six_n / per_token - 1:+.1%}) with N = {size_in_words(model)}",
+        f"the run               {amount(train)} FLOPs: {config.max_iters:,} steps of "
+        f"{config.tokens_per_iter:,} tokens",
+        f"its evaluations       {amount(evaluate)} FLOPs: {evaluated}",
+        "",
+        f"memory of a step on one device; activations are an estimate, in {width}",
+        *(f"  {name:12}{size / 2**20:12,.1f} MiB" for name, size in memory.items()),
+        "",
         f"at an MFU of {config.mfu:.0%} (--mfu); python -m nanogpt_jax bench measures the real one"
-        + ("" if n_params(model) > 1e8 else ", far lower for a model as small as this"),
+        f"{far_lower}",
         f"{'chip':12}{'peak TFLOP/s':>14}{'time':>12}{'kWh':>12}{'US$':>12}",
     ]
     for name in TABLE:
         chip = chip_named(name)
-        seconds = flops.total / (config.mfu * chip.flops)
-        hours = seconds / 3600
-        kwh = amount(hours * chip.watts / 1000) if chip.watts else "-"
-        dollars = amount(hours * chip.dollars_per_hour) if chip.dollars_per_hour else "-"
+        seconds = (train + evaluate) / (config.mfu * chip.flops)
+        kwh = amount(seconds / 3600 * chip.watts / 1000) if chip.watts else "-"
+        price = chip.dollars_per_hour
+        dollars = amount(seconds / 3600 * price) if price else "-"
         fits = "" if memory["all"] < chip.memory_bytes else "  does not fit unchanged"
         lines.append(
             f"{name:12}{chip.flops / 1e12:14.1f}{duration(seconds):>12}{kwh:>12}{dollars:>12}{fits}"
         )
     lines += ["peak: dense 16-bit products; kWh: of the board alone; sources: hardware/chips.py"]
-    if is_float32(model, config.compute):
+    if in_float32:
         lines += ["This run multiplies in float32, whose peaks are lower: pass a lower --mfu."]
     return lines
 
@@ -127,19 +127,24 @@ def reference_lines() -> list[str]:
         if run.flops:
             total = f"{amount(run.flops)} {'e' if run.is_estimate else ' '}"
         if run.model:
-            size = amount(n_params(run.model))
-            tokens = amount(run.tokens) if run.tokens else "-"
-        if run.model and run.flops and not run.tokens:
-            enough = run.flops / train_flops_per_token(run.model)
-            tokens = f"~{enough:.0e}".replace("e+", "e")
-        if run.model and run.tokens:
-            flops = train_flops_per_token(run.model) * run.tokens
-            six_n, counted = amount(6 * headline_params(run.model) * run.tokens), amount(flops)
-            ratio = f"{flops / run.flops:.2f}" if run.flops else "-"
+            size, per_token = amount(n_params(run.model)), train_flops_per_token(run.model)
+            if run.tokens:
+                tokens, flops = amount(run.tokens), per_token * run.tokens
+                six_n = amount(6 * headline_params(run.model) * run.tokens)
+                counted, ratio = amount(flops), f"{flops / run.flops:.2f}" if run.flops else "-"
+            elif run.flops:
+                tokens = f"~{run.flops / per_token:.0e}".replace("e+", "e")
         lines.append(
             f"{run.name:26}{size:>11}{tokens:>9}{total:>13}{six_n:>12}{counted:>10}{ratio:>7}  "
             f"{run.source}"
         )
+    # The lecture's last run, against what 15 minutes of an A100 can compute. Every 500 steps, it
+    # estimates its losses on 200 random batches of either split.
+    config = with_vocab_size(dataclasses.replace(PRESETS["lecture-scaled"], eval_iters=400))
+    train, evaluate = run_flops(config, 2**62)
+    total = train + evaluate
+    hours, price = 0.25, chip_named("A100 40GB").dollars_per_hour or 0.0
+    tf32, float32 = (3600 * hours * peak for peak in (156e12, 19.5e12))  # NVIDIA's data sheet
     return [
         *lines,
         "",
@@ -147,26 +152,11 @@ def reference_lines() -> list[str]:
         "suffice for; counted: with attention's products, which 6 N leaves out (N without",
         "positions); ratio: counted to published.",
         "",
-        *lecture_lines(),
-    ]
-
-
-def lecture_lines() -> list[str]:
-    """Return what the lecture's last run needs, and what 15 minutes of an A100 can compute."""
-    config = with_vocab_size(PRESETS["lecture-scaled"])
-    # Every 500 steps, the lecture estimates its losses on 200 random batches of either split.
-    config = dataclasses.replace(config, eval_iters=400)
-    flops = run_flops(config, 2**62)
-    a100 = chip_named("A100 40GB")
-    seconds, tf32, float32 = 15 * 60, 156e12, 19.5e12  # NVIDIA's A100 data sheet
-    assert a100.dollars_per_hour
-    return [
         "The lecture's last model, `lecture-scaled`, took about 15 minutes of an A100: "
-        f"{seconds / 3600 * a100.dollars_per_hour:.2f} US$ at {a100.dollars_per_hour} an hour.",
-        f"At its peak of 156 TFLOP/s (TF32) the A100 computes {amount(seconds * tf32)} FLOPs in "
-        "that time.",
-        f"The run needs {amount(flops.train)} to train and {amount(flops.evaluate)} for its "
-        f"sampled evaluations: {flops.total / (seconds * tf32):.1%} of that,",
-        f"or {flops.total / (seconds * float32):.0%} of 19.5 TFLOP/s, the peak of plain float32, "
-        "which is PyTorch's default.",
+        f"{hours * price:.2f} US$ at {price} an hour.",
+        f"At its peak of 156 TFLOP/s (TF32) the A100 computes {amount(tf32)} FLOPs in that time.",
+        f"The run needs {amount(train)} to train and {amount(evaluate)} for its "
+        f"sampled evaluations: {total / tf32:.1%} of that,",
+        f"or {total / float32:.0%} of 19.5 TFLOP/s, the peak of plain float32, which is "
+        "PyTorch's default.",
     ]

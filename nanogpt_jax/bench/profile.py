@@ -3,7 +3,6 @@
 import collections
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,11 +13,8 @@ def time_by_operation(folder: Path) -> dict[str, float]:
 
     The number at the end of a name is dropped, so that the same operation of all layers is summed.
     On a CPU several threads work at once, so the sum can exceed the elapsed time.
-
-    Raises:
-        FileNotFoundError: there is no trace.
     """
-    traces = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    traces = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not traces:
         raise FileNotFoundError(f"{folder} holds no trace")
     profile = jax.profiler.ProfileData.from_file(str(traces[-1]))
@@ -41,12 +37,11 @@ def time_by_operation(folder: Path) -> dict[str, float]:
 
 
 def print_table(folder: Path, n_steps: int, n_rows: int = 15) -> None:
-    """Print the operations that take the most time of a traced n_steps steps, on standard error."""
-    log = partial(print, file=sys.stderr)  # standard output may be JSON
-    seconds = time_by_operation(folder)
-    total_s = sum(seconds.values())
-    log(f"{'operation':40} {'ms a step':>10} {'share':>7}    (trace in {folder})")
-    rows = list(seconds.items())
-    rest_s = sum(s for _, s in rows[n_rows:])
-    for name, s in [*rows[:n_rows], ("all others", rest_s)]:
-        log(f"{name[:40]:40} {1e3 * s / n_steps:10.3f} {s / max(total_s, 1e-12):7.1%}")
+    """Print what takes the most time of n_steps traced steps, on standard error."""
+    rows = [*time_by_operation(folder).items()]
+    total_s = sum(seconds for _, seconds in rows) or 1.0
+    rest_s = sum(seconds for _, seconds in rows[n_rows:])
+    lines = [f"{'operation':40} {'ms a step':>10} {'share':>7}    (trace in {folder})"]
+    for name, seconds in [*rows[:n_rows], ("all others", rest_s)]:
+        lines.append(f"{name[:40]:40} {1e3 * seconds / n_steps:10.3f} {seconds / total_s:7.1%}")
+    print(*lines, sep="\n", file=sys.stderr)  # standard output may be JSON

@@ -17,7 +17,7 @@ from nanogpt_jax.sharding import resolve_sizes, tree_shardings, unsplit_note
 
 
 def main(argv: list[str]) -> None:
-    """Print the table of the state's arrays, and what one device holds of all."""
+    """Print a line for each kind of array, and what one device holds of all of them."""
     config = with_vocab_size(parse_train_config(argv, __doc__ or ""))
     requested = [size for size in mesh_sizes(config.compute.mesh) if size > 0]
     n_devices = max(jax.device_count(), math.prod(requested))
@@ -35,14 +35,14 @@ def main(argv: list[str]) -> None:
         placement = ", ".join(str(axis or "-") for axis in sharding.spec)
         rows[name, str(leaf.shape), f"({placement})", f"{leaf_bytes:,}"] += 1
     header = "array", "shape", "placement", "bytes a device"
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(4)]
-    for row, count in [(header, 1), *rows.items()]:
-        *cells, size = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-        times = f"  x {count}" if count > 1 else ""
-        print(*cells, f"{size.strip():>{widths[3]}}{times}", sep="  ")
+    lines = {header: 1, **rows}
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for (*cells, size), count in lines.items():
+        left = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=False))
+        print(*left, f"{size:>{widths[3]}}" + (f"  x {count}" if count > 1 else ""), sep="  ")
     print(
         f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}: each device holds "
-        f"{device_bytes:,} of the state's {total_bytes:,} bytes; gradients and activations add "
-        "to that"
+        f"{device_bytes:,} of the state's {total_bytes:,} bytes; gradients and activations add to "
+        "that"
     )
     print(unsplit_note(mesh, state.params), end="")

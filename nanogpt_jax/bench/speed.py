@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +28,8 @@ from jax.sharding import Mesh
 
 from nanogpt_jax import corpora, data, decoding, steps
 from nanogpt_jax.bench import profile
-from nanogpt_jax.bench.race import TRAIN
-from nanogpt_jax.bench.step import compile_train_step, jit_steps, token_dtype
+from nanogpt_jax.bench.race import TRAIN, run_train
+from nanogpt_jax.bench.step import compile_step, new_state, token_dtype
 from nanogpt_jax.config import TrainConfig, parse_train_config, with_vocab_size
 from nanogpt_jax.hardware import Machine, choose, n_params, needed_bytes, train_flops_per_token
 from nanogpt_jax.model import Compute
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> None:
         "cores": os.cpu_count(),
     }
     if "--memory" in switches:
-        figures |= memory_of_variants(config, machine)
+        figures |= memory_figures(config, machine)
     elif "--data" in switches:
         figures |= data_figures(config, machine.mesh)
     else:
@@ -83,29 +82,34 @@ def median_s(work: Callable[[], object]) -> float:
     return statistics.median(times_s[1:])
 
 
-def matmul_peak_flops(dtype) -> float:
-    """Return the FLOP/s of the fastest large matrix product on one device, of two sizes."""
-    best, times = 0.0, 8  # products per measurement, so that dispatching them does not count
-    product = jax.jit(jnp.matmul)
-    for size in (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
-        matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
-        seconds = median_s(lambda m=matrix: [product(m, m) for _ in range(times)])
-        best = max(best, times * 2 * size**3 / seconds)
-    return best
+def start_figures(argv: list[str]) -> dict:
+    """Time train.py from the command to its first step, without and with a compile cache."""
+    figures: dict = {"first_step_cold_s": None, "first_step_warm_cache_s": None}
+    if not TRAIN.exists():  # installed without the repository
+        return figures
+    with tempfile.TemporaryDirectory() as folder:
+        corpora.prepare("pydocs", Path(folder))
+        for name in figures:
+            lines = run_train(
+                [*argv, "--dataset=pydocs", f"--data_dir={folder}", f"--out_dir={folder}/{name}"],
+                JAX_COMPILATION_CACHE_DIR=f"{folder}/cache",
+                JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            )
+            with contextlib.closing(lines):
+                figures[name] = next(s for s, line in lines if "first step done" in line)
+    return figures
 
 
 def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> dict:
     """Time train.py's step and its batches as train.py calls them, waiting one update behind."""
-    mesh, compute = machine.mesh, machine.compute
-    jitted = jit_steps(config, compute, mesh)
     start_s = time.perf_counter()
-    train_step = compile_train_step(config, jitted, mesh, CORPUS_TOKENS)
+    train_step = compile_step(config, machine.compute, machine.mesh, CORPUS_TOKENS)
     compile_s = time.perf_counter() - start_s
-    init_key, dropout_key = steps.stream_keys(config.seed)
-    state = jitted.init_state(init_key)
+    state = new_state(config, machine.mesh)
+    _, dropout_key = steps.stream_keys(config.seed)
     shape = config.gradient_accumulation_steps, config.batch_size
     tokens = random_tokens(config, CORPUS_TOKENS)
-    batches = data.TrainLoader(tokens, config.seed, config.model.block_size, shape, mesh)
+    batches = data.TrainLoader(tokens, config.seed, config.model.block_size, shape, machine.mesh)
 
     def train(n_steps: int):
         nonlocal state
@@ -118,98 +122,101 @@ def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> 
 
     n_steps = max(1, int(1 / median_s(lambda: train(1))))  # about a second of them
     step_s = median_s(lambda: train(n_steps)) / n_steps
-    memory = memory_figures()  # before the products below, which would count in it
+    # Before the products below, which would count in the peak: the device's, or the process's.
+    peak_memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    of_what = "device" if peak_memory else "process"
+    if not peak_memory:
+        with contextlib.suppress(ImportError):  # Windows does not say
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024  # what the operating system counts in
+            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if is_traced:
         with jax.profiler.trace(str(PROFILE)):
             jax.block_until_ready(train(PROFILED_STEPS))
         profile.print_table(PROFILE, PROFILED_STEPS)
-    peak = mesh.size * matmul_peak_flops(compute.dtype)
-    achieved = train_flops_per_token(config.model) * config.tokens_per_iter / step_s
+    matmul_flops = machine.mesh.size * matmul_peak_flops(machine.compute.dtype)
+    flops = train_flops_per_token(config.model) * config.tokens_per_iter / step_s
     return {
         "parameters": n_params(config.model),
         "compile_s": compile_s,
         "step_ms": 1e3 * step_s,
         "train_tokens_per_s": config.tokens_per_iter / step_s,
-        "train_flops_per_s": achieved,
-        "matmul_peak_flops_per_s": peak,
-        "share_of_matmul_peak": achieved / peak,
+        "train_flops_per_s": flops,
+        "matmul_peak_flops_per_s": matmul_flops,
+        "share_of_matmul_peak": flops / matmul_flops,
         "chip": machine.chip.name if machine.chip else None,
-        "mfu": achieved / machine.peak_flops if machine.peak_flops else None,
-        **memory,
+        "mfu": flops / machine.peak_flops if machine.peak_flops else None,
+        "train_peak_memory_bytes": peak_memory,
+        "train_peak_memory_of": of_what,
         "train_compiled_bytes": needed_bytes(train_step),
     }
 
 
 def random_tokens(config: TrainConfig, n_tokens: int) -> np.ndarray:
-    """Return random token ids, in the dtype of a corpus."""
-    vocab_size = config.model.vocab_size or 1
-    ids = np.random.default_rng(0).integers(vocab_size, size=n_tokens)
+    ids = np.random.default_rng(0).integers(config.model.vocab_size or 1, size=n_tokens)
     return ids.astype(token_dtype(config))
 
 
-def memory_of_variants(config: TrainConfig, machine: Machine) -> dict:
-    """Return the bytes per device that the step needs, as configured and with each way to save."""
-    mesh, compute = machine.mesh, machine.compute
-    chunks = next((n for n in (8, 4, 2) if config.model.block_size % n == 0), 1)
-    variants = {
-        "as_configured": compute,
-        "plain": compute._replace(remat=False, loss_chunks=1),
-        "loss_chunks": compute._replace(remat=False, loss_chunks=chunks),
-        "remat": compute._replace(remat=True, loss_chunks=1),
-        "remat_loss_chunks": compute._replace(remat=True, loss_chunks=chunks),
-    }
-    figures = {}
-    for name, variant in variants.items():
-        jitted = jit_steps(config, variant, mesh)
-        compiled = compile_train_step(config, jitted, mesh, CORPUS_TOKENS)
-        figures[f"train_compiled_bytes_{name}"] = needed_bytes(compiled)
-    return figures
+def matmul_peak_flops(dtype) -> float:
+    """Return the FLOP/s of the fastest large matrix product on one device, of two sizes."""
+    best, times = 0.0, 8  # products per measurement, so that dispatching them does not count
+    product = jax.jit(jnp.matmul)
+    for size in (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
+        matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
+        seconds = median_s(lambda m=matrix: [product(m, m) for _ in range(times)])
+        best = max(best, times * 2 * size**3 / seconds)
+    return best
 
 
 def sampling_figures(config: TrainConfig, compute: Compute) -> dict:
     """Time cached decoding: one and ten rows in one program, and one call for each token."""
     model = steps.make_model(config.model, Compute(compute.dtype))
     params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
-    write = jax.jit(partial(decoding.generate, model), static_argnames=("n_tokens", "sampling"))
     sampling = decoding.Sampling(temperature=0.8, top_k=200)
-    window_BS = np.zeros((1, config.model.block_size), np.int32)
-    length = np.int32(1)
-    figures = {}
-    for n_rows in (1, 10):
-        keys_B = decoding.row_keys(0, range(n_rows))
-        starts_BS = np.repeat(window_BS, n_rows, axis=0)
-        seconds = median_s(
-            lambda s=starts_BS, k=keys_B: write(
-                params, s, length, k, n_tokens=SAMPLE_TOKENS, sampling=sampling
-            )
-        )
-        name = f"sample_tokens_per_s_{n_rows}_stream{'s' if n_rows > 1 else ''}"
-        figures[name] = n_rows * SAMPLE_TOKENS / seconds
-
+    generate = jax.jit(partial(decoding.generate, model, n_tokens=SAMPLE_TOKENS, sampling=sampling))
     prefill = jax.jit(partial(decoding.prefill, model))
-    decode = jax.jit(partial(decoding.decode, model), static_argnames="sampling", donate_argnums=1)
-    keys_B = decoding.row_keys(0, range(1))
+    decode = jax.jit(partial(decoding.decode, model, sampling=sampling), donate_argnums=1)
 
-    def stream():
-        decoding = prefill(params, window_BS, length)
+    def tokens_per_s(n_rows: int, write: Callable) -> float:
+        window_BS, length = decoding.start_window([0], n_rows, config.model.block_size)
+        keys_B = decoding.row_keys(0, range(n_rows))
+        return n_rows * SAMPLE_TOKENS / median_s(lambda: write(params, window_BS, length, keys_B))
+
+    def stream(params, window_BS, length, keys_B):
+        state = prefill(params, window_BS, length)
         for _ in range(SAMPLE_TOKENS):
-            decoding, tokens_B = decode(params, decoding, keys_B, sampling=sampling)
+            state, tokens_B = decode(params, state, keys_B)
             np.asarray(tokens_B)
-        return decoding
 
-    figures["sample_tokens_per_s_streamed"] = SAMPLE_TOKENS / median_s(stream)
+    return {
+        "sample_tokens_per_s_1_stream": tokens_per_s(1, generate),
+        "sample_tokens_per_s_10_streams": tokens_per_s(10, generate),
+        "sample_tokens_per_s_streamed": tokens_per_s(1, stream),
+    }
+
+
+def memory_figures(config: TrainConfig, machine: Machine) -> dict:
+    """Return the bytes per device that the step needs, as configured and with each way to save."""
+    compute = machine.compute
+    chunks = next((n for n in (8, 4, 2) if config.model.block_size % n == 0), 1)
+    figures = {}
+    for name, variant in {
+        "as_configured": compute,
+        "plain": compute._replace(remat=False, loss_chunks=1),
+        "loss_chunks": compute._replace(remat=False, loss_chunks=chunks),
+        "remat": compute._replace(remat=True, loss_chunks=1),
+        "remat_loss_chunks": compute._replace(remat=True, loss_chunks=chunks),
+    }.items():
+        step = compile_step(config, variant, machine.mesh, CORPUS_TOKENS)
+        figures[f"train_compiled_bytes_{name}"] = needed_bytes(step)
     return figures
 
 
 def data_figures(config: TrainConfig, mesh: Mesh) -> dict:
-    """Time how train.py reads a corpus that is not stored on the device: its windows, from files.
-
-    On one core, where the system can pin a process to one: reading and sending share it. First as
-    the files come from the disk, then from the system's page cache.
-    """
-    if hasattr(os, "sched_setaffinity"):
+    """Time how train.py reads windows from files: from the disk, then from the page cache."""
+    if hasattr(os, "sched_setaffinity"):  # on one core, which reading and sending share
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    block_size = config.model.block_size
     shape = config.gradient_accumulation_steps, config.batch_size
     n_steps = max(1, DATA_TOKENS // config.tokens_per_iter)
     with tempfile.TemporaryDirectory() as folder:
@@ -224,63 +231,15 @@ def data_figures(config: TrainConfig, mesh: Mesh) -> dict:
         )
         figures: dict[str, float] = {"data_bytes": tokens.nbytes, "data_shards": len(paths)}
         for name in ("from_disk", "remembered"):
-            if name == "from_disk":
-                drop_from_page_cache(paths)
+            for path in paths if name == "from_disk" and hasattr(os, "posix_fadvise") else []:
+                with path.open("rb+") as file:  # drop it from the page cache
+                    os.fsync(file.fileno())  # only what is written can be dropped
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             start_s = time.perf_counter()
-            batches = data.TrainLoader(tokens, config.seed, block_size, shape, mesh)
+            batches = data.TrainLoader(tokens, config.seed, config.model.block_size, shape, mesh)
             for _ in range(n_steps):
                 jax.block_until_ready(next(batches).windows)
             seconds = time.perf_counter() - start_s
             batches.close()
             figures[f"data_tokens_per_s_{name}"] = n_steps * config.tokens_per_iter / seconds
     return figures
-
-
-def drop_from_page_cache(paths: list[Path]) -> None:
-    """Drop files from the page cache, where the system lets a process do so (Linux)."""
-    for path in paths if hasattr(os, "posix_fadvise") else []:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())  # only what is written can be dropped
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def memory_figures() -> dict:
-    """Return the device's peak memory, or the process's if the device does not count (CPU)."""
-    peak, of_what = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"), "device"
-    if not peak:
-        of_what = "process"
-        with contextlib.suppress(ImportError):  # Windows does not say
-            import resource
-
-            unit = 1 if sys.platform == "darwin" else 1024  # what the operating system counts in
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"train_peak_memory_bytes": peak, "train_peak_memory_of": of_what}
-
-
-def start_figures(argv: list[str]) -> dict:
-    """Time `python train.py` from its start to its first step, without and with a compile cache."""
-    if not TRAIN.exists():  # installed without the repository
-        return {"first_step_cold_s": None, "first_step_warm_cache_s": None}
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(Path(folder, "cache")),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONUNBUFFERED": "1",
-        }
-        flags = [*argv, "--dataset", "pydocs", "--data_dir", folder]
-        corpora.prepare("pydocs", Path(folder))
-        figures = {}
-        for name in ("first_step_cold_s", "first_step_warm_cache_s"):
-            command = [sys.executable, str(TRAIN), *flags, f"--out_dir={Path(folder, name)}"]
-            start_s = time.perf_counter()
-            with subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-            ) as process:
-                assert process.stdout is not None
-                is_done = any("first step done" in line for line in process.stdout)
-                figures[name] = time.perf_counter() - start_s
-                process.kill()
-            if not is_done:
-                errors.seek(0)
-                raise RuntimeError(f"train.py made no step: {errors.read()}")
-        return figures

@@ -4,7 +4,7 @@
 
 from typing import TYPE_CHECKING
 
-from nanogpt_jax.hardware.chips import Chip, chip_named, find_chip
+from nanogpt_jax.hardware.chips import chip_named, find_chip
 from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line
 from nanogpt_jax.hardware.flops import (
     check_memory,
@@ -14,7 +14,6 @@ from nanogpt_jax.hardware.flops import (
     headline_params,
     is_float32,
     least_sampling_bytes,
-    least_training_bytes,
     n_params,
     needed_bytes,
     parts,
@@ -30,16 +29,13 @@ if TYPE_CHECKING:
         choose_compute,
         describe,
         memory_bytes,
-        memory_levers,
         warn_of_unused_chip,
     )
 
-_NEED_JAX = {"Machine", "choose", "choose_compute", "describe"}
-_NEED_JAX |= {"memory_bytes", "memory_levers", "warn_of_unused_chip"}
-
 
 def __getattr__(name: str):
-    if name in _NEED_JAX:
+    lazy = "Machine", "choose", "choose_compute", "describe", "memory_bytes", "warn_of_unused_chip"
+    if name in lazy:  # these need JAX
         from nanogpt_jax.hardware import devices
 
         return getattr(devices, name)

@@ -1,12 +1,11 @@
 """Published specifications of chips that GPTs are trained on. No JAX."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What a manufacturer publishes about a chip."""
+class Chip(NamedTuple):
+    """What a manufacturer publishes about a chip, or about the part that JAX calls a device."""
 
     name: str
     pattern: str  # matches JAX's `device_kind`
@@ -15,12 +14,6 @@ class Chip:
     bandwidth: float  # of the memory, bytes/s
     watts: float | None = None  # of the board under full load; Google publishes none for TPUs
     dollars_per_hour: float | None = None  # rented; None: not offered, or not looked up
-    devices: int = 1  # that JAX counts per chip
-
-    @property
-    def device_flops(self) -> float:
-        """FLOP/s of one JAX device."""
-        return self.flops / self.devices
 
 
 GB, GiB = 10**9, 2**30
@@ -39,8 +32,8 @@ CHIPS = (
     Chip("H100 PCIe", r"\bH100 PCIe$", 756e12, 80 * GB, 2000e9, 350, 2.80),
     Chip("H100", r"\bH100 80GB HBM3$", 989.4e12, 80 * GB, 3350e9, 700, 3.99),
     Chip("H200", r"\bH200$", 989.4e12, 141 * GB, 4800e9, 700, 4.59),
-    Chip("TPU v2", r"TPU v2$", 45e12, 16 * GiB, 700e9, devices=2),
-    Chip("TPU v3", r"TPU v3$", 123e12, 32 * GiB, 900e9, devices=2),
+    Chip("TPU v2", r"TPU v2$", 22.5e12, 8 * GiB, 350e9),  # of v2 and v3, a core is a device
+    Chip("TPU v3", r"TPU v3$", 61.5e12, 16 * GiB, 450e9),
     Chip("TPU v4", r"TPU v4$", 275e12, 32 * GiB, 1228e9),
     Chip("TPU v5e", r"TPU v5( lite|e)$", 197e12, 16 * GiB, 819e9, None, 1.20),
     Chip("TPU v5p", r"TPU v5p?$", 459e12, 95 * GiB, 2765e9),

@@ -5,8 +5,6 @@ Every decision that depends on the platform is made here.
 
 import logging
 import os
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,9 +18,6 @@ from nanogpt_jax.hardware.processes import ALONE, Processes, use_compile_cache
 from nanogpt_jax.model import Compute
 from nanogpt_jax.sharding import choose_sizes, make_mesh
 
-# Files that show a chip, whether JAX can use it or not. Source: jax/_src/hardware_utils.py.
-NVIDIA_FILES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")  # the second in containers, then WSL2's
-GOOGLE, TPUS = "0x1ae0", {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 
 
@@ -31,35 +26,19 @@ class Machine(NamedTuple):
 
     mesh: Mesh
     compute: Compute
+    device: str  # in words: "cpu", "8 x tpu: TPU v5 lite (data 8)"
     reason: str  # why this dtype and kernel
-    idle_reason: str  # why some devices are not used
+    description: str  # all of this, and which devices are idle, for the log
     memory_bytes: int | None  # that a program can use on each device; None: unknown
     chip: chips.Chip | None  # None: not in the table
 
     @property
-    def device(self) -> str:
-        """Return the devices in words: "cpu", "8 x tpu: TPU v5 lite (data 8)"."""
-        return describe(self.mesh)
-
-    @property
-    def description(self) -> str:
-        """Return devices, dtype and kernel, and why, for the log."""
-        line = f"jax {jax.__version__} on {self.device}: {self.reason}"
-        if idle := jax.device_count() - self.mesh.size:
-            line += f"\n{idle} of {jax.device_count()} devices are idle: {self.idle_reason}"
-        return line
-
-    @property
     def peak_flops(self) -> float | None:
         """FLOP/s that the maker publishes for all devices together; None: unknown chip."""
-        return self.mesh.size * self.chip.device_flops if self.chip else None
+        return self.mesh.size * self.chip.flops if self.chip else None
 
     def check_fits(self, step: jax.stages.Compiled, config: TrainConfig) -> str:
-        """Return a line about the memory that a compiled training step needs.
-
-        Raises:
-            RunError: it needs more than a device has; the message says what would help.
-        """
+        """Return a line about the memory that a step needs; raise RunError if a device has less."""
         needed, limit = flops.needed_bytes(step), self.memory_bytes
         of_limit = f" of {limit / 2**20:,.0f}" if limit else ""
         line = f"a step needs {needed / 2**20:,.0f}{of_limit} MiB on each device"
@@ -72,11 +51,8 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
     """Choose what a run computes on, and how.
 
     Call it before anything else makes JAX look for devices: it turns the compile cache on, and
-    warns if a chip is present that JAX does not use.
-
-    Raises:
-        InputError: the machine cannot do what was requested by name, or surely cannot hold the
-            model.
+    warns if a chip is present that JAX does not use. Raises InputError if the machine cannot do
+    what was requested by name, or surely cannot hold the model.
     """
     use_compile_cache(config.compile_cache, processes.count)
     warn_of_unused_chip()
@@ -85,24 +61,23 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
             f"this is one of the {jax.process_count()} hosts of a TPU pod: start the command on "
             "each of them, with --coordinator_address auto"
         )
-    mesh = make_mesh(choose_sizes(config, jax.device_count(), use_all=processes.count > 1))
-    device = jax.local_devices()[0]
+    n_devices, device = jax.device_count(), jax.local_devices()[0]
+    mesh = make_mesh(choose_sizes(config, n_devices, use_all=processes.count > 1))
     compute, reason = choose_compute(config.compute, config.model, device, mesh)
     if config.eval_only:
         needed = flops.least_sampling_bytes(config.model)
     else:
-        needed = flops.least_training_bytes(config.model, config.optim.optimizer)
-    memory = memory_bytes(device)
-    flops.check_memory(
-        config.model,
-        needed,
-        memory,
-        mesh.shape["fsdp"] * mesh.shape["tensor"],
-        "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1",
-    )
-    idle_reason = "--mesh says so" if config.compute.mesh else "they do not divide --batch_size"
+        needed = flops.checkpoint_bytes(config.model, config.optim.optimizer)
+        needed += 4 * flops.n_params(config.model)  # gradients
+    memory, n_parts = memory_bytes(device), mesh.shape["fsdp"] * mesh.shape["tensor"]
+    advice = "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1"
+    flops.check_memory(config.model, needed, memory, n_parts, advice)
+    description = f"jax {jax.__version__} on {describe(mesh)}: {reason}"
+    if idle := n_devices - mesh.size:
+        why = "--mesh says so" if config.compute.mesh else "they do not divide --batch_size"
+        description += f"\n{idle} of {n_devices} devices are idle: {why}"
     chip = chips.find_chip(device.device_kind)
-    return Machine(mesh, compute, reason, idle_reason, memory, chip)
+    return Machine(mesh, compute, describe(mesh), reason, description, memory, chip)
 
 
 def choose_compute(
@@ -110,32 +85,84 @@ def choose_compute(
 ) -> tuple[Compute, str]:
     """Return how a device computes a model, and why, in words for the log.
 
-    Args:
-        device: one of `jax.devices()`, or of a topology that is only compiled for.
-
-    Raises:
-        InputError: a dtype or a kernel requested by name is impossible here.
+    Raises InputError if a dtype or a kernel requested by name is impossible here.
     """
     if model.architecture != "gpt":
-        return _as_in_the_lecture(config, model, mesh)
+        for name, only in ("dtype", "float32"), ("attention", "xla"), ("remat", False):
+            if (requested := getattr(config, name)) not in (only, "auto"):
+                raise InputError(
+                    f"{name} must be {only} for architecture {model.architecture}, one of the "
+                    f"lecture's models, got {requested}: leave --{name} out"
+                )
+        reason = "float32, and attention written out, as in the lecture"
+        return Compute(loss_chunks=config.loss_chunks, mesh=mesh), reason
     dtype, dtype_reason = _choose_dtype(config.dtype, device)
     attention, reason = _choose_attention(config.attention, model, dtype, device)
     compute = Compute(jnp.dtype(dtype), attention, config.remat, config.loss_chunks, mesh)
     return compute, f"{dtype} ({dtype_reason}); attention by {attention} ({reason})"
 
 
-def _as_in_the_lecture(
-    config: ComputeConfig, model: ModelConfig, mesh: Mesh | None
-) -> tuple[Compute, str]:
-    for name, only in ("dtype", "float32"), ("attention", "xla"), ("remat", False):
-        requested = getattr(config, name)
-        if requested not in (only, "auto"):
-            raise InputError(
-                f"{name} must be {only} for architecture {model.architecture}, one of the "
-                f"lecture's models, got {requested}: leave --{name} out"
-            )
-    compute = Compute(loss_chunks=config.loss_chunks, mesh=mesh)
-    return compute, "float32, and attention written out, as in the lecture"
+def _choose_dtype(requested: str, device) -> tuple[str, str]:
+    if requested != "auto":
+        return requested, "as requested"
+    if device.platform == "tpu":
+        return "bfloat16", "a TPU's native type"
+    if device.platform != "gpu":
+        return "float32", f"the fastest on a {device.platform}"
+    if not (capability := _capability(device)):
+        return "float32", "not an NVIDIA GPU; try --dtype bfloat16"
+    name = f"compute capability {capability}"
+    if capability >= 8.0:
+        return "bfloat16", f"{name} has it"
+    return "float32", f"{name} has no bfloat16; --dtype float16 is faster here"
+
+
+def _choose_attention(requested: str, model: ModelConfig, dtype: str, device) -> tuple[str, str]:
+    if requested == "auto":
+        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(device.platform)
+        if kernel is None:
+            return "xla", f"the only one on a {device.platform}"
+        lacking = _lacking(kernel, model, dtype, device)
+        return ("xla", f"{kernel} needs {lacking}") if lacking else (kernel, "made for this chip")
+    if requested != "xla" and (lacking := _lacking(requested, model, dtype, device)):
+        raise InputError(
+            f"attention {requested} needs {lacking}; --attention auto chooses what works here"
+        )
+    return requested, "as requested"
+
+
+def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
+    """Return what a kernel needs and does not have here; None if it can be used."""
+    platform = {"cudnn": "gpu", "splash": "tpu"}[kernel]
+    if device.platform != platform:
+        return f"a {platform.upper()}, but this is a {device.platform}"
+    if model.dropout > 0:
+        return f"a dropout of 0, but it is {model.dropout}"
+    if kernel == "splash":
+        if device.device_kind in ("TPU v2", "TPU v3"):
+            return "a TPU v4 or newer"
+        if dtype == "float16":
+            return "bfloat16 or float32, but this is float16"
+        if model.block_size % SPLASH_BLOCK:
+            return f"a multiple of {SPLASH_BLOCK} as block_size, but it is {model.block_size}"
+        return None
+    capability, head_size = _capability(device), model.n_embd // model.n_head
+    largest = 256 if capability >= 9.0 else 128
+    if capability < 8.0:
+        return f"compute capability 8.0, but this is {capability or 'not an NVIDIA GPU'}"
+    if dtype == "float32":
+        return "a 16-bit dtype, but this is float32"
+    if head_size % 8 or head_size > largest:
+        return f"a head size up to {largest} that is a multiple of 8, but it is {head_size}"
+    return None
+
+
+def _capability(device) -> float:
+    """Return an NVIDIA GPU's compute capability, like 7.5 for a T4; 0 for anything else."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):  # not a GPU; AMD's are named, like gfx942
+        return 0.0
 
 
 def describe(mesh: Mesh) -> str:
@@ -145,46 +172,6 @@ def describe(mesh: Mesh) -> str:
     count = f"{mesh.size} x " if mesh.size > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{count}{device.platform}{kind}" + (f" ({axes})" if axes else "")
-
-
-def warn_of_unused_chip(root: Path = Path("/")) -> None:
-    """Warn if a GPU or TPU seems to be present, but JAX computes on the CPU.
-
-    Call it before JAX looks for devices. It is silent if JAX_PLATFORMS names the platform or
-    CUDA_VISIBLE_DEVICES hides the GPU: that was deliberate.
-
-    Args:
-        root: of the file system that is searched.
-    """
-    if jax.config.values["jax_platforms"]:
-        return
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not is_hidden and any((root / name).exists() for name in NVIDIA_FILES):
-        chip, extra = "an NVIDIA GPU", "'.[cuda12]' or '.[cuda13]', as its driver needs,"
-    elif any(_pci_id(device) in TPUS for device in root.glob("sys/bus/pci/devices/*")):
-        chip, extra = "a TPU", "'.[tpu]'"
-    else:
-        return
-    # JAX warns too, but does not say what to do; its other warnings still appear.
-    logging.getLogger("jax._src.xla_bridge").addFilter(
-        lambda record: "may be present" not in record.getMessage()
-    )
-    if jax.default_backend() == "cpu":
-        print(
-            f"*** {chip} seems to be present, but JAX computes on the CPU: pip install -e {extra} "
-            "in this environment lets JAX use it; JAX_PLATFORMS=cpu in front of the command says "
-            "that you want the CPU ***",
-            file=sys.stderr,
-        )
-
-
-def _pci_id(device: Path) -> str:
-    """Return the id of one of Google's devices, who makes network cards too; "" of others."""
-    try:
-        is_googles = (device / "vendor").read_text().strip() == GOOGLE
-        return (device / "device").read_text().strip() if is_googles else ""
-    except OSError:
-        return ""
 
 
 def memory_bytes(device) -> int | None:
@@ -204,74 +191,31 @@ def memory_levers(config: TrainConfig, compute: Compute) -> str:
         (is_gpt and not compute.remat, "--remat"),
         (is_gpt and compute.dtype == jnp.float32, "--dtype bfloat16"),
         (compute.loss_chunks == 1 < config.model.block_size, "--loss_chunks"),
-        (True, "a smaller model"),
     ]
-    *others, last = [text for applies, text in levers if applies]
-    return f"try {', '.join(others)}, or {last}" if others else f"try {last}"
+    texts = [f"{text}, " for applies, text in levers if applies]
+    return f"try {''.join(texts)}{'or ' if texts else ''}a smaller model"
 
 
-def _capability(device) -> float:
-    """Return an NVIDIA GPU's compute capability, like 7.5 for a T4; 0 for anything else."""
-    try:
-        return float(device.compute_capability)
-    except (AttributeError, ValueError):  # not a GPU; AMD's are named, like gfx942
-        return 0.0
+def warn_of_unused_chip() -> None:
+    """Make JAX look for devices, and say what to do if it warns of a chip that it cannot use."""
+    logging.getLogger("jax._src.xla_bridge").addFilter(_add_remedy)
+    jax.default_backend()
 
 
-def _choose_dtype(requested: str, device) -> tuple[str, str]:
-    if requested != "auto":
-        return requested, "as requested"
-    if device.platform == "tpu":
-        return "bfloat16", "a TPU's native type"
-    if device.platform != "gpu":
-        return "float32", f"the fastest on a {device.platform}"
-    capability = _capability(device)
-    if capability >= 8.0:
-        return "bfloat16", f"compute capability {capability} has it"
-    if capability:
-        why = f"compute capability {capability} has no bfloat16"
-        return "float32", f"{why}; --dtype float16 is faster here"
-    return "float32", "not an NVIDIA GPU; try --dtype bfloat16"
-
-
-def _choose_attention(requested: str, model: ModelConfig, dtype: str, device) -> tuple[str, str]:
-    if requested == "xla":
-        return "xla", "as requested"
-    if requested == "auto":
-        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(device.platform)
-        if kernel is None:
-            return "xla", f"the only one on a {device.platform}"
-        lacking = _lacking(kernel, model, dtype, device)
-        return ("xla", f"{kernel} needs {lacking}") if lacking else (kernel, "made for this chip")
-    if lacking := _lacking(requested, model, dtype, device):
-        raise InputError(
-            f"attention {requested} needs {lacking}; --attention auto chooses what works here"
-        )
-    return requested, "as requested"
-
-
-def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
-    """Return what a kernel needs and does not have here; None if it can be used."""
-    head_size = model.n_embd // model.n_head
-    capability = _capability(device)
-    platform = {"cudnn": "gpu", "splash": "tpu"}[kernel]
-    largest = 256 if capability >= 9.0 else 128
-    if device.platform != platform:
-        return f"a {platform.upper()}, but this is a {device.platform}"
-    if model.dropout > 0:
-        return f"a dropout of 0, but it is {model.dropout}"
-    if kernel == "splash":
-        if device.device_kind in ("TPU v2", "TPU v3"):
-            return "a TPU v4 or newer"
-        if dtype == "float16":
-            return "bfloat16 or float32, but this is float16"
-        if model.block_size % SPLASH_BLOCK:
-            return f"a multiple of {SPLASH_BLOCK} as block_size, but it is {model.block_size}"
-        return None
-    if capability < 8.0:
-        return f"compute capability 8.0, but this is {capability or 'not an NVIDIA GPU'}"
-    if dtype == "float32":
-        return "a 16-bit dtype, but this is float32"
-    if head_size % 8 or head_size > largest:
-        return f"a head size up to {largest} that is a multiple of 8, but it is {head_size}"
-    return None
+def _add_remedy(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if "may be present" not in message and "failed to initialize" not in message:
+        return True
+    extra = "'.[tpu]'"
+    if "TPU" not in message:
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden deliberately
+            return False
+        extra = "'.[cuda12]' or '.[cuda13]', as its driver needs,"
+    record.args, record.msg = (
+        None,
+        (
+            f"*** {message} pip install -e {extra} in this environment lets JAX use it; "
+            "JAX_PLATFORMS=cpu in front of the command says that you want the CPU ***"
+        ),
+    )
+    return True

@@ -1,13 +1,12 @@
 """Count parameters, FLOPs and bytes of a model from its configuration alone. No JAX."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanogpt_jax.config import ComputeConfig, ModelConfig
 from nanogpt_jax.errors import InputError
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One kind of parameters or product in a model, summed over its layers."""
 
     name: str
@@ -15,7 +14,7 @@ class Part:
     forward_flops: int = 0  # per token; a multiply-add counts as 2
 
 
-def parts(config: ModelConfig) -> tuple[Part, ...]:
+def parts(config: ModelConfig) -> list[Part]:
     """Return the parts of a model in the order of its forward pass; vocab_size must be set.
 
     FLOPs are those of the model's matrix products. Elementwise work is not counted, nor are Muon's
@@ -26,16 +25,16 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
     name, D, T, V = config.architecture, config.n_embd, config.block_size, config.vocab_size
     assert V is not None
     if name == "bigram":
-        return (Part("token embedding", V * V),)  # the table is the logits
-    L, bias = config.n_layer, config.bias
+        return [Part("token embedding", V * V)]  # the table is the logits
+    L, F, bias, is_gpt = config.n_layer, config.hidden_size, config.bias, name == "gpt"
 
     def dense(part: str, n_in: int, n_out: int, has_bias: bool = bias, times: int = L) -> Part:
         params = n_in * n_out + has_bias * n_out
         return Part(part, times * params, times * 2 * n_in * n_out)
 
-    is_gpt, F = name == "gpt", config.hidden_size
     found = [Part("token embedding", V * D)]
-    found += [Part("position embedding", T * D)] if config.positions == "learned" else []
+    if config.positions == "learned":
+        found += [Part("position embedding", T * D)]
     found += [
         dense("attention: q, k, v", D, 3 * D, has_bias=bias and is_gpt),  # the lecture has none
         Part("attention: scores", 0, L * 2 * T * D),
@@ -51,9 +50,9 @@ def parts(config: ModelConfig) -> tuple[Part, ...]:
         found += [dense("mlp", D, D)]
     if name in ("gpt", "layernorm") and config.norm == "layernorm":
         found += [Part("layer norm", (2 * L + 1) * D * (1 + bias))]
-    if is_gpt and config.tied_head:  # shares the token embedding's weights
-        return (*found, Part("head", 0, 2 * D * V))
-    return (*found, dense("head", D, V, has_bias=bias and not is_gpt, times=1))
+    head = dense("head", D, V, has_bias=bias and not is_gpt, times=1)
+    is_tied = is_gpt and config.tied_head  # then its weights are the token embedding's
+    return [*found, head._replace(n_params=0) if is_tied else head]
 
 
 def n_params(config: ModelConfig) -> int:
@@ -73,6 +72,16 @@ def size_in_words(config: ModelConfig) -> str:
     return f"{n / 1e6:.2f}M parameters" if n >= 1e5 else f"{n:,} parameters"
 
 
+def forward_flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of a forward pass over block_size tokens, per token."""
+    return sum(part.forward_flops for part in parts(config))
+
+
+def train_flops_per_token(config: ModelConfig) -> int:
+    """Return the FLOPs of training per token: the backward pass takes twice the forward pass."""
+    return 3 * forward_flops_per_token(config)
+
+
 def optimizer_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
     """Return the size of the optimizer's moments: AdamW keeps two per parameter, Muon one."""
     n_moments = 2 * n_params(config)
@@ -87,26 +96,6 @@ def checkpoint_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
     return 4 * n_params(config) + optimizer_bytes(config, optimizer)
 
 
-def forward_flops_per_token(config: ModelConfig) -> int:
-    """Return the FLOPs of a forward pass over block_size tokens, per token."""
-    return sum(part.forward_flops for part in parts(config))
-
-
-def train_flops_per_token(config: ModelConfig) -> int:
-    """Return the FLOPs of training per token: the backward pass takes twice the forward pass."""
-    return 3 * forward_flops_per_token(config)
-
-
-def is_float32(config: ModelConfig, compute: ComputeConfig) -> bool:
-    """Return whether a run multiplies in float32 on any chip; with dtype auto the chip decides."""
-    return compute.dtype == "float32" or config.architecture != "gpt"
-
-
-def least_training_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
-    """Return the bytes training needs at any batch size: weights, gradients and optimizer."""
-    return 8 * n_params(config) + optimizer_bytes(config, optimizer)
-
-
 def least_sampling_bytes(config: ModelConfig, n_rows: int = 0) -> int:
     """Return the bytes sampling needs: weights, and a 16-bit key-value cache for each row."""
     return 4 * (n_params(config) + n_rows * config.n_layer * config.block_size * config.n_embd)
@@ -115,16 +104,7 @@ def least_sampling_bytes(config: ModelConfig, n_rows: int = 0) -> int:
 def check_memory(
     config: ModelConfig, needed: int, device_bytes: int | None, n_devices: int, advice: str
 ) -> None:
-    """Refuse, before building anything, a model that the devices cannot hold.
-
-    Args:
-        device_bytes: memory of a device; None if unknown.
-        n_devices: devices that the model is split over.
-        advice: what to change, for the message.
-
-    Raises:
-        InputError: the model does not fit.
-    """
+    """Raise InputError if n_devices together cannot hold a model; memory of None is unknown."""
     if device_bytes is not None and needed > n_devices * device_bytes:
         raise InputError(
             f"a model of {n_params(config):,} parameters needs at least {needed / 2**30:,.1f} GiB "
@@ -132,12 +112,44 @@ def check_memory(
         )
 
 
-def needed_bytes(compiled) -> int:
-    """Return the bytes that a compiled function needs on each device, arguments included.
+def is_float32(config: ModelConfig, compute: ComputeConfig) -> bool:
+    """Return whether a run multiplies in float32 on any chip; with dtype auto the chip decides."""
+    return compute.dtype == "float32" or config.architecture != "gpt"
 
-    Args:
-        compiled: what `jax.jit(...).lower(...).compile()` returns.
+
+def estimate_memory(
+    config: ModelConfig, compute: ComputeConfig, batch_size: int, optimizer: str = "adamw"
+) -> dict[str, int]:
+    """Estimate the bytes that a training step needs on one device, by kind.
+
+    Activations are what the backward pass of a GPT reads again: outputs of products, normalized
+    streams, and attention weights unless a fused kernel is used. The compiler may do better.
+    Source: Korthikanti et al., "Reducing activation recomputation in large transformer models",
+    2022.
     """
+    D, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
+    assert V is not None
+    width = 4 if is_float32(config, compute) else 2
+    has_dropout = config.dropout > 0
+    is_fused = compute.attention != "xla" and not has_dropout and width == 2
+    stream = D * width
+    mlp = (config.mlp_in_features + config.hidden_size) * width
+    scores = 0 if is_fused else config.n_head * T * (4 + width + has_dropout)
+    masks = 2 * D * has_dropout  # a byte per element
+    block = 7 * stream + mlp + scores + masks  # two norms, q k v, attention, the stream
+    layers = L * stream + (block if compute.remat else L * block)
+    logits = 2 * 4 * V // compute.loss_chunks  # and their gradient
+    n = n_params(config)
+    return {
+        "weights": 4 * n,
+        "gradients": 4 * n,
+        "optimizer": optimizer_bytes(config, optimizer),
+        "activations": batch_size * T * (layers + logits + stream),
+    }
+
+
+def needed_bytes(compiled) -> int:
+    """Return the bytes that a `jax.stages.Compiled` needs on each device, arguments included."""
     sizes = compiled.memory_analysis()
     at_once = (
         sizes.argument_size_in_bytes
@@ -146,38 +158,3 @@ def needed_bytes(compiled) -> int:
         - sizes.alias_size_in_bytes  # donated: the output reuses the input's memory
     )
     return max(at_once, sizes.peak_memory_in_bytes)  # a TPU reports its peak, a CPU does not
-
-
-def estimate_memory(
-    config: ModelConfig, compute: ComputeConfig, batch_size: int, optimizer: str = "adamw"
-) -> dict[str, int]:
-    """Estimate the bytes that a training step needs on one device, by kind.
-
-    Activations are what the backward pass reads again: outputs of products, normalized streams,
-    and attention weights unless a fused kernel is used. The estimate does not know what the
-    compiler fuses or recomputes; `train.py` prints what the compiled step needs. It models the
-    arrays of model.py and is only a guess for the lecture's models. Source: Korthikanti et al.,
-    "Reducing activation recomputation in large transformer models", 2022.
-
-    Args:
-        batch_size: sequences of a micro-batch on the device.
-    """
-    D, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
-    assert V is not None
-    width = 4 if is_float32(config, compute) else 2
-    has_dropout = config.dropout > 0
-    is_fused = compute.attention != "xla" and not has_dropout and width == 2
-    inputs = D * width  # the stream before a block
-    mlp = config.mlp_in_features + config.hidden_size
-    dense = (2 * D + 3 * D + D + D + mlp) * width  # norms, q k v, attention, stream, MLP
-    scores = 0 if is_fused else config.n_head * T * (4 + width + has_dropout)
-    block = dense + scores + 2 * D * has_dropout  # a mask: a byte per element
-    layers = L * inputs + (block if compute.remat else L * block)
-    logits = 2 * 4 * V // compute.loss_chunks  # and their gradient
-    n = n_params(config)
-    return {
-        "weights": 4 * n,
-        "gradients": 4 * n,
-        "optimizer": optimizer_bytes(config, optimizer),
-        "activations": batch_size * T * (layers + logits + D * width),
-    }

@@ -45,23 +45,18 @@ class Processes:
 
     def first_alone(self, work: Callable[[], Result], point: str) -> Result:
         """Return the result of work, which the first process does before all others."""
-        if not self.is_first:
+        if self.is_first:
+            result = work()
             self.wait(point)
-            return work()
-        result = work()
+            return result
         self.wait(point)
-        return result
+        return work()
 
     def check_same(self, values: Mapping[str, object]) -> None:
-        """Check that every process has the same values.
-
-        Raises:
-            InputError: some differ; the message names them.
-        """
+        """Check that every process has the same values, or raise InputError with their names."""
         texts = (str(value).encode("utf-8", "backslashreplace") for value in values.values())
         hashes = self._gather(np.array([*map(zlib.crc32, texts)], np.uint32))
-        differs = (hashes != hashes[0]).any(axis=0)
-        if names := [name for name, is_other in zip(values, differs, strict=True) if is_other]:
+        if names := np.array([*values])[(hashes != hashes[0]).any(axis=0)].tolist():
             raise InputError(
                 "all processes must have the same flags, versions and dataset, but they differ in "
                 f"{', '.join(names)}: start all of them with the same command"
@@ -93,35 +88,27 @@ def join_processes(config: TrainConfig) -> Processes:
     There are several if the flags say so, or the environment variables of Slurm, Open MPI or a TPU
     pod on Kubernetes. `--coordinator_address auto` leaves everything to JAX, as a Cloud TPU pod
     requires. Set signal handlers after this: joining sets its own.
-
-    Raises:
-        InputError: the coordinator's port is taken, or joining fails.
     """
-    address = config.coordinator_address
+    address, named = config.coordinator_address, {}
     if not address and not _environment_has_several():
-        return Processes()
+        return ALONE
     import jax
 
-    timeout_s = config.heartbeat_timeout_s
     if address not in ("", "auto"):
         if config.process_id == 0:
             _check_free(int(address.rpartition(":")[2]))
         print(f"process {config.process_id} of {config.num_processes}: joining at {address}")
+        named = {
+            "coordinator_address": address,
+            "num_processes": config.num_processes,
+            "process_id": config.process_id,
+            "cluster_detection_method": "deactivate",
+        }
     try:
-        if address in ("", "auto"):
-            jax.distributed.initialize(heartbeat_timeout_seconds=timeout_s)
-        else:
-            jax.distributed.initialize(
-                address,
-                config.num_processes,
-                config.process_id,
-                cluster_detection_method="deactivate",
-                heartbeat_timeout_seconds=timeout_s,
-            )
+        jax.distributed.initialize(heartbeat_timeout_seconds=config.heartbeat_timeout_s, **named)
     except Exception as error:  # from the cluster, the network or the file system
-        place = address or "Slurm"
         raise InputError(
-            f"the processes cannot join at {place} ({first_line(error)}): check "
+            f"the processes cannot join at {address or 'Slurm'} ({first_line(error)}): check "
             "--coordinator_address, or leave it out to train on this machine alone"
         ) from error
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would swallow it
@@ -133,16 +120,12 @@ def join_processes(config: TrainConfig) -> Processes:
 
 
 def _environment_has_several() -> bool:
-    def number(name: str) -> int:
-        text = os.environ.get(name, "")
-        return int(text) if text.isdecimal() else 0
-
-    return (
-        ("SLURM_STEP_NODELIST" in os.environ and number("SLURM_NTASKS") > 1)
-        or number("OMPI_COMM_WORLD_SIZE") > 1
-        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or number("MEGASCALE_NUM_SLICES") > 1
-    )
+    counts = ["OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"]
+    if "SLURM_STEP_NODELIST" in os.environ:
+        counts.append("SLURM_NTASKS")
+    texts = [os.environ.get(name, "") for name in counts]
+    several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return several_hosts or any(text.isdecimal() and int(text) > 1 for text in texts)
 
 
 def _check_free(port: int) -> None:
@@ -161,14 +144,13 @@ def use_compile_cache(requested: str, n_processes: int = 1) -> None:
     """Keep compiled programs on disk, so that the next start does not compile them again.
 
     The folder is private to the user, since a compiled program is code that will run, and one per
-    machine, since machines that share a home may have different processors. JAX itself only warns
-    about an entry that it cannot read.
+    machine, since machines that share a home may have different processors. With several processes
+    there is none by default: only the first one writes, so if it finds its program, it would wait
+    for the others.
 
     Args:
-        requested: a folder; "off"; or "" for one in the user's cache, unless JAX's own variable
-            JAX_COMPILATION_CACHE_DIR names one.
-        n_processes: with several, "" keeps nothing unless that variable is set: only the first
-            process writes, so one that finds its program would wait for those that do not.
+        requested: a folder; "off"; or "" for what JAX_COMPILATION_CACHE_DIR names, or one in the
+            user's cache.
     """
     import jax
 
@@ -177,14 +159,14 @@ def use_compile_cache(requested: str, n_processes: int = 1) -> None:
         return
     if not requested and (os.environ.get("JAX_COMPILATION_CACHE_DIR") or n_processes > 1):
         return
-    own = platformdirs.user_cache_path("nanogpt_jax", appauthor=False) / platform.node()
-    folder = Path(requested) if requested else own
+    home = platformdirs.user_cache_path("nanogpt_jax", appauthor=False)
+    folder = Path(requested or home / platform.node()).absolute()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        str(folder.absolute()).encode()  # XLA takes UTF-8 only
+        str(folder).encode()  # XLA takes UTF-8 only
     except (OSError, ValueError) as error:
         line = f"no compile cache: cannot create {folder} ({error}); name another --compile_cache"
         print(visible(line))
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -7,13 +7,13 @@ before), and heads as separate modules.
 
 Array names end in their axes: B is a sequence of the batch, T a position, S a position attended to,
 D a feature (the lecture's C), K a feature of a head, V a token; the lecture's `wei` is weights_BTS.
-Every model is called like model.py's GPT: `hidden_states` up to the logits, `head` for the logits,
-`cache` passed through unused, `deterministic` without dropout, as after PyTorch's `model.eval()`.
-`sow` records the attention weights for those who want to look at them.
+Every model is called like model.py's GPT, `deterministic` as after PyTorch's `model.eval()`; no
+model has a cache. `sow` records the attention weights for those who want to look at them.
 Source: the lecture, and github.com/karpathy/ng-video-lecture.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -47,9 +47,9 @@ class Linear(nn.Module):
         return layer(x_BTD)
 
 
-def embedding(n_rows: int, n_features: int) -> nn.Embed:
-    """Return an embedding like torch.nn.Embedding: rows start as N(0, 1)."""
-    return nn.Embed(n_rows, n_features, embedding_init=nn.initializers.normal(1.0))
+# Like torch.nn.Embedding, whose rows start as N(0, 1), and torch.nn.LayerNorm.
+Embedding = partial(nn.Embed, embedding_init=nn.initializers.normal(1.0))
+LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 class LectureModel(nn.Module):
@@ -59,7 +59,6 @@ class LectureModel(nn.Module):
     compute: Compute = Compute()
 
     def __call__(self, tokens_BT, cache=None, *, deterministic: bool = True):
-        """Return (logits_BTV, cache); the cache must be None."""
         x_BTD, cache = self.hidden_states(tokens_BT, cache, deterministic=deterministic)
         return self.head(x_BTD), cache
 
@@ -70,7 +69,7 @@ class Bigram(LectureModel):
     def setup(self):
         V = self.config.vocab_size
         assert V is not None, "the corpus fills in the size of the vocabulary"
-        self.token_embedding_table = embedding(V, V)
+        self.token_embedding_table = Embedding(V, V)
 
     def hidden_states(self, tokens_BT, cache=None, *, deterministic: bool = True):
         return self.token_embedding_table(tokens_BT), cache
@@ -105,19 +104,18 @@ class OneHead(LectureModel):
     def setup(self):
         V, D, T = self.config.vocab_size, self.config.n_embd, self.config.block_size
         assert V is not None, "the corpus fills in the size of the vocabulary"
-        self.token_embedding_table = embedding(V, D)
-        self.position_embedding_table = embedding(T, D)
+        self.token_embedding_table = Embedding(V, D)
+        self.position_embedding_table = Embedding(T, D)
         self.layers = self.make_layers()
         self.lm_head = Linear(V)
 
-    def make_layers(self) -> Sequence[nn.Module]:
-        """Return the layers between the embeddings and the head."""
+    def make_layers(self) -> Sequence[nn.Module]:  # between the embeddings and the head
         return [Head(self.config.n_embd)]
 
     def hidden_states(self, tokens_BT, cache=None, *, deterministic: bool = True):
         positions_T = jnp.arange(tokens_BT.shape[1])
-        x_BTD = self.token_embedding_table(tokens_BT)
-        x_BTD = x_BTD + self.position_embedding_table(positions_T)[None]
+        positions_TD = self.position_embedding_table(positions_T)
+        x_BTD = self.token_embedding_table(tokens_BT) + positions_TD[None]
         for layer in self.layers:
             x_BTD = layer(x_BTD, deterministic)
         return x_BTD, cache
@@ -170,18 +168,15 @@ class Thinking(OneHead):
     """Communication followed by computation: tokens exchange, then each thinks by itself."""
 
     def make_layers(self):
-        heads = MultiHead(self.config.n_head, is_projected=False)
-        return [heads, FeedForward(widening=1)]
+        return [MultiHead(self.config.n_head, is_projected=False), FeedForward(widening=1)]
 
 
 class Deep(Thinking):
     """The same layers several times over, without residual connections: deep, and hard to train."""
 
     def make_layers(self):
-        layers: list[nn.Module] = []
-        for _ in range(self.config.n_layer):
-            layers += super().make_layers()
-        return layers
+        make_layers = super().make_layers
+        return [layer for _ in range(self.config.n_layer) for layer in make_layers()]
 
 
 class Block(nn.Module):
@@ -202,11 +197,6 @@ class Residual(OneHead):
         return [Block(self.config.n_head) for _ in range(self.config.n_layer)]
 
 
-def layer_norm(name: str | None = None) -> nn.LayerNorm:
-    """Return a layer norm like torch.nn.LayerNorm."""
-    return nn.LayerNorm(1e-5, use_fast_variance=False, name=name)
-
-
 class NormalizedBlock(nn.Module):
     """The same, but each part reads the normalized stream: the scale of x no longer matters."""
 
@@ -216,9 +206,9 @@ class NormalizedBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, deterministic: bool):
         heads = MultiHead(self.n_head, dropout=self.dropout, name="sa")
-        x_BTD = x_BTD + heads(layer_norm("ln1")(x_BTD), deterministic)
+        x_BTD = x_BTD + heads(LayerNorm(name="ln1")(x_BTD), deterministic)
         feed_forward = FeedForward(dropout=self.dropout, name="ffwd")
-        return x_BTD + feed_forward(layer_norm("ln2")(x_BTD), deterministic)
+        return x_BTD + feed_forward(LayerNorm(name="ln2")(x_BTD), deterministic)
 
 
 class Normalized(OneHead):
@@ -226,7 +216,7 @@ class Normalized(OneHead):
 
     def make_layers(self):
         config = self.config
-        self.ln_f = layer_norm()
+        self.ln_f = LayerNorm()
         return [NormalizedBlock(config.n_head, config.dropout) for _ in range(config.n_layer)]
 
     def hidden_states(self, tokens_BT, cache=None, *, deterministic: bool = True):

@@ -45,7 +45,7 @@ def test_the_table_of_chips_is_arithmetic(page):
     """Hours from FLOPs and peak, kilowatt hours and dollars from hours."""
     rows = page("--config", "gpt2", "--mfu", "0.5")
     config = with_vocab_size(PRESETS["gpt2"])
-    total = run_flops(config, 2**62).total
+    total = sum(run_flops(config, 2**62))
     h100 = chip_named("H100")
     hours = total / (0.5 * h100.flops) / 3600
     name, peak, days, unit, kwh, dollars = line(rows, "H100").split()
@@ -114,7 +114,7 @@ def test_references_are_computed_from_their_configurations(page):
 
 
 def test_the_lectures_quarter_of_an_hour_is_put_into_proportion():
-    text = " ".join(cost.lecture_lines())
+    text = " ".join(cost.reference_lines())
     config = with_vocab_size(PRESETS["lecture-scaled"])
     train = 5000 * 64 * 256 * train_flops_per_token(config.model)
     evaluate = 11 * 400 * 64 * 256 * forward_flops_per_token(config.model)

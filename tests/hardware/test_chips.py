@@ -50,5 +50,5 @@ def test_every_chip_of_the_table_is_looked_up_here():
 
 
 def test_a_core_has_half_a_chips_rate_where_jax_counts_cores():
-    assert find_chip("TPU v3").device_flops == 61.5e12
-    assert find_chip("TPU v4").device_flops == 275e12
+    assert find_chip("TPU v3").flops == 123e12 / 2
+    assert find_chip("TPU v4").flops == 275e12

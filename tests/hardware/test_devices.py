@@ -1,20 +1,28 @@
-"""The dtype and the attention kernel, chosen for devices that this machine does not have."""
+"""Dtype and attention kernel, chosen for devices that are not here; warnings of unused chips."""
 
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
-from nanogpt_jax.errors import InputError
+from nanogpt_jax import sharding
+from nanogpt_jax.config import (
+    PRESETS,
+    ComputeConfig,
+    ModelConfig,
+    TrainConfig,
+    with_vocab_size,
+)
+from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import devices
 from nanogpt_jax.hardware.devices import choose_compute, describe, memory_levers
 from nanogpt_jax.model import Compute
-from nanogpt_jax.sharding import make_mesh
 
 
 def gpu(device_kind, compute_capability):
@@ -28,7 +36,7 @@ def tpu(device_kind):
 
 
 def model(head_size=64, **fields):
-    """A model of GPT-2's shape, except for these fields."""
+    """GPT-2's shape, but for these fields."""
     return ModelConfig(vocab_size=50304, n_embd=12 * head_size, **fields)
 
 
@@ -42,45 +50,31 @@ V5E = tpu("TPU v5 lite")
 GPT2 = model()
 
 
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+
+
 def chosen(device, model=GPT2, **requested):
-    compute, _ = choose_compute(ComputeConfig(**requested), model, device)
-    return compute.dtype.name, compute.attention
+    """Return (dtype, kernel, reason) for a device."""
+    compute, reason = choose_compute(ComputeConfig(**requested), model, device)
+    return compute.dtype.name, compute.attention, reason
 
 
-def reason(device, model=GPT2, **requested):
-    return choose_compute(ComputeConfig(**requested), model, device)[1]
+def test_the_defaults_of_each_device():
+    """NVIDIA from Ampere on and TPUs compute in bfloat16, with a kernel of their own."""
+    expected = {
+        ("bfloat16", "cudnn"): [A100, L4, H100, H200],
+        ("bfloat16", "splash"): map(tpu, ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite"]),
+        ("float32", "xla"): [T4, MI300X, CPU],
+    }
+    for way, devices_of_it in expected.items():
+        for device in devices_of_it:
+            assert chosen(device)[:2] == way, device
+    assert "7.5" in chosen(T4)[2]
+    assert "--dtype float16 is faster" in chosen(T4)[2]
 
 
-@pytest.mark.parametrize("device", [A100, L4, H100, H200], ids=lambda device: device.device_kind)
-def test_nvidia_gpus_from_ampere_on_compute_in_bfloat16_with_cudnn(device):
-    assert chosen(device) == ("bfloat16", "cudnn")
-
-
-@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite"])
-def test_a_tpu_computes_in_bfloat16_with_splash(kind):
-    assert chosen(tpu(kind)) == ("bfloat16", "splash")
-
-
-def test_a_t4_computes_in_float32_and_the_reason_suggests_what_is_faster():
-    assert chosen(T4) == ("float32", "xla")
-    assert "7.5" in reason(T4)
-    assert "--dtype float16" in reason(T4)
-    assert chosen(T4, dtype="float16") == ("float16", "xla")
-
-
-def test_a_cpu_computes_in_float32():
-    assert chosen(jax.devices()[0]) == ("float32", "xla")
-    assert chosen(jax.devices()[0], dtype="bfloat16") == ("bfloat16", "xla")
-
-
-def test_a_gpu_of_another_maker_computes_in_float32():
-    assert chosen(MI300X) == ("float32", "xla")
-    assert chosen(MI300X, dtype="bfloat16") == ("bfloat16", "xla")
-
-
-@pytest.mark.parametrize(
-    ("device", "model", "requested", "because"),
-    [
+def test_a_kernel_that_does_not_fit_is_left_out_and_the_reason_says_why():
+    for device, shape, requested, because in [
         (A100, model(dropout=0.1), {}, "dropout"),
         (A100, model(head_size=60), {}, "60"),
         (A100, model(head_size=136), {}, "136"),
@@ -91,70 +85,58 @@ def test_a_gpu_of_another_maker_computes_in_float32():
         (V5E, GPT2, {"dtype": "float16"}, "float16"),
         (tpu("TPU v2"), GPT2, {}, "v4"),
         (tpu("TPU v3"), GPT2, {}, "v4"),
-    ],
-    ids=lambda part: getattr(part, "device_kind", None),
-)
-def test_a_kernel_that_cannot_be_used_is_not_chosen_and_the_reason_says_why(
-    device, model, requested, because
-):
-    assert chosen(device, model, **requested)[1] == "xla"
-    attention_reason = reason(device, model, **requested).partition(";")[2]
-    assert because in attention_reason
+    ]:
+        _, attention, reason = chosen(device, shape, **requested)
+        assert attention == "xla"
+        assert because in reason.partition(";")[2]
 
 
-def test_hopper_takes_larger_heads():
-    assert chosen(H100, model(head_size=136))[1] == "cudnn"
-    assert chosen(H100, model(head_size=256))[1] == "cudnn"
+def test_a_large_head_fits_from_hopper_on():
+    for head_size in 136, 256:
+        assert chosen(H100, model(head_size=head_size))[1] == "cudnn"
 
 
-@pytest.mark.parametrize(
-    ("device", "requested", "lacking"),
-    [
+def test_a_kernel_requested_by_name_that_cannot_be_used_is_refused():
+    for device, requested, lacking in [
         (T4, {"attention": "cudnn", "dtype": "float16"}, "capability 8.0, but this is 7.5"),
         (MI300X, {"attention": "cudnn", "dtype": "bfloat16"}, "not an NVIDIA GPU"),
-        (jax.devices()[0], {"attention": "cudnn"}, "a GPU, but this is a cpu"),
-        (A100, {"attention": "cudnn", "dtype": "float32"}, "a 16-bit dtype, but this is float32"),
+        (CPU, {"attention": "cudnn"}, "a GPU, but this is a cpu"),
+        (A100, {"attention": "cudnn", "dtype": "float32"}, "16-bit dtype, but this is float32"),
         (V5E, {"attention": "cudnn"}, "a GPU, but this is a tpu"),
         (A100, {"attention": "splash"}, "a TPU, but this is a gpu"),
         (V5E, {"attention": "splash", "dtype": "float16"}, "but this is float16"),
         (tpu("TPU v3"), {"attention": "splash"}, "TPU v4 or newer"),
-    ],
-    ids=lambda part: getattr(part, "device_kind", None),
-)
-def test_requesting_an_impossible_kernel_is_an_error(device, requested, lacking):
-    with pytest.raises(InputError, match=lacking):
-        chosen(device, **requested)
+    ]:
+        with pytest.raises(InputError, match=f"{lacking}.*--attention auto"):
+            chosen(device, **requested)
 
 
-@pytest.mark.parametrize(
-    ("device", "requested", "expected"),
-    [
+def test_what_is_requested_by_name_and_possible_is_used():
+    for device, requested, expected in [
+        (T4, {"dtype": "float16"}, ("float16", "xla")),
+        (CPU, {"dtype": "bfloat16"}, ("bfloat16", "xla")),
+        (MI300X, {"dtype": "bfloat16"}, ("bfloat16", "xla")),
         (A100, {"attention": "cudnn", "dtype": "float16"}, ("float16", "cudnn")),
         (A100, {"attention": "xla"}, ("bfloat16", "xla")),
         (V5E, {"attention": "splash", "dtype": "float32"}, ("float32", "splash")),
         (V5E, {"attention": "xla", "dtype": "float32"}, ("float32", "xla")),
         (H200, {"dtype": "float32"}, ("float32", "xla")),
-    ],
-    ids=lambda part: getattr(part, "device_kind", None),
-)
-def test_a_possible_request_is_fulfilled(device, requested, expected):
-    assert chosen(device, **requested) == expected
-    assert "as requested" in reason(device, **requested)
+    ]:
+        *way, reason = chosen(device, **requested)
+        assert tuple(way) == expected
+        assert "as requested" in reason
 
 
-def test_the_other_fields_are_passed_on():
-    mesh = make_mesh((4, 1, 1))
-    compute, _ = choose_compute(
-        ComputeConfig(remat=True, loss_chunks=8), GPT2, jax.devices()[0], mesh
-    )
+def test_the_rest_of_the_request_is_passed_on():
+    mesh = sharding.make_mesh((4, 1, 1))
+    compute, _ = choose_compute(ComputeConfig(remat=True, loss_chunks=8), GPT2, CPU, mesh)
     assert (compute.remat, compute.loss_chunks, compute.mesh) == (True, 8, mesh)
-    assert compute.dtype == jnp.float32
 
 
-def test_advice_about_too_little_memory_names_only_what_may_help():
-    """Not what is set already, nor what a model of the lecture does not have."""
+def test_only_what_can_help_is_advised_against_too_little_memory():
+    """Not what is done already, or what a step of the lecture does not have."""
     levers = memory_levers(TrainConfig(), Compute())
-    for word in "--batch_size", "--gradient_accum", "--remat", "--loss_chunks", "bfloat16":
+    for word in "--batch_size", "--gradient_accum", "--remat", "--loss_chunks", "--dtype bfloat16":
         assert word in levers
     compute = Compute(jnp.dtype("bfloat16"), remat=True, loss_chunks=8)
     assert memory_levers(TrainConfig(batch_size=1), compute) == "try a smaller model"
@@ -162,101 +144,98 @@ def test_advice_about_too_little_memory_names_only_what_may_help():
     assert "--remat" not in memory_levers(TrainConfig(model=lecture), Compute())
 
 
-# A chip that JAX does not use
+def test_idle_devices_and_a_step_that_does_not_fit_are_reported(monkeypatch):
+    requested = []
+    monkeypatch.setattr(devices, "use_compile_cache", lambda *args: requested.append(args))
+    config = with_vocab_size(replace(PRESETS["tiny"], batch_size=6))
+    machine = devices.choose(config)
+    assert requested == [("", 1)]
+    assert machine.device == "3 x cpu (data 3)"
+    assert "1 of 4 devices are idle: they do not divide --batch_size" in machine.description
+    assert machine.description.startswith(f"jax {jax.__version__} on 3 x cpu (data 3): float32")
+    sizes = SimpleNamespace(
+        argument_size_in_bytes=2**30, output_size_in_bytes=0, temp_size_in_bytes=0,
+        alias_size_in_bytes=0, peak_memory_in_bytes=0,
+    )  # fmt: skip
+    step = SimpleNamespace(memory_analysis=lambda: sizes)
+    fitting = machine._replace(memory_bytes=2**30).check_fits(step, config)
+    assert fitting == "a step needs 1,024 of 1,024 MiB on each device"
+    with pytest.raises(RunError, match="1,024 of 512 MiB on each device: try a smaller --batch"):
+        machine._replace(memory_bytes=2**29).check_fits(step, config)
+
+
+# As JAX words it, after it looked for /dev/nvidia0 and the like, and for a TPU's PCI number.
+GPU_UNUSED = (
+    "An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed."
+)
+TPU_UNUSED = "A Google TPU may be present on this machine, but libtpu is not installed."
 
 
 @pytest.fixture
-def root(tmp_path):
-    """The root of an empty file system, with no platform forced by the user."""
-    forced = jax.config.jax_platforms
-    jax.config.update("jax_platforms", None)
-    yield tmp_path
-    jax.config.update("jax_platforms", forced)
+def warning(monkeypatch):
+    """A function that returns how a warning of JAX's is printed."""
+    logger = logging.getLogger("jax._src.xla_bridge")
+    printed = []
+    handler = logging.Handler()
+    handler.emit = lambda record: printed.append(record.getMessage())
+    logger.addHandler(handler)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for _ in range(2):  # a second call adds nothing
+        devices.warn_of_unused_chip()
+
+    def log(message: str) -> str:
+        logger.warning("%s", message)
+        return printed.pop() if printed else ""
+
+    yield log
+    logger.removeHandler(handler)
+    logger.removeFilter(devices._add_remedy)
 
 
-def write(path, content=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
+def test_the_warning_of_a_chip_that_jax_cannot_use_says_what_to_install(warning):
+    for message, extra in [
+        (GPU_UNUSED, "'.[cuda12]' or '.[cuda13]'"),
+        ("CUDA backend failed to initialize: old driver.", "'.[cuda12]' or '.[cuda13]'"),
+        (TPU_UNUSED, "'.[tpu]'"),
+    ]:
+        line = warning(message)
+        assert line.startswith(f"*** {message} pip install -e {extra}")
+        assert line.count("***") == 2
+        assert "JAX_PLATFORMS=cpu" in line
+    assert warning("something else") == "something else"
 
 
-def add_pci_device(root, vendor, device):
-    for name, number in ("vendor", vendor), ("device", device):
-        write(root / "sys" / "bus" / "pci" / "devices" / f"0000:00:{device}" / name, f"{number}\n")
-
-
-def warning(root, capsys):
-    devices.warn_of_unused_chip(root)
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["nvidia0", "nvidiactl", "dxg"])
-def test_an_unused_gpu_is_reported_with_what_to_install(root, capsys, name):
-    write(root / "dev" / name)
-    (line,) = warning(root, capsys).splitlines()
-    assert line.startswith("*** an NVIDIA GPU seems to be present, but JAX computes on the CPU")
-    assert "pip install -e '.[cuda12]' or '.[cuda13]'" in line
-
-
-def test_an_unused_tpu_is_reported_with_what_to_install(root, capsys):
-    add_pci_device(root, "0x8086", "0x1237")
-    add_pci_device(root, "0x1ae0", "0x0063")
-    (line,) = warning(root, capsys).splitlines()
-    assert line.startswith("*** a TPU seems to be present, but JAX computes on the CPU")
-    assert "pip install -e '.[tpu]'" in line
-
-
-def test_no_warning_on_a_machine_without_a_chip(root, capsys):
-    """Google's network card and disk are no TPUs, nor is an Intel device of the same number."""
-    for vendor, device in ("0x1ae0", "0x0042"), ("0x1ae0", "0x001f"), ("0x8086", "0x0063"):
-        add_pci_device(root, vendor, device)
-    (root / "sys" / "bus" / "pci" / "devices" / "unreadable").mkdir()
-    assert warning(root, capsys) == ""
-
-
-def test_no_warning_if_the_cpu_is_forced_or_the_gpu_hidden(root, capsys, monkeypatch):
-    write(root / "dev" / "nvidia0")
+def test_hiding_the_gpu_silences_its_warning(warning, monkeypatch):
     for hidden in "", "-1":
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert warning(root, capsys) == ""
+        assert warning(GPU_UNUSED) == ""
+        assert warning(TPU_UNUSED)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert warning(root, capsys)
-    jax.config.update("jax_platforms", "cpu")
-    assert warning(root, capsys) == ""
-
-
-def test_no_warning_if_jax_uses_the_chip(root, capsys, monkeypatch):
-    write(root / "dev" / "nvidia0")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert warning(root, capsys) == ""
+    assert warning(GPU_UNUSED)
 
 
 SCRIPT = """
-import pathlib, sys
-import jax
 from jax._src import hardware_utils
 from nanogpt_jax.hardware import devices
-hardware_utils.has_visible_nvidia_gpu = lambda: True  # as on the machine whose root is given
-devices.warn_of_unused_chip(pathlib.Path(sys.argv[1]))
-jax.devices()
+hardware_utils.has_visible_nvidia_gpu = lambda: True
+devices.warn_of_unused_chip()
 """
 
 
-def test_our_warning_replaces_jaxs(tmp_path):
-    write(tmp_path / "dev" / "nvidia0")
+@pytest.mark.slow
+def test_jax_warns_of_an_unused_gpu_in_one_line_unless_the_cpu_is_requested():
     free = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    for root, words in (
-        (tmp_path, "*** an NVIDIA GPU seems to be present"),
-        (tmp_path / "x", "may be"),
-    ):
+    for environment, n_lines in (free, 1), (free | {"JAX_PLATFORMS": "cpu"}, 0):
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(root)],
-            env=free, capture_output=True, text=True, check=True,
+            [sys.executable, "-c", SCRIPT],
+            env=environment, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        (line,) = done.stderr.splitlines()
-        assert words in line
+        lines = done.stderr.splitlines()
+        assert len(lines) == n_lines
+        assert all(line.startswith("*** An NVIDIA GPU may be present") for line in lines)
 
 
-def test_describe_names_the_axes_of_a_mesh():
-    assert describe(make_mesh((1, 1, 1))) == "cpu"
-    assert describe(make_mesh((4, 1, 1))) == "4 x cpu (data 4)"
-    assert describe(make_mesh((1, 2, 2))) == "4 x cpu (fsdp 2, tensor 2)"
+def test_a_mesh_in_words():
+    assert describe(sharding.make_mesh((1, 1, 1))) == "cpu"
+    assert describe(sharding.make_mesh((4, 1, 1))) == "4 x cpu (data 4)"
+    assert describe(sharding.make_mesh((1, 2, 2))) == "4 x cpu (fsdp 2, tensor 2)"

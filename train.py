@@ -69,26 +69,21 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
         return 0
 
     # Batches: functions of the seed and the step, so there is nothing to restore.
-    block_size = config.model.block_size
-    shape = config.gradient_accumulation_steps, config.batch_size
-    batches = data.TrainLoader(
-        corpus.splits["train"], config.seed, block_size, shape, machine.mesh, run.start_step
-    )
-    val_batches = data.EvalLoader(
-        corpus.splits["val"], block_size, config.batch_size, machine.mesh, config.eval_iters
-    )
-    batch = next(batches)
+    block_size, batch_size, mesh = config.model.block_size, config.batch_size, machine.mesh
+    tokens, shape = corpus.splits["train"], (config.gradient_accumulation_steps, batch_size)
+    start_step, n_steps = run.start_step, hardware.steps_per_call(config, run.start_step)
+    batches = data.TrainLoader(tokens, config.seed, block_size, shape, mesh, start_step, n_steps)
+    batch, val_tokens = next(batches), corpus.splits["val"]
+    val_batches = data.EvalLoader(val_tokens, block_size, batch_size, mesh, config.eval_iters)
 
     # Compiled functions: one is compiled while Python traces the next.
-    def update(state, batch, key):
-        return steps.train_step(model, tx, state, data.gather(batch, block_size + 1), key)
-
-    out_shardings = shardings, sharding.replicated(machine.mesh)
+    out_shardings = shardings, sharding.replicated(mesh)
+    update = partial(steps.train_steps, model, tx)
     update = jax.jit(update, donate_argnums=0, out_shardings=out_shardings)
     with ThreadPoolExecutor(1, "compile") as pool:
         making_state = pool.submit(new_state if restored is None else lambda: restored)
         compiling = pool.submit(update.lower(abstract, batch, dropout_key).compile)
-        eval_step = compile_eval_step(model, abstract.params, val_batches, machine.mesh)
+        eval_step = compile_eval_step(model, abstract.params, val_batches, mesh)
         state, train_step = making_state.result(), compiling.result()
     print(machine.check_fits(train_step, config))
 
@@ -98,7 +93,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
             return False
         return step % config.eval_interval == 0 or step == config.max_iters
 
-    # The loop: exactly max_iters updates, each one call of one compiled function.
+    # The loop: exactly max_iters updates, n_steps of them a call of one compiled function.
     learning_rate = float(tx.learning_rate(state.step - state.skipped))
     run.start(state, machine, learning_rate, evaluates_first=is_due(run.start_step))
     step = run.start_step
@@ -112,8 +107,8 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
                 break
             state, metrics = train_step(state, batch, dropout_key)
             batch = next(batches)  # placed while the device computes
-            step += 1
-            run.log(step, metrics)  # waits for the update before, never for this one
+            step += n_steps
+            run.log(step, metrics)  # waits for the updates before, never for these
         exit_code = run.finish(step, state)
 
     if exit_code == 0 and corpus.tokenizer:

@@ -23,7 +23,7 @@ from nanogpt_jax.errors import InputError
 from nanogpt_jax.sharding import by_rows, put, replicated
 
 RESIDENT_BYTES = 256 * 2**20  # a larger split is not stored on the devices
-READ_AHEAD_STEPS = 4
+READ_AHEAD = 4
 MAX_EVAL_TOKENS = 2**30
 
 
@@ -109,7 +109,7 @@ def put_batch(
 
 
 class TrainLoader:
-    """The batches of a run from a step on, one for each `next`, of shape (A, B).
+    """The batches of a run from a step on, n_steps of them for each `next`: shape (N, A, B).
 
     Args:
         tokens: ids of the train split.
@@ -125,23 +125,30 @@ class TrainLoader:
         shape: tuple[int, int],
         mesh: Mesh,
         start_step: int = 0,
+        n_steps: int = 1,
     ):
-        corpus, rows = put_corpus(tokens, mesh), by_rows(mesh, axis=1)
+        corpus, rows = put_corpus(tokens, mesh), by_rows(mesh, axis=2)
 
-        def load(step: int) -> Batch:
-            offsets_AB = batch_offsets(seed, "train", step, len(tokens), block_size, shape)
-            return put_batch(tokens, corpus, offsets_AB, block_size + 1, rows)
+        def load(i: int) -> Batch:
+            first = start_step + i * n_steps
+            offsets_NAB = np.stack(
+                [
+                    batch_offsets(seed, "train", step, len(tokens), block_size, shape)
+                    for step in range(first, first + n_steps)
+                ]
+            )
+            return put_batch(tokens, corpus, offsets_NAB, block_size + 1, rows)
 
-        self._load, self._next_step, self._read_ahead = load, start_step, None
+        self._load, self._next, self._read_ahead = load, 0, None
         if corpus is None:
-            self._read_ahead = ReadAhead(load, start_step, READ_AHEAD_STEPS)
+            self._read_ahead = ReadAhead(load, 0, READ_AHEAD)
 
     def __next__(self) -> Batch:
-        """Return the next step's batch; raise InputError if its ids are past the vocabulary."""
+        """Return the next batches; raise InputError if their ids are past the vocabulary."""
         if self._read_ahead is not None:
             return self._read_ahead.take()
-        self._next_step += 1
-        return self._load(self._next_step - 1)
+        self._next += 1
+        return self._load(self._next - 1)
 
     def close(self) -> None:
         """Stop reading ahead."""

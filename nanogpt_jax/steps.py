@@ -14,7 +14,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jax import lax
 
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.data import EvalLoader
+from nanogpt_jax.data import Batch, EvalLoader, gather
 from nanogpt_jax.model import GPT, Compute, Model
 from nanogpt_jax.optim import Optimizer
 
@@ -61,7 +61,7 @@ def init_params(model: Model, key) -> dict:
 
 def init_state(tx: Optimizer, params) -> TrainState:
     """Return the state before the first update of these parameters."""
-    loss_scale = DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**16))
+    loss_scale = DynamicScale().replace(fin_steps=jnp.int32(0), scale=jnp.float32(2**16))
     return TrainState(jnp.int32(0), params, tx.init(params), loss_scale, jnp.int32(0))
 
 
@@ -150,8 +150,28 @@ def train_step(
         probe = jnp.where(is_finite, 1.0, jnp.nan)
         loss_scale = loss_scale.value_and_grad(lambda x: x * probe)(jnp.float32(0)).dynamic_scale
         skipped += ~is_finite
-    metrics = Metrics(loss, grad_norm, skipped, tx.learning_rate(state.step - state.skipped))
+    count = lax.optimization_barrier(state.step - state.skipped)
+    metrics = Metrics(loss, grad_norm, skipped, lax.optimization_barrier(tx.learning_rate(count)))
     return TrainState(state.step + 1, params, opt_state, loss_scale, skipped), metrics
+
+
+def train_steps(
+    model: Model, tx: Optimizer, state: TrainState, batch: Batch, key
+) -> tuple[TrainState, Metrics]:
+    """Make an update for each of the N steps of a batch: `train_step`, N times in one `lax.scan`.
+
+    N is 1, except for models so small that a call costs as much as an update: on a CPU XLA
+    allocates a function's buffers at each call, which takes a third of a step of `small`.
+
+    Returns:
+        The state, and Metrics of shape (N,).
+    """
+
+    def one(state, windows):
+        batch_ABT1 = gather(batch._replace(windows=windows), model.config.block_size + 1)
+        return train_step(model, tx, state, batch_ABT1, key)
+
+    return lax.scan(one, state, batch.windows)
 
 
 def eval_step(model: Model, params, batch_BT1, counts_B):

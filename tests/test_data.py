@@ -105,8 +105,8 @@ def is_resident(request, monkeypatch):
     return request.param
 
 
-def train_loader(mesh, start_step=0, tokens=TOKENS) -> TrainLoader:
-    return TrainLoader(tokens, 1337, BLOCK_SIZE, SHAPE, mesh, start_step)
+def train_loader(mesh, start_step=0, tokens=TOKENS, n_steps=1) -> TrainLoader:
+    return TrainLoader(tokens, 1337, BLOCK_SIZE, SHAPE, mesh, start_step, n_steps)
 
 
 def test_each_step_gets_its_batch_on_any_mesh(is_resident):
@@ -117,10 +117,20 @@ def test_each_step_gets_its_batch_on_any_mesh(is_resident):
             batch = next(loader)
             assert (batch.corpus is not None) == is_resident
             offsets_AB = batch_offsets(1337, "train", step, len(TOKENS), BLOCK_SIZE, SHAPE)
-            windows_ABT1 = gather_windows(batch, BLOCK_SIZE + 1)
-            np.testing.assert_array_equal(windows_ABT1, windows_at(TOKENS, offsets_AB))
-            assert windows_ABT1.dtype == np.int32
+            windows_NABT1 = gather_windows(batch, BLOCK_SIZE + 1)
+            np.testing.assert_array_equal(windows_NABT1, [windows_at(TOKENS, offsets_AB)])
+            assert windows_NABT1.dtype == np.int32
         loader.close()
+
+
+def test_several_steps_at_once_are_those_of_one_at_a_time(is_resident):
+    single = train_loader(make_mesh(), start_step=3)
+    several = train_loader(make_mesh(), start_step=3, n_steps=4)
+    for _ in range(2):
+        windows = [next(single).windows[0] for _ in range(4)]
+        np.testing.assert_array_equal(next(several).windows, windows)
+    single.close()
+    several.close()
 
 
 def test_a_resumed_loader_continues_the_sequence(is_resident):
@@ -138,11 +148,12 @@ def test_rows_are_spread_over_the_devices(is_resident):
         loader = train_loader(mesh)
         windows = next(loader).windows
         loader.close()
-        n_axes = 2 if is_resident else 3
-        assert windows.sharding.is_equivalent_to(by_rows(mesh, axis=1), n_axes)
+        n_axes = 3 if is_resident else 4
+        assert windows.sharding.is_equivalent_to(by_rows(mesh, axis=2), n_axes)
         for device, shard in enumerate(windows.addressable_shards):
             assert shard.device == jax.devices()[device]
-            np.testing.assert_array_equal(shard.data, np.asarray(windows)[:, device : device + 1])
+            rows = np.asarray(windows)[:, :, device : device + 1]
+            np.testing.assert_array_equal(shard.data, rows)
 
 
 def test_each_device_reads_only_its_own_rows(monkeypatch):

@@ -347,7 +347,7 @@ def train(config: TrainConfig, sizes):
 
     @partial(jax.jit, out_shardings=(shardings, sharding.replicated(mesh)))
     def train_step(state, batch, key):
-        return steps.train_step(model, tx, state, data.gather(batch, length), key)
+        return steps.train_steps(model, tx, state, batch, key)
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def eval_step(params, batch, counts_B):
@@ -364,7 +364,7 @@ def train(config: TrainConfig, sizes):
         state, now = train_step(state, next(batches), dropout_key)
         metrics.append(now)
     losses, norms = (
-        [float(getattr(now, name)) for now in metrics] for name in ("loss", "grad_norm")
+        [getattr(now, name).item() for now in metrics] for name in ("loss", "grad_norm")
     )
     val_batches = data.EvalLoader(TOKENS, length - 1, config.batch_size, mesh)
     return state, losses, norms, steps.evaluate(eval_step, state.params, val_batches)

@@ -130,19 +130,38 @@ def test_metrics_are_from_before_the_update_and_before_clipping():
     assert_close(after.params, clipped, atol=1e-7)
 
 
+def test_several_updates_in_a_call_are_those_of_as_many_calls_bit_for_bit():
+    tokens, mesh = random_ids(200).astype(np.uint16), make_mesh()
+    step = jax.jit(partial(steps.train_steps, DROPOUT_MODEL, ADAMW))
+
+    def train(n_calls, n_steps):
+        state, metrics = jax.device_put(new_state(ADAMW), replicated(mesh)), []
+        batches = data.TrainLoader(tokens, 0, T, (2, 4), mesh, 0, n_steps)
+        for _ in range(n_calls):
+            state, now = step(state, next(batches), KEY)
+            metrics.append(now)
+        batches.close()
+        return state, jax.tree.map(lambda *xs: np.concatenate(xs), *metrics)
+
+    state, metrics = train(6, 1)
+    for n_calls, n_steps in (3, 2), (1, 6):
+        assert_equal(train(n_calls, n_steps), (state, metrics))
+    assert len(set(metrics.loss.tolist())) == 6
+
+
 def test_a_resumed_run_is_bit_equal_and_one_compiled_step_serves_it_all():
     tokens, mesh = random_ids(200).astype(np.uint16), make_mesh()
 
     @partial(jax.jit, out_shardings=replicated(mesh))
     def step(state, batch):
-        return steps.train_step(DROPOUT_MODEL, ADAMW, state, data.gather(batch, T + 1), KEY)
+        return steps.train_steps(DROPOUT_MODEL, ADAMW, state, batch, KEY)
 
     def train(state, n_steps):
         batches = data.TrainLoader(tokens, 0, T, (2, 4), mesh, int(state.step))
         state, losses = jax.device_put(state, replicated(mesh)), []
         for _ in range(n_steps):
             state, metrics = step(state, next(batches))
-            losses.append(metrics.loss)
+            losses.append(metrics.loss[0])
         batches.close()
         return state, losses
 

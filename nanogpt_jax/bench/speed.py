@@ -31,7 +31,14 @@ from nanogpt_jax.bench import profile
 from nanogpt_jax.bench.race import TRAIN, run_train
 from nanogpt_jax.bench.step import compile_step, new_state, token_dtype
 from nanogpt_jax.config import TrainConfig, parse_train_config, with_vocab_size
-from nanogpt_jax.hardware import Machine, choose, n_params, needed_bytes, train_flops_per_token
+from nanogpt_jax.hardware import (
+    Machine,
+    choose,
+    n_params,
+    needed_bytes,
+    steps_per_call,
+    train_flops_per_token,
+)
 from nanogpt_jax.model import Compute
 
 CORPUS_TOKENS = 1_000_000
@@ -39,7 +46,7 @@ SAMPLE_TOKENS = 500
 REPEATS = 5
 DATA_FILES = 5  # together a quarter larger than what is stored on the device
 DATA_TOKENS = 20_000_000  # that are read
-PROFILE, PROFILED_STEPS = Path("out", "profile"), 5
+PROFILE, PROFILED_CALLS = Path("out", "profile"), 5
 SWITCHES = {"--json", "--data", "--memory", "--profile"}
 
 
@@ -109,19 +116,22 @@ def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> 
     _, dropout_key = steps.stream_keys(config.seed)
     shape = config.gradient_accumulation_steps, config.batch_size
     tokens = random_tokens(config, CORPUS_TOKENS)
-    batches = data.TrainLoader(tokens, config.seed, config.model.block_size, shape, machine.mesh)
+    per_call = steps_per_call(config)
+    batches = data.TrainLoader(
+        tokens, config.seed, config.model.block_size, shape, machine.mesh, 0, per_call
+    )
 
-    def train(n_steps: int):
+    def train(n_calls: int):
         nonlocal state
         metrics = None
-        for _ in range(n_steps):
+        for _ in range(n_calls):
             previous = metrics
             state, metrics = train_step(state, next(batches), dropout_key)
             jax.block_until_ready(previous)
         return metrics
 
-    n_steps = max(1, int(1 / median_s(lambda: train(1))))  # about a second of them
-    step_s = median_s(lambda: train(n_steps)) / n_steps
+    n_calls = max(1, int(1 / median_s(lambda: train(1))))  # about a second of them
+    step_s = median_s(lambda: train(n_calls)) / n_calls / per_call
     # Before the products below, which would count in the peak: the device's, or the process's.
     peak_memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     of_what = "device" if peak_memory else "process"
@@ -133,8 +143,8 @@ def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> 
             peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if is_traced:
         with jax.profiler.trace(str(PROFILE)):
-            jax.block_until_ready(train(PROFILED_STEPS))
-        profile.print_table(PROFILE, PROFILED_STEPS)
+            jax.block_until_ready(train(PROFILED_CALLS))
+        profile.print_table(PROFILE, PROFILED_CALLS * per_call)
     matmul_flops = machine.mesh.size * matmul_peak_flops(machine.compute.dtype)
     flops = train_flops_per_token(config.model) * config.tokens_per_iter / step_s
     return {

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from nanogpt_jax import data, sharding, steps
 from nanogpt_jax.config import TrainConfig
+from nanogpt_jax.hardware import steps_per_call
 from nanogpt_jax.model import Compute
 from nanogpt_jax.optim import make_optimizer
 
@@ -37,25 +38,22 @@ def token_dtype(config: TrainConfig) -> str:
 def compile_step(
     config: TrainConfig, compute: Compute, mesh: Mesh, n_tokens: int | None
 ) -> jax.stages.Compiled:
-    """Compile (state, batch, key) -> (state, metrics); the mesh's devices need not exist.
+    """Compile train.py's (state, batch, key) -> (state, metrics); the devices need not exist.
 
     The state is donated. The corpus has n_tokens; None: too many, so that its windows are sent.
     """
     model = steps.make_model(config.model, compute)
     tx = make_optimizer(config.optim, config.max_iters)
-    length = config.model.block_size + 1
-
-    def train_step(state, batch, key):
-        return steps.train_step(model, tx, state, data.gather(batch, length), key)
-
     state = sharding.place(abstract_state(config), mesh)
     shardings = jax.tree.map(lambda array: array.sharding, state)
-    everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh, axis=1)
-    shape, dtype = (config.gradient_accumulation_steps, config.batch_size), token_dtype(config)
-    corpus, windows = None, jax.ShapeDtypeStruct((*shape, length), dtype, sharding=rows)
+    everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh, axis=2)
+    shape = steps_per_call(config), config.gradient_accumulation_steps, config.batch_size
+    dtype, window = token_dtype(config), config.model.block_size + 1
+    corpus, windows = None, jax.ShapeDtypeStruct((*shape, window), dtype, sharding=rows)
     if n_tokens is not None:
         corpus = jax.ShapeDtypeStruct((n_tokens,), dtype, sharding=everywhere)
         windows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     batch = data.Batch(corpus, windows)  # type: ignore[arg-type]  # shapes, not arrays
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    update = partial(steps.train_steps, model, tx)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere))
     return jitted.lower(state, batch, jax.eval_shape(jax.random.key, 0)).compile()

@@ -18,6 +18,7 @@ from nanogpt_jax.hardware.flops import (
     needed_bytes,
     parts,
     size_in_words,
+    steps_per_call,
     train_flops_per_token,
 )
 from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use_compile_cache

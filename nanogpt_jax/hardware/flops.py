@@ -1,9 +1,12 @@
 """Count parameters, FLOPs and bytes of a model from its configuration alone. No JAX."""
 
+import math
 from typing import NamedTuple
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig
+from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError
+
+SMALL_STEP_FLOPS = 2e10  # a tenth of a second of two CPU cores
 
 
 class Part(NamedTuple):
@@ -146,6 +149,16 @@ def estimate_memory(
         "optimizer": optimizer_bytes(config, optimizer),
         "activations": batch_size * T * (layers + logits + stream),
     }
+
+
+def steps_per_call(config: TrainConfig, start_step: int = 0) -> int:
+    """Return how many updates a call of the compiled step makes: 1, or up to 10 of a small model.
+
+    Evaluations, the end and a resumed start fall between two calls.
+    """
+    if config.tokens_per_iter * train_flops_per_token(config.model) > SMALL_STEP_FLOPS:
+        return 1
+    return math.gcd(10, config.eval_interval, config.max_iters, start_step)
 
 
 def needed_bytes(compiled) -> int:

@@ -9,6 +9,7 @@ of the models as a run to keep. The scaled-up model needs a GPU or TPU.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.data import EvalLoader, TrainLoader, gather
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import check_writable
-from nanogpt_jax.hardware import choose_compute, n_params, use_compile_cache
+from nanogpt_jax.hardware import choose_compute, n_params, steps_per_call, use_compile_cache
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import new_figure, save_figure
 from nanogpt_jax.sharding import make_mesh
@@ -123,27 +124,26 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     init_key, dropout_key = steps.stream_keys(config.seed)
     state = jax.jit(lambda key: steps.init_state(tx, steps.init_params(model, key)))(init_key)
 
-    def update(state, batch, key):
-        return steps.train_step(model, tx, state, gather(batch, block_size + 1), key)
-
     def evaluate(params, batch, counts_B):
         return steps.eval_step(model, params, gather(batch, block_size + 1), counts_B)
 
-    train_step, eval_step = jax.jit(update, donate_argnums=0), jax.jit(evaluate)
+    train_steps = jax.jit(partial(steps.train_steps, model, tx), donate_argnums=0)
+    eval_step, n_steps = jax.jit(evaluate), steps_per_call(replace(config, model=model_config))
     shape = config.gradient_accumulation_steps, config.batch_size
-    batches = TrainLoader(corpus.splits["train"], config.seed, block_size, shape, mesh)
+    tokens = corpus.splits["train"]
+    batches = TrainLoader(tokens, config.seed, block_size, shape, mesh, 0, n_steps)
     # The whole validation split, and as many windows spread over the train split.
     eval_rows = max(1, EVAL_TOKENS // block_size)
     val_loader = EvalLoader(corpus.splits["val"], block_size, eval_rows, mesh)
     n_batches = len(val_loader)
-    train_loader = EvalLoader(corpus.splits["train"], block_size, eval_rows, mesh, n_batches)
+    train_loader = EvalLoader(tokens, block_size, eval_rows, mesh, n_batches)
     val_losses = {}
-    for step in range(config.max_iters + 1):
+    for step in range(0, config.max_iters + 1, n_steps):
         if step % config.eval_interval == 0 or step == config.max_iters:
             val_losses[step] = steps.evaluate(eval_step, state.params, val_loader)
         if step < config.max_iters:
-            state, _ = train_step(state, next(batches), dropout_key)
-            advance(1)
+            state, _ = train_steps(state, next(batches), dropout_key)
+            advance(n_steps)
     batches.close()
     train_loss = steps.evaluate(eval_step, state.params, train_loader)
 

@@ -95,22 +95,37 @@ class Progress:
         self._bar.write(line)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Note the metrics of an update that was just dispatched, and report the one before."""
+        """Note the metrics of the updates that were just dispatched, and report those before."""
         self.flush()
         if self._timed_from is None:
-            self._timed_from = step - 1, time.perf_counter()
+            self._timed_from = step - np.size(metrics.loss), time.perf_counter()
         self._pending = step, metrics
 
     def flush(self, is_evaluated: bool = False) -> None:
-        """Wait for the update that was dispatched last, and report it; raise Diverged if it did.
+        """Wait for what was dispatched last, and report it; raise Diverged if it diverged.
 
         Args:
-            is_evaluated: an evaluation of this step follows, whose row has its metrics too.
+            is_evaluated: an evaluation follows, whose row has the last update's metrics too.
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        loss, grad_norm, skipped, learning_rate = (np.asarray(metric) for metric in metrics)
+        (last, metrics), self._pending = self._pending, None
+        arrays = [np.atleast_1d(metric) for metric in metrics]  # (N,)
+        assert self._timed_from is not None
+        (from_step, from_s), now_s = self._timed_from, time.perf_counter()
+        self.steps_per_s = (last - from_step) / (now_s - from_s)
+        first = last - len(arrays[0]) + 1
+        for step, *values in zip(range(first, last + 1), *arrays, strict=True):
+            self._report(step, *values, has_row=not (is_evaluated and step == last))
+            if step % self.config.log_interval == 0:
+                self._timed_from = last, now_s
+        mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
+        loss = math.nan if self.train_loss is None else self.train_loss
+        speed = f"{self.tokens_per_s():,.0f} tokens/s{mfu}{self._skips()}"
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+        self._bar.update(len(arrays[0]))
+
+    def _report(self, step: int, loss, grad_norm, skipped, learning_rate, has_row: bool) -> None:
         is_skipped, self.skipped = skipped > self.skipped, int(skipped)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
         self.learning_rate = float(learning_rate)
@@ -120,18 +135,8 @@ class Progress:
             raise self._diverged(f"loss {loss} and gradient norm {grad_norm}", step)
         if np.isfinite(loss):
             self.train_loss = float(loss)
-        assert self._timed_from is not None
-        (from_step, from_s), now_s = self._timed_from, time.perf_counter()
-        self.steps_per_s = (step - from_step) / (now_s - from_s)
-        if step % self.config.log_interval == 0:
-            self._timed_from = step, now_s
-            if not is_evaluated:
-                self._write_row(step)
-            mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
-            loss = math.nan if self.train_loss is None else self.train_loss
-            speed = f"{self.tokens_per_s():,.0f} tokens/s{mfu}{self._skips()}"
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
-        self._bar.update()
+        if has_row and step % self.config.log_interval == 0:
+            self._write_row(step)
 
     def _diverged(self, what: str, step: int) -> Diverged:
         return Diverged(

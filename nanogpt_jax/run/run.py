@@ -229,13 +229,13 @@ class Run:
         return bool(self._stopped_by)
 
     def log(self, step: int, metrics: "Metrics") -> None:
-        """Report the update before the one that was just dispatched, which is not waited for.
+        """Report the updates before those just dispatched, which are not waited for.
 
         Args:
-            step: updates done, this one included.
+            step: updates done, these included.
         """
         self._progress.log(step, metrics)
-        if step == self.start_step + 1:
+        if step - metrics.loss.size == self.start_step:
             metrics.loss.block_until_ready()
             seconds = time.perf_counter() - self._opened_s
             self._progress.print(f"first step done {seconds:.1f} s after the start")

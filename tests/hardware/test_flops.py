@@ -29,6 +29,7 @@ from nanogpt_jax.hardware.flops import (
     needed_bytes,
     optimizer_bytes,
     parts,
+    steps_per_call,
     train_flops_per_token,
 )
 from nanogpt_jax.model import GPT
@@ -257,3 +258,13 @@ def test_the_bytes_of_the_optimizer_are_those_of_its_arrays(preset):
     # Moments are all arrays but counters and the coefficients of Newton and Schulz.
     n_moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 3)
     assert optimizer_bytes(config.model, config.optim.optimizer) == 4 * n_moments
+
+
+def test_a_call_makes_several_updates_of_a_small_model_only_and_never_steps_over_an_evaluation():
+    small = with_vocab_size(PRESETS["small"])
+    assert steps_per_call(small) == 10
+    assert steps_per_call(small, start_step=1234) == 2
+    for fields in {"eval_interval": 5}, {"max_iters": 2005}:
+        assert steps_per_call(dataclasses.replace(small, **fields)) == 5
+    assert steps_per_call(dataclasses.replace(small, max_iters=2001)) == 1
+    assert steps_per_call(with_vocab_size(PRESETS["shakespeare"])) == 1

@@ -95,7 +95,7 @@ def test_names_in_any_language_work_in_every_locale_that_python_reads_as_utf_8(r
 def test_a_name_that_the_locale_makes_unreadable_is_refused_with_a_remedy(run, book):
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     line = refusal(run("train.py", *TINY, "--out_dir=ü", env=os.environ | ascii_only, timeout=60))
-    assert "PYTHONUTF8=1 in front" in line
+    assert "PYTHONUTF8=1" in line
 
 
 def refusal(result) -> str:

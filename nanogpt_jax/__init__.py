@@ -124,7 +124,7 @@ def load(
     check_value("checkpoint", Literal["best", "latest"], checkpoint)
     requested = ComputeConfig(dtype=dtype, attention="xla")  # a cached token needs no kernel
     _check_memory(config, 1, "a smaller model")
-    compute, _ = hardware.choose_compute(requested, config, jax.devices()[0])
+    compute, _ = hardware.choose_compute(requested, config, jax.local_devices()[0])
     model = steps.make_model(config, compute)
     abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
     abstract = sharding.place(abstract, sharding.make_mesh())
@@ -244,4 +244,4 @@ def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:
     from nanogpt_jax import hardware
 
     needed = hardware.least_sampling_bytes(config, n_rows)
-    hardware.check_memory(config, needed, hardware.memory_bytes(jax.devices()[0]), 1, advice)
+    hardware.check_memory(config, needed, hardware.memory_bytes(jax.local_devices()[0]), 1, advice)

@@ -152,13 +152,13 @@ def estimate_memory(
 
 
 def steps_per_call(config: TrainConfig, start_step: int = 0) -> int:
-    """Return how many updates a call of the compiled step makes: 1, or up to 10 of a small model.
+    """Return how many updates a call of the compiled step makes: 1, or up to 20 of a small model.
 
     Evaluations, the end and a resumed start fall between two calls.
     """
     if config.tokens_per_iter * train_flops_per_token(config.model) > SMALL_STEP_FLOPS:
         return 1
-    return math.gcd(10, config.eval_interval, config.max_iters, start_step)
+    return math.gcd(20, config.eval_interval, config.max_iters, start_step)
 
 
 def needed_bytes(compiled) -> int:

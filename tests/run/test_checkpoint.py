@@ -134,7 +134,7 @@ def test_fifty_saves_of_a_worsening_loss_leave_the_first_and_the_last(folder, ab
         save(folder, *map(state_at, steps_of_a_start), val_losses=[1 + s for s in steps_of_a_start])
         assert {path.name for path in folder.iterdir()} == {"10", str(steps_of_a_start[-1])}
         sizes.append(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.2)  # a third one adds half
     assert_equal(restore(folder, abstract, 10), state_at(10))
     assert_equal(restore(folder, abstract, 500), state_at(500))
 

@@ -155,7 +155,7 @@ def check_place(folder: Path, name: str) -> Path:
 def download_from_hub(repository: str, file: str, remedy: str, flag: str) -> Path:
     """Return the local path of a file of the Hugging Face Hub, downloading it unless it is cached.
 
-    If that fails, the error tells to do the remedy, like "save tokenizer.json", and to pass flag.
+    If that fails, the error names the remedy, like "save tokenizer.json", and the flag to pass.
     """
     import huggingface_hub as hub  # slow to import
 

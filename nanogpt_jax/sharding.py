@@ -169,7 +169,7 @@ def make_mesh(sizes: tuple[int, int, int] = (1, 1, 1), devices=None) -> Mesh:
         # some devices left out or several pods, any order computes the same.
         with contextlib.suppress(ValueError, NotImplementedError, AssertionError):
             grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # Auto axes: the compiler splits the work; it is told only where inputs and outputs are stored.
+    # Auto axes: the compiler splits the work; we only say where inputs and outputs are stored.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 

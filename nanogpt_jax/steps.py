@@ -150,6 +150,7 @@ def train_step(
         probe = jnp.where(is_finite, 1.0, jnp.nan)
         loss_scale = loss_scale.value_and_grad(lambda x: x * probe)(jnp.float32(0)).dynamic_scale
         skipped += ~is_finite
+    # Without the barriers, XLA rounds this copy of the rate differently for another N in a call.
     count = lax.optimization_barrier(state.step - state.skipped)
     metrics = Metrics(loss, grad_norm, skipped, lax.optimization_barrier(tx.learning_rate(count)))
     return TrainState(state.step + 1, params, opt_state, loss_scale, skipped), metrics

@@ -55,7 +55,10 @@ class Progress:
     ):
         self.folder, self.config, self.bytes_per_token = folder, config, bytes_per_token
         self.train_loss, self.learning_rate, self.skipped = None, learning_rate, skipped
-        self._is_first, self._peak_flops, self._skipped_in_a_row = is_first, peak_flops, 0
+        self._is_first, self._skipped_in_a_row = is_first, 0
+        self._mfu_per_token_s = None  # MFU at one token per second
+        if peak_flops is not None:
+            self._mfu_per_token_s = train_flops_per_token(config.model) / peak_flops
         # A run that was killed may have logged past the checkpoint that it resumes from.
         start_step = -1 if resumed_at is None else resumed_at
         rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
@@ -119,8 +122,8 @@ class Progress:
             self._report(step, *values, has_row=not (is_evaluated and step == last))
             if step % self.config.log_interval == 0:
                 self._timed_from = last, now_s
-        mfu = f", MFU {self.mfu():.1%}" if self.mfu() else ""
         loss = math.nan if self.train_loss is None else self.train_loss
+        mfu = f", MFU {mfu:.1%}" if (mfu := self.mfu()) else ""
         speed = f"{self.tokens_per_s():,.0f} tokens/s{mfu}{self._skips()}"
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         self._bar.update(len(arrays[0]))
@@ -182,9 +185,9 @@ class Progress:
 
         0, which is not shown, before the first update and for a model without matrix products.
         """
-        if self._peak_flops is None:
-            return None
-        return self.tokens_per_s() * train_flops_per_token(self.config.model) / self._peak_flops
+        return (
+            None if self._mfu_per_token_s is None else self._mfu_per_token_s * self.tokens_per_s()
+        )
 
     def elapsed_s(self) -> float:
         """Return the seconds that the run has trained, earlier starts included."""

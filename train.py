@@ -49,10 +49,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     model = steps.make_model(config.model, machine.compute)
     tx = optim.make_optimizer(config.optim, config.max_iters)
     init_key, dropout_key = steps.stream_keys(config.seed)
-
-    def random_state(key):
-        return steps.init_state(tx, steps.init_params(model, key))
-
+    random_state = partial(steps.new_state, model, tx)
     abstract = sharding.place(jax.eval_shape(random_state, init_key), machine.mesh)
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     print(sharding.unsplit_note(machine.mesh, abstract.params), end="")
@@ -149,12 +146,9 @@ def compile_eval_step(model, abstract_params, batches, mesh):
     """Return a compiled function (params, batch, counts_B) -> (sum of losses, targets)."""
     import jax
 
-    from nanogpt_jax import data, sharding, steps
+    from nanogpt_jax import sharding, steps
 
-    def evaluate(params, batch, counts_B):
-        windows_BT1 = data.gather(batch, model.config.block_size + 1)
-        return steps.eval_step(model, params, windows_BT1, counts_B)
-
+    evaluate = partial(steps.eval_batch, model)
     jitted = jax.jit(evaluate, out_shardings=sharding.replicated(mesh))
     return jitted.lower(abstract_params, *next(iter(batches))).compile()
 

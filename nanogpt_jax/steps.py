@@ -65,6 +65,11 @@ def init_state(tx: Optimizer, params) -> TrainState:
     return TrainState(jnp.int32(0), params, tx.init(params), loss_scale, jnp.int32(0))
 
 
+def new_state(model: Model, tx: Optimizer, key) -> TrainState:
+    """Return the state before the first update of new parameters."""
+    return init_state(tx, init_params(model, key))
+
+
 def token_losses(model: Model, params, batch_BT1, dropout_key=None):
     """Return loss_BT: the cross-entropy of each next token, in nats.
 
@@ -181,6 +186,12 @@ def eval_step(model: Model, params, batch_BT1, counts_B):
     T = loss_BT.shape[1]
     counted_BT = jnp.arange(T)[None, :] >= T - counts_B[:, None]
     return jnp.where(counted_BT, loss_BT, 0).sum(), counts_B.sum()
+
+
+def eval_batch(model: Model, params, batch: Batch, counts_B):
+    """Return what `eval_step` returns, for the windows of a batch."""
+    batch_BT1 = gather(batch, model.config.block_size + 1)
+    return eval_step(model, params, batch_BT1, counts_B)
 
 
 def evaluate(

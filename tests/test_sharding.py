@@ -351,7 +351,7 @@ def train(config: TrainConfig, sizes):
 
     @partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def eval_step(params, batch, counts_B):
-        return steps.eval_step(model, params, data.gather(batch, length), counts_B)
+        return steps.eval_batch(model, params, batch, counts_B)
 
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), abstract.params)

@@ -15,7 +15,7 @@ from nanogpt_jax.optim import make_optimizer
 
 def _init_state(config: TrainConfig, key) -> steps.TrainState:
     tx = make_optimizer(config.optim, config.max_iters)
-    return steps.init_state(tx, steps.init_params(steps.make_model(config.model), key))
+    return steps.new_state(steps.make_model(config.model), tx, key)
 
 
 def abstract_state(config: TrainConfig) -> steps.TrainState:

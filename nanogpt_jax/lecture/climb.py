@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from nanogpt_jax import corpora, decoding, steps
 from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args
 from nanogpt_jax.corpora import Corpus
-from nanogpt_jax.data import EvalLoader, TrainLoader, gather
+from nanogpt_jax.data import EvalLoader, TrainLoader
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import check_writable
 from nanogpt_jax.hardware import choose_compute, n_params, steps_per_call, use_compile_cache
@@ -122,13 +122,10 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     model = steps.make_model(model_config, compute)
     tx = make_optimizer(config.optim, config.max_iters)
     init_key, dropout_key = steps.stream_keys(config.seed)
-    state = jax.jit(lambda key: steps.init_state(tx, steps.init_params(model, key)))(init_key)
-
-    def evaluate(params, batch, counts_B):
-        return steps.eval_step(model, params, gather(batch, block_size + 1), counts_B)
-
+    state = jax.jit(partial(steps.new_state, model, tx))(init_key)
     train_steps = jax.jit(partial(steps.train_steps, model, tx), donate_argnums=0)
-    eval_step, n_steps = jax.jit(evaluate), steps_per_call(replace(config, model=model_config))
+    eval_step = jax.jit(partial(steps.eval_batch, model))
+    n_steps = steps_per_call(replace(config, model=model_config))
     shape = config.gradient_accumulation_steps, config.batch_size
     tokens = corpus.splits["train"]
     batches = TrainLoader(tokens, config.seed, block_size, shape, mesh, 0, n_steps)

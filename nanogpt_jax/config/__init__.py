@@ -3,6 +3,14 @@
 # ruff: noqa: F401 (what other packages import)
 
 from nanogpt_jax.config.cli import parse_args, split_flags, split_words
+from nanogpt_jax.config.fields import (
+    MAX_FLOAT,
+    RANGES,
+    check_fields,
+    check_value,
+    field_types,
+    to_flat_dict,
+)
 from nanogpt_jax.config.presets import (
     GPT2_SHAPES,
     LECTURE,
@@ -14,10 +22,8 @@ from nanogpt_jax.config.presets import (
 from nanogpt_jax.config.schema import (
     GPT2_PARTS,
     LECTURE_MODELS,
-    MAX_FLOAT,
     MAX_PAGE_TOKENS,
     MESH_AXES,
-    RANGES,
     ROW_AXES,
     SCRATCH,
     SPLITS,
@@ -26,9 +32,5 @@ from nanogpt_jax.config.schema import (
     OptimConfig,
     SampleConfig,
     TrainConfig,
-    check_fields,
-    check_value,
-    field_types,
     mesh_sizes,
-    to_flat_dict,
 )

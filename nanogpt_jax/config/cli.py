@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any
 
 from nanogpt_jax import files
-from nanogpt_jax.config.schema import Config, check_value, field_types, replace_fields
+from nanogpt_jax.config.fields import Config, check_value, field_types, replace_fields
 from nanogpt_jax.errors import InputError, did_you_mean, reading
 
 # nanoGPT's flags that do not exist here, and what to do instead.

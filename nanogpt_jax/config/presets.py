@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_jax.config.cli import configure, read_settings, split_flags
+from nanogpt_jax.config.fields import replace_fields
 from nanogpt_jax.config.schema import (
     SCRATCH,
     Architecture,
@@ -12,7 +13,6 @@ from nanogpt_jax.config.schema import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    replace_fields,
 )
 from nanogpt_jax.errors import InputError, did_you_mean
 

@@ -1,41 +1,17 @@
-"""Configuration: frozen dataclasses that check their fields, and their flat form.
+"""The configuration: frozen dataclasses that check their fields.
 
 Each field belongs to the part of the program that uses it (`config.model.n_layer`); flags and JSON
 files are flat and use nanoGPT's names (`n_layer`). The comment beside a field, or above it with #:,
 is its entry in --help.
 """
 
-import os
 import re
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
+from nanogpt_jax.config.fields import MAX_INT, check_fields, require
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.files import MAX_NAME_BYTES
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Config = TypeVar("Config", bound="DataclassInstance")
-
-MAX_INT = 2**30  # steps and tokens are counted in int32 on the device; the sum of two must fit
-MAX_FLOAT = 3e38  # anything larger is infinite in float32
-# Ranges of whole numbers other than 1 to MAX_INT. The limits on shapes are beyond any GPT: they
-# bound what a config.json from somewhere else can request.
-RANGES = {
-    "n_layer": (1, 2**10), "n_head": (1, 2**10), "n_embd": (1, 2**16),
-    "block_size": (1, 2**20), "vocab_size": (1, 2**24),
-    "seed": (0, 2**32 - 1), "port": (0, 2**16 - 1),
-    "process_id": (-1, MAX_INT), "max_new_tokens": (-1, MAX_INT),
-    **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
-}  # fmt: skip
-BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
-FRACTIONS = {"cooldown", "top_p"}
-TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
-NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
-TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-MAX_PATH_BYTES = 4000
 
 SPLITS = ("train", "val")
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -46,53 +22,6 @@ Architecture = Literal[
     "gpt", "bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm"
 ]
 LECTURE_MODELS = typing.get_args(Architecture)[1:]  # in the order of "Let's build GPT"
-
-
-def check_fields(config: "DataclassInstance") -> None:
-    """Check every field of a configuration with `check_value`."""
-    for own in fields(config):
-        check_value(own.name, own.type, getattr(config, own.name))
-
-
-def check_value(name: str, hint: Any, value: Any) -> None:
-    """Refuse a value that its field's type or range does not allow."""
-    kind, *others = typing.get_args(hint) or (hint,)
-    low, high = RANGES.get(name, (1, MAX_INT))
-    if typing.get_origin(hint) is Literal:
-        rules = {f"one of {', '.join((kind, *others))}": value in (kind, *others)}
-    elif others and value is None:
-        rules = {}
-    elif type(value) not in ((int, float) if kind is float else (kind,)):
-        rules = {TYPES_IN_WORDS.get(kind, kind.__name__): False}
-    else:
-        rules = {
-            f"at least {low}": kind is not int or value >= low,
-            f"at most {high}": kind is not int or value <= high,
-            "finite and at least 0": kind is not float or 0 <= value <= MAX_FLOAT,
-            "at least 0 and below 1": name not in BELOW_ONE or value < 1,
-            "above 0 and at most 1": name not in FRACTIONS or 0 < value <= 1,
-            "a text of at least one character": name not in NEVER_EMPTY or value,
-            "a name that a file can have": kind is not str or name in TEXTS or _is_path(value),
-        }
-    for requirement, is_met in rules.items():
-        if not is_met:
-            raise InputError(f"{name} must be {requirement}, got {value!r}")
-    if name == "init_from" and value == "resume":  # nanoGPT's way to resume
-        raise InputError("init_from=resume: not needed, a run in out_dir resumes automatically")
-
-
-def _is_path(text: str) -> bool:
-    try:
-        path = os.fsencode(text.replace(os.sep, "/"))
-    except UnicodeEncodeError:  # half of a surrogate pair
-        return False
-    longest = max(map(len, path.split(b"/")))
-    return b"\0" not in path and len(path) <= MAX_PATH_BYTES and longest <= MAX_NAME_BYTES
-
-
-def _require(ok: bool, config: Any, name: str, requirement: str) -> None:
-    if not ok:
-        raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -125,10 +54,10 @@ class ModelConfig:
     def __post_init__(self):
         check_fields(self)
         ok = not self.known_tokens or not self.vocab_size or self.known_tokens <= self.vocab_size
-        _require(ok, self, "known_tokens", f"from 1 to vocab_size={self.vocab_size}")
+        require(ok, self, "known_tokens", f"from 1 to vocab_size={self.vocab_size}")
         twice = self.positions == "rotary"  # it rotates pairs of features
         divisor, name = (2 * self.n_head, "2 n_head") if twice else (self.n_head, "n_head")
-        _require(self.n_embd % divisor == 0, self, "n_embd", f"a multiple of {name}={divisor}")
+        require(self.n_embd % divisor == 0, self, "n_embd", f"a multiple of {name}={divisor}")
         model = self.architecture
         if model == "gpt":
             return
@@ -139,7 +68,7 @@ class ModelConfig:
         required |= {"n_head": 1} if model in ("bigram", "head") else {}
         for name, value in required.items():
             requirement = f"{value} for the lecture's {model} model, as in --config lecture-{model}"
-            _require(getattr(self, name) == value, self, name, requirement)
+            require(getattr(self, name) == value, self, name, requirement)
 
     @property
     def hidden_size(self) -> int:
@@ -269,13 +198,13 @@ class TrainConfig:
             raise InputError(f"{product} must be at most {MAX_INT}, got {self.tokens_per_iter}")
         divides = self.model.block_size % self.compute.loss_chunks == 0
         divisor = f"a divisor of block_size={self.model.block_size}"
-        _require(divides, self.compute, "loss_chunks", divisor)
+        require(divides, self.compute, "loss_chunks", divisor)
         ok = self.optim.optimizer == "adamw" or self.model.architecture == "gpt"
-        _require(ok, self.optim, "optimizer", "adamw for a model of the lecture")
+        require(ok, self.optim, "optimizer", "adamw for a model of the lecture")
         address = self.coordinator_address
         port = re.fullmatch(r".+:(\d{1,5})", address)
         ok = address in ("", "auto") or (port is not None and 1 <= int(port[1]) <= 65535)
-        _require(ok, self, "coordinator_address", "HOST:PORT or auto")
+        require(ok, self, "coordinator_address", "HOST:PORT or auto")
         given = port is not None, self.num_processes > 0, self.process_id >= 0
         if any(given) and not all(given):
             raise InputError(
@@ -284,7 +213,7 @@ class TrainConfig:
                 "three out on Slurm and TPU pods, where JAX finds them"
             )
         ok = self.process_id < max(1, self.num_processes)
-        _require(ok, self, "process_id", f"below num_processes={self.num_processes}")
+        require(ok, self, "process_id", f"below num_processes={self.num_processes}")
 
     @property
     def tokens_per_iter(self) -> int:
@@ -325,35 +254,10 @@ class SampleConfig:
     def __post_init__(self):
         check_fields(self)
         ok = self.init_from is None or self.out_dir is None
-        _require(ok, self, "init_from", "left out if out_dir names a run")
+        require(ok, self, "init_from", "left out if out_dir names a run")
         ok = self.max_new_tokens >= 1 or (self.max_new_tokens == -1 and self.stream)
-        _require(ok, self, "max_new_tokens", "at least 1, or -1 together with --stream")
+        require(ok, self, "max_new_tokens", "at least 1, or -1 together with --stream")
         ok = not self.web or 1 <= self.max_new_tokens <= MAX_PAGE_TOKENS
-        _require(ok, self, "max_new_tokens", f"from 1 to {MAX_PAGE_TOKENS} with --web")
+        require(ok, self, "max_new_tokens", f"from 1 to {MAX_PAGE_TOKENS} with --web")
         ok = self.stop is None or not self.web
-        _require(ok, self, "stop", "left out with --web, whose page has a stop button")
-
-
-def field_types(cls: Any) -> dict[str, Any]:
-    """Return the type of each flat field of a configuration class."""
-    flat = {}
-    for own in fields(cls):
-        flat |= field_types(own.type) if is_dataclass(own.type) else {own.name: own.type}
-    return flat
-
-
-def to_flat_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration as one flat dict, nested parts merged: what config.json contains."""
-    flat = {}
-    for name, value in vars(config).items():
-        flat |= to_flat_dict(value) if is_dataclass(value) else {name: value}
-    return flat
-
-
-def replace_fields(config: Config, values: dict[str, Any]) -> Config:
-    """Return a configuration with flat fields replaced, in whichever part they are."""
-    changes = {name: values.get(name, old) for name, old in vars(config).items()}
-    for name, old in vars(config).items():
-        if is_dataclass(old) and not isinstance(old, type):
-            changes[name] = replace_fields(old, values)
-    return replace(config, **changes)
+        require(ok, self, "stop", "left out with --web, whose page has a stop button")

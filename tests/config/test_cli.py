@@ -12,8 +12,8 @@ import pytest
 
 from nanogpt_jax import corpora
 from nanogpt_jax.config import PRESETS, parse_train_config, to_flat_dict
+from nanogpt_jax.config.fields import replace_fields
 from nanogpt_jax.config.presets import ABOUT
-from nanogpt_jax.config.schema import replace_fields
 
 ROOT = Path(__file__).parents[2]
 STUB_MESSAGE = "this jax cannot be imported"

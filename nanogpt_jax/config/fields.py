@@ -1,0 +1,104 @@
+"""Check the fields of a configuration's dataclass, and turn it into a flat dict and back."""
+
+import os
+import typing
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import MAX_NAME_BYTES
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+
+MAX_INT = 2**30  # steps and tokens are counted in int32 on the device; the sum of two must fit
+MAX_FLOAT = 3e38  # anything larger is infinite in float32
+# Ranges of whole numbers other than 1 to MAX_INT. The limits on shapes are beyond any GPT: they
+# bound what a config.json from somewhere else can request.
+RANGES = {
+    "n_layer": (1, 2**10), "n_head": (1, 2**10), "n_embd": (1, 2**16),
+    "block_size": (1, 2**20), "vocab_size": (1, 2**24),
+    "seed": (0, 2**32 - 1), "port": (0, 2**16 - 1),
+    "process_id": (-1, MAX_INT), "max_new_tokens": (-1, MAX_INT),
+    **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
+}  # fmt: skip
+BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
+FRACTIONS = {"cooldown", "top_p"}
+TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
+NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
+TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+MAX_PATH_BYTES = 4000
+
+
+def check_fields(config: "DataclassInstance") -> None:
+    """Check every field of a configuration with `check_value`."""
+    for own in fields(config):
+        check_value(own.name, own.type, getattr(config, own.name))
+
+
+def check_value(name: str, hint: Any, value: Any) -> None:
+    """Refuse a value that its field's type or range does not allow."""
+    kind, *others = typing.get_args(hint) or (hint,)
+    low, high = RANGES.get(name, (1, MAX_INT))
+    if typing.get_origin(hint) is Literal:
+        rules = {f"one of {', '.join((kind, *others))}": value in (kind, *others)}
+    elif others and value is None:
+        rules = {}
+    elif type(value) not in ((int, float) if kind is float else (kind,)):
+        rules = {TYPES_IN_WORDS.get(kind, kind.__name__): False}
+    else:
+        rules = {
+            f"at least {low}": kind is not int or value >= low,
+            f"at most {high}": kind is not int or value <= high,
+            "finite and at least 0": kind is not float or 0 <= value <= MAX_FLOAT,
+            "at least 0 and below 1": name not in BELOW_ONE or value < 1,
+            "above 0 and at most 1": name not in FRACTIONS or 0 < value <= 1,
+            "a text of at least one character": name not in NEVER_EMPTY or value,
+            "a name that a file can have": kind is not str or name in TEXTS or _is_path(value),
+        }
+    for requirement, is_met in rules.items():
+        if not is_met:
+            raise InputError(f"{name} must be {requirement}, got {value!r}")
+    if name == "init_from" and value == "resume":  # nanoGPT's way to resume
+        raise InputError("init_from=resume: not needed, a run in out_dir resumes automatically")
+
+
+def _is_path(text: str) -> bool:
+    try:
+        path = os.fsencode(text.replace(os.sep, "/"))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    longest = max(map(len, path.split(b"/")))
+    return b"\0" not in path and len(path) <= MAX_PATH_BYTES and longest <= MAX_NAME_BYTES
+
+
+def require(ok: bool, config: Any, name: str, requirement: str) -> None:
+    if not ok:
+        raise InputError(f"{name} must be {requirement}, got {getattr(config, name)!r}")
+
+
+def field_types(cls: Any) -> dict[str, Any]:
+    """Return the type of each flat field of a configuration class."""
+    flat = {}
+    for own in fields(cls):
+        flat |= field_types(own.type) if is_dataclass(own.type) else {own.name: own.type}
+    return flat
+
+
+def to_flat_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as one flat dict, nested parts merged: what config.json contains."""
+    flat = {}
+    for name, value in vars(config).items():
+        flat |= to_flat_dict(value) if is_dataclass(value) else {name: value}
+    return flat
+
+
+def replace_fields(config: Config, values: dict[str, Any]) -> Config:
+    """Return a configuration with flat fields replaced, in whichever part they are."""
+    changes = {name: values.get(name, old) for name, old in vars(config).items()}
+    for name, old in vars(config).items():
+        if is_dataclass(old) and not isinstance(old, type):
+            changes[name] = replace_fields(old, values)
+    return replace(config, **changes)

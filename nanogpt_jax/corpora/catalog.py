@@ -20,7 +20,8 @@ from nanogpt_jax.corpora import download, preparation, shards
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogpt
 from nanogpt_jax.corpora.shards import SHARD_TOKENS
 from nanogpt_jax.corpora.sources import HUB, Hub, JsonLines, Parquet, Source, Texts
-from nanogpt_jax.corpora.tokenizer import TokenizerSpec, load_tokenizer, save_tokenizer
+from nanogpt_jax.corpora.tokenizer import load_tokenizer, save_tokenizer
+from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError, did_you_mean
 
 SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS = "shakespeare_char", "shakespeare", "pydocs"

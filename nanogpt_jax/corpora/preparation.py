@@ -28,11 +28,11 @@ from nanogpt_jax.corpora.tokenizer import (
     TOKENIZER_FILE,
     CharTokenizer,
     Tokenizer,
-    TokenizerSpec,
     load_tokenizer,
     save_tokenizer,
     tokenizer_hash,
 )
+from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError
 
 BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it

@@ -9,7 +9,6 @@ import codecs
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.errors import InputError, did_you_mean, reading
+from nanogpt_jax.errors import InputError, reading
 
 TOKENIZER_FILE = "tokenizer.json"
 MAX_FILE_BYTES = 2**26  # GPT-2's has 1.4 MB
@@ -27,8 +26,6 @@ REQUIREMENT = 'like {"type": "char", "chars": "..."} or byte-level BPE of Huggin
 NORMALIZERS, PRE_TOKENIZERS = {"NFC", "NFD", "NFKC", "NFKD"}, {"ByteLevel", "Digits", "Split"}
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
 PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
-GPT2_HASH = "6f8dee62"  # `tokenizer_hash` of GPT-2's
-BPE_VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -213,64 +210,6 @@ class BPETokenizer:
 
 
 Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """The tokenizer that a corpus should have."""
-
-    label: str  # in the folder's name and meta.json: char, gpt2, bpe4096 or a hash
-    path: Path | None = None
-    vocab_size: int | None = None  # of bpe
-
-    @classmethod
-    def parse(cls, requested: str, vocab_size: int | None = None) -> "TokenizerSpec":
-        """Return what char, gpt2, bpe (with vocab_size) or a path to a file stands for."""
-        if requested in ("char", "gpt2"):
-            return cls(requested)
-        if requested == "bpe":
-            size = vocab_size or BPE_VOCAB_SIZE
-            if size < 257:
-                raise InputError(f"vocab_size must be at least 257 for bpe, got {size}")
-            return cls(f"bpe{size}", vocab_size=size)
-        path = Path(requested)
-        path = path / TOKENIZER_FILE if path.is_dir() else path
-        if not path.exists():
-            raise InputError(
-                f"tokenizer must be char, gpt2, bpe or a {TOKENIZER_FILE}, but there is no "
-                f"{requested!r}.{did_you_mean(requested, ('char', 'gpt2', 'bpe'))}"
-            )
-        found = tokenizer_hash(read_tokenizer(path))
-        return cls("gpt2" if found == GPT2_HASH else found, path)  # in the folder of gpt2
-
-    def make(self, chars: str = "", texts: Iterable[str] = ()) -> Tokenizer:
-        """Return the tokenizer: of `chars`, read from its file, or bpe trained on `texts`."""
-        if self.label == "char":
-            return CharTokenizer(chars)
-        if self.vocab_size is None:
-            return read_tokenizer(self.path or _gpt2_tokenizer())
-        print(f"training a tokenizer of {self.vocab_size:,} tokens", file=sys.stderr)
-        trained = BPETokenizer.train(texts, self.vocab_size)
-        if trained.vocab_size < self.vocab_size:
-            print(f"the text has pairs for only {trained.vocab_size:,} tokens", file=sys.stderr)
-        return trained
-
-    def matches(self, tokenizer: Tokenizer, label: str | None) -> bool:
-        """Return whether it describes a folder's tokenizer, whose label meta.json may have."""
-        found = tokenizer_hash(tokenizer)
-        if self.label in (label, found, "gpt2" if found == GPT2_HASH else None):
-            return True
-        if self.label == "char":
-            return isinstance(tokenizer, CharTokenizer)
-        # For a prepared corpus bpe means its own, whatever its size.
-        return self.vocab_size is not None and isinstance(tokenizer, BPETokenizer)
-
-
-def _gpt2_tokenizer() -> Path:
-    flag = "--tokenizer FOLDER/tokenizer.json; for your own text, --tokenizer bpe needs no download"
-    return files.download_from_hub(
-        "openai-community/gpt2", TOKENIZER_FILE, "save tokenizer.json", flag
-    )
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

@@ -28,7 +28,7 @@ from nanogpt_jax.corpora import (
 from nanogpt_jax.corpora import text as texts
 from nanogpt_jax.corpora.catalog import find_source
 from nanogpt_jax.corpora.download import Unavailable
-from nanogpt_jax.corpora.tokenizer import TokenizerSpec
+from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError
 
 PLAY = "".join(f"Citizen {i}:\nBefore we proceed any further, hear me speak.\n" for i in range(200))

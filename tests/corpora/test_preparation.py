@@ -26,7 +26,7 @@ from nanogpt_jax.corpora import (
     prepare,
     resolve,
     sources,
-    tokenizer,
+    tokenizer_spec,
     tokens,
 )
 from nanogpt_jax.corpora.tokenizer import BPETokenizer, tokenizer_hash
@@ -115,7 +115,7 @@ def test_an_unusable_tokenizer_is_named(book, data_dir, monkeypatch, asked, mess
 
 
 def test_shakespeare_has_gpt2s_tokens_and_is_split_by_characters(data_dir, bpe, monkeypatch):
-    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
+    monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: bpe)
     text = "".join(make_text(3000, n_words=1000))
     (data_dir / "shakespeare_char").mkdir(parents=True)
     (data_dir / "shakespeare_char" / "input.txt").write_text(text)
@@ -133,14 +133,14 @@ def test_without_gpt2s_tokenizer_nothing_is_written(book, data_dir, monkeypatch)
     def unavailable():
         raise InputError("GPT-2's tokenizer could not be downloaded")
 
-    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", unavailable)
+    monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", unavailable)
     with pytest.raises(InputError, match="could not be downloaded"):
         prepare(str(book), data_dir, tokenizer="gpt2")
     assert not data_dir.exists()
 
 
 def test_gpt2s_tokenizer_is_recognised_in_any_file(data_dir, bpe, monkeypatch):
-    monkeypatch.setattr(tokenizer, "GPT2_HASH", tokenizer_hash(corpora.read_tokenizer(bpe)))
+    monkeypatch.setattr(tokenizer_spec, "GPT2_HASH", tokenizer_hash(corpora.read_tokenizer(bpe)))
     (data_dir / "shakespeare").mkdir(parents=True)
     (data_dir / "shakespeare" / "input.txt").write_text("".join(make_text(3000, n_words=1000)))
     folder = prepare("shakespeare", data_dir, 9, str(bpe))
@@ -327,7 +327,7 @@ def fake_hub(tmp_path, monkeypatch, bpe):
     datasets = pytest.importorskip("datasets")
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
+    monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: bpe)
     monkeypatch.setattr(preparation, "measure_speed", lambda tokenizer: (1e6, 4.0))
     monkeypatch.setattr(sources.Hub, "every", 20)
     load_dataset, asked = datasets.load_dataset, []
@@ -658,12 +658,12 @@ def test_a_preparation_starts_over_if_anything_changed(
 
 def test_an_old_corpus_survives_if_a_new_one_cannot_begin(book, data_dir, bpe, monkeypatch):
     """No tokenizer, or no disk: then nothing has been written, so nothing is to be deleted."""
-    monkeypatch.setattr(tokenizer, "_gpt2_tokenizer", lambda: bpe)
+    monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: bpe)
     folder = prepare(str(book), data_dir, tokenizer="gpt2")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     book.write_text(book.read_text()[::-1])
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "_gpt2_tokenizer", lambda: book)
+        patch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: book)
         with pytest.raises(InputError, match="must be like"):
             prepare(str(book), data_dir, tokenizer="gpt2")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -65,7 +65,7 @@ def ask(tmp_path):
     def ask(*calls: str, **environment: str):
         script = (
             "import time\n"
-            "from nanogpt_jax.corpora import tokenizer\n"
+            "from nanogpt_jax.corpora import tokenizer_spec\n"
             "from nanogpt_jax.errors import InputError\n"
             "from nanogpt_jax.gpt2 import hub\n"
             f"for call in {calls}:\n"
@@ -107,7 +107,7 @@ def test_a_file_is_downloaded_once(server, ask):
 
 def test_without_a_network_one_line_says_which_files_to_put_where(ask):
     unplugged, *_ = ask(WEIGHTS, HF_ENDPOINT=NOBODY)
-    offline, tokenizer = ask(WEIGHTS, "tokenizer._gpt2_tokenizer()", HF_HUB_OFFLINE="1")
+    offline, tokenizer = ask(WEIGHTS, "tokenizer_spec._gpt2_tokenizer()", HF_HUB_OFFLINE="1")
     for error in unplugged, offline:
         assert error.startswith("error: model.safetensors could not be downloaded (")
         assert ADVICE in error

@@ -63,6 +63,32 @@ def copied(folder: Path):
         yield Path(shutil.copytree(folder, Path(place, "copy")))
 
 
+DAMAGES = ("missing", "folder", "empty", "unreadable")
+
+
+def damage(path: Path, kind: str) -> None:
+    """Put one of DAMAGES in the place of a file."""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "unreadable":
+        path.symlink_to("/proc/self/mem")  # root can read everything else
+
+
+def damaged_contents(whole: bytes):
+    """Contents of a file that was cut off, has a bit flipped, or is random: (bytes, is_random)."""
+    ats = st.integers(0, len(whole) - 1)
+    flipped = ats.map(lambda at: whole[:at] + bytes([whole[at] ^ 2 ** (at % 8)]) + whole[at + 1 :])
+    cut_off, random = ats.map(lambda at: whole[:at]), st.binary(min_size=1, max_size=300)
+    return st.one_of(
+        st.tuples(cut_off, st.just(False)),
+        st.tuples(flipped, st.just(False)),
+        st.tuples(random, st.just(True)),
+    )
+
+
 def content_of(folder: Path) -> dict:
     """Return what changes if anything is written in a folder."""
     found = {path: path.lstat() for path in folder.rglob("*")}

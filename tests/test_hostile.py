@@ -14,7 +14,17 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import BAD_JSON, HOSTILE_TEXTS, another, answer, content_of, copied
+from hostile import (
+    BAD_JSON,
+    DAMAGES,
+    HOSTILE_TEXTS,
+    another,
+    answer,
+    content_of,
+    copied,
+    damage,
+    damaged_contents,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -194,18 +204,11 @@ def answer_to(kind: str, folder: Path, name: str) -> str | None:
 def test_a_missing_unreadable_or_empty_file_is_named(folders, kind, name):
     good = answer_to(kind, folders[kind], name)
     assert good is None or "safetensors" in good  # the index names weights that are not there
-    for damage in ("missing", "folder", "empty", "unreadable"):
+    for kind_of_damage in DAMAGES:
         with copied(folders[kind]) as folder:
-            path = folder / name
-            path.unlink()
-            if damage == "folder":
-                path.mkdir()
-            elif damage == "empty":
-                path.touch()
-            elif damage == "unreadable":
-                path.symlink_to("/proc/self/mem")  # root can read everything else
+            damage(folder / name, kind_of_damage)
             line = answer_to(kind, folder, name)
-        allowed = MAY_BE_MISSING if damage == "missing" else {"start.txt", "metrics.jsonl"}
+        allowed = MAY_BE_MISSING if kind_of_damage == "missing" else {"start.txt", "metrics.jsonl"}
         assert line is not None or name in allowed
         assert line is None or name.split(".")[0] in line
 
@@ -214,14 +217,7 @@ def test_a_missing_unreadable_or_empty_file_is_named(folders, kind, name):
 @given(data=st.data())
 def test_a_file_cut_off_or_of_random_bytes_is_refused_in_one_line(folders, kind, name, data):
     whole = (folders[kind] / name).read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
-    content, is_random = data.draw(
-        st.one_of(
-            st.just((whole[:at], False)),
-            st.just((whole[:at] + bytes([whole[at] ^ 2 ** (at % 8)]) + whole[at + 1 :], False)),
-            st.binary(min_size=1, max_size=300).map(lambda content: (content, True)),
-        )
-    )
+    content, is_random = data.draw(damaged_contents(whole))
     with copied(folders[kind]) as folder:
         (folder / name).write_bytes(content)
         line = answer_to(kind, folder, name)

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import BAD_JSON, HOSTILE_TEXTS, another, answer, content_of, copied
+from hostile import (
+    BAD_JSON,
+    DAMAGES,
+    HOSTILE_TEXTS,
+    another,
+    answer,
+    content_of,
+    copied,
+    damage,
+    damaged_contents,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -66,19 +76,12 @@ def answer_to(folder: Path, name: str) -> str | None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_unreadable_or_empty_file_is_named(good, name):
     assert answer_to(good, name) is None
-    for damage in ("missing", "folder", "empty", "unreadable"):
+    for kind_of_damage in DAMAGES:
         with copied(good) as folder:
-            path = folder / name
-            path.unlink()
-            if damage == "folder":
-                path.mkdir()
-            elif damage == "empty":
-                path.touch()
-            elif damage == "unreadable":
-                path.symlink_to("/proc/self/mem")  # root can read everything else
+            damage(folder / name, kind_of_damage)
             line = answer_to(folder, name)
-        is_optional = damage == "missing" and name in ("meta.json", "tokenizer.json")
-        assert line is not None or is_optional, damage
+        is_optional = kind_of_damage == "missing" and name in ("meta.json", "tokenizer.json")
+        assert line is not None or is_optional, kind_of_damage
         assert line is None or name.split(".")[0] in line
 
 
@@ -86,14 +89,7 @@ def test_a_missing_unreadable_or_empty_file_is_named(good, name):
 @given(data=st.data())
 def test_a_cut_off_or_random_file_is_refused_in_one_line(good, name, data):
     whole = (good / name).read_bytes()
-    at = data.draw(st.integers(0, len(whole) - 1))
-    content, is_random = data.draw(
-        st.one_of(
-            st.just((whole[:at], False)),
-            st.just((whole[:at] + bytes([whole[at] ^ 2 ** (at % 8)]) + whole[at + 1 :], False)),
-            st.binary(min_size=1, max_size=300).map(lambda content: (content, True)),
-        )
-    )
+    content, is_random = data.draw(damaged_contents(whole))
     with copied(good) as folder:
         (folder / name).write_bytes(content)
         line = answer_to(folder, name)

@@ -223,11 +223,15 @@ class EvalLoader:
         self._tokens, self._length, self._rows = tokens, block_size + 1, by_rows(mesh, axis=0)
         self._corpus = put_corpus(tokens, mesh)
         self.n_targets = int(self._counts_NB.sum())
+        self._placed = list(self._place()) if self._corpus is not None else None  # only offsets
 
     def __len__(self) -> int:
         return len(self._counts_NB)
 
     def __iter__(self) -> Iterator[tuple[Batch, jax.Array]]:
+        return self._place() if self._placed is None else iter(self._placed)
+
+    def _place(self) -> Iterator[tuple[Batch, jax.Array]]:
         for offsets_B, counts_B in zip(self._offsets_NB, self._counts_NB, strict=True):
             batch = put_batch(self._tokens, self._corpus, offsets_B, self._length, self._rows)
             yield batch, put(counts_B, self._rows)

@@ -53,7 +53,7 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file under a temporary name and rename it, so that readers never see half of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -2,12 +2,14 @@
 
 import atexit
 import dataclasses
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Half of the suite's time is XLA's. Without its CPU optimizations it compiles a training step three
 # times faster; float32 results differ in the last digits. Scripts that tests start (`run`) do
@@ -111,3 +113,36 @@ def read_only(tmp_path):
         pytest.skip("mounting is not permitted here")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put files on the Hub: hub({name: bytes, or an error}) -> what is asked for from then on."""
+    import huggingface_hub
+
+    asked, stored = [], {}
+
+    class Api:
+        def dataset_info(self, repository, timeout):
+            assert timeout
+            asked.append(repository)
+            names = [SimpleNamespace(rfilename=name) for name in stored]
+            return SimpleNamespace(sha=f"sha{asked.count(repository)}", siblings=names)
+
+    class System:
+        def open(self, path):
+            asked.append(path)
+            content = next(stored[name] for name in stored if path.endswith(f"/{name}"))
+            if isinstance(content, Exception):
+                raise content
+            return io.BytesIO(content)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", System)
+
+    def store(files):
+        stored.clear()
+        stored.update(files)
+        return asked
+
+    return store

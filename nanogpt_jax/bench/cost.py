@@ -107,8 +107,9 @@ def validation_tokens(config: TrainConfig) -> tuple[int, str]:
     if config.eval_iters:
         return 2**62, f"{config.eval_iters} batches each"
     known = corpora.known_val_tokens(
-        config.dataset, Path(config.data_dir), config.tokenizer, config.model.vocab_size
-    )
+        config.dataset, Path(config.data_dir), config.tokenizer, config.model.vocab_size,
+        config.text_key,
+    )  # fmt: skip
     if known is not None:
         return known, f"the validation split's {known:,} tokens each"
     n = corpora.SHAKESPEARE_VAL_TOKENS

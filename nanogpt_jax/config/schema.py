@@ -154,14 +154,15 @@ class TrainConfig:
 
     config: str = "small"  # a preset, or a JSON file of these fields
     out_dir: str | None = None  # folder of the run; None: out/CONFIG, with the name of your dataset
-    #: shakespeare_char, shakespeare (GPT-2 tokens), pydocs, openwebtext or fineweb-edu; a text,
-    #: JSONL or parquet file, or a folder of them; or a folder with train.bin and val.bin; None:
-    #: shakespeare_char, or Python's own documentation if it cannot be downloaded
+    #: shakespeare_char, shakespeare (GPT-2 tokens), pydocs, tinystories, openwebtext or
+    #: fineweb-edu; a text, JSON or Parquet file, or a folder of them; or a folder with train.bin
+    #: and val.bin; None: shakespeare_char, or Python's manual if it cannot be downloaded
     dataset: str | None = None
     data_dir: str = "data"  # folder of prepared datasets
     #: char, gpt2, bpe (trained on your text, with vocab_size tokens) or a tokenizer.json; None:
     #: as the dataset or init_from needs; for your own files, char for text, gpt2 for the rest
     tokenizer: str | None = None
+    text_key: str = "text"  # the key or column of the text in JSON and Parquet files
     #: initial weights: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face
     #: GPT-2 folder, which determine the model's shape; a smaller block_size crops them
     init_from: str = SCRATCH

@@ -1,6 +1,6 @@
 """Find a corpus by name or path, and prepare it like nanoGPT: `train.bin`, `val.bin`, `meta.json`.
 
-A corpus is a name; a text, JSONL or Parquet file or a folder of them; or a folder that already has
+A corpus is a name; a text, JSON or Parquet file or a folder of them; or a folder that already has
 `train.bin` and `val.bin`, made by nanoGPT or by anything else.
 """
 
@@ -18,8 +18,9 @@ from nanogpt_jax import files
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.corpora import download, preparation, shards
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogpt
+from nanogpt_jax.corpora.readers import TEXT
 from nanogpt_jax.corpora.shards import SHARD_TOKENS
-from nanogpt_jax.corpora.sources import HUB, Hub, JsonLines, Parquet, Source, Texts
+from nanogpt_jax.corpora.sources import HUB, Files, Hub, Source
 from nanogpt_jax.corpora.tokenizer import load_tokenizer, save_tokenizer
 from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError, did_you_mean
@@ -28,7 +29,6 @@ SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS = "shakespeare_char", "shakespeare", "pydoc
 NAMES = (SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS, *HUB)
 SHAKESPEARE_VAL_TOKENS = 111_540
 SHAKESPEARE_FINGERPRINT = "a320d332271226fa"
-KINDS = {".parquet": Parquet, ".jsonl": JsonLines, ".jsonl.gz": JsonLines, ".txt": Texts}
 
 Result = TypeVar("Result")
 
@@ -53,7 +53,9 @@ def load(
     """
     min_tokens, vocab_size = config.model.block_size + 1, config.model.vocab_size
     request = config.dataset, Path(config.data_dir), min_tokens, config.tokenizer or tokenizer
-    folder = processes.first_alone(lambda: resolve(*request, vocab_size), "prepared")
+    folder = processes.first_alone(
+        lambda: resolve(*request, vocab_size, config.text_key), "prepared"
+    )
     corpus = open_corpus(folder, min_tokens, vocab_size)
     return corpus, dataclasses.replace(config, model=with_vocabulary(config.model, corpus))
 
@@ -68,7 +70,7 @@ def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
 
 def resolve(
     dataset: str | None, data_dir: Path, min_tokens: int,
-    tokenizer: str | None = None, vocab_size: int | None = None,
+    tokenizer: str | None = None, vocab_size: int | None = None, text_key: str = "text",
 ) -> Path:  # fmt: skip
     """Return the folder of a dataset, prepared first unless that takes hours.
 
@@ -76,7 +78,10 @@ def resolve(
     Shakespeare, with a notice. See `prepare`.
     """
     if dataset is not None:
-        return prepare(dataset, data_dir, min_tokens, tokenizer, vocab_size, is_training=True)
+        return prepare(
+            dataset, data_dir, min_tokens, tokenizer, vocab_size, text_key=text_key,
+            is_training=True,
+        )  # fmt: skip
     try:
         return prepare(SHAKESPEARE, data_dir, min_tokens, tokenizer, vocab_size)
     except download.Unavailable as error:
@@ -96,25 +101,27 @@ def resolve(
 
 
 def _how_to_prepare(
-    source: Source, data_dir: Path, tokenizer: str | None, vocab_size: int | None
+    source: Source, data_dir: Path, tokenizer: str | None, vocab_size: int | None, text_key: str
 ) -> str:
     flags = f" --tokenizer {tokenizer}" if tokenizer else ""
     flags += f" --vocab_size {vocab_size}" if tokenizer == "bpe" and vocab_size else ""
+    flags += f" --text_key {text_key}" if text_key != "text" else ""
     flags += f" --data_dir {data_dir}" if Path(data_dir) != Path("data") else ""
     command = f"python data/prepare.py {source.name}{flags}"
     if not isinstance(source, Hub):
         return f"{source.name} must be prepared before training, which takes long: {command}"
     return (
-        f"{source.name} must be prepared before training, which takes hours: {command}. It needs "
-        f"about {source.gpt2_tokens / 5e8:,.0f} GB of disk ({source.gpt2_tokens / 1e9:,.2f}B "
-        f"tokens) and downloads about {source.download_bytes / 1e9:,.0f} GB, which are not stored"
+        f"{source.name} must be prepared before training: {command}. This takes "
+        f"{source.gpt2_tokens / 5e9:,.1f} hours or less, {source.gpt2_tokens / 5e8:,.0f} GB of "
+        f"disk for {source.gpt2_tokens / 1e9:,.2f}B tokens, and a download of "
+        f"{source.download_bytes / 1e9:,.0f} GB that is not stored"
     )
 
 
 def prepare(
     dataset: str, data_dir: Path, min_tokens: int = 1,
     tokenizer: str | None = None, vocab_size: int | None = None,
-    shard_tokens: int = SHARD_TOKENS, is_training: bool = False,
+    shard_tokens: int = SHARD_TOKENS, text_key: str = "text", is_training: bool = False,
 ) -> Path:  # fmt: skip
     """Prepare a dataset, however long it takes, and return its folder.
 
@@ -124,15 +131,16 @@ def prepare(
         tokenizer: char, gpt2, bpe or a tokenizer.json; None: the dataset's usual one.
         vocab_size: of bpe.
         shard_tokens: the most tokens in a file.
+        text_key: the key or column of a document's text.
         is_training: refuse what takes long.
 
     Raises:
         InputError: the name is unknown, or the text is unreadable, empty or too short.
         download.Unavailable: the dataset cannot be downloaded.
     """
-    data_dir = Path(data_dir)
+    data_dir = Path(data_dir).expanduser()  # which shells do not after --data_dir=
     files.check_place(data_dir, "data_dir")
-    folder, spec, source = _locate(dataset, data_dir, tokenizer, vocab_size)
+    folder, spec, source = _locate(dataset, data_dir, tokenizer, vocab_size, text_key)
     if source is None and (dataset not in NAMES or shards.is_foreign(folder)):
         if tokenizer or (dataset in NAMES and load_tokenizer(folder) is None):
             _add_tokenizer(folder, tokenizer or spec.label, spec)
@@ -140,13 +148,14 @@ def prepare(
     source = source or _named_source(dataset, data_dir)
     refusal = None
     if is_training and source.text_bytes > preparation.LARGE_BYTES:
-        refusal = _how_to_prepare(source, data_dir, tokenizer, vocab_size)
+        refusal = _how_to_prepare(source, data_dir, tokenizer, vocab_size, text_key)
     return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens, refusal)
 
 
 def _locate(
-    dataset: str, data_dir: Path, tokenizer: str | None, vocab_size: int | None
-) -> tuple[Path, TokenizerSpec, Source | None]:
+    dataset: str, data_dir: Path, tokenizer: str | None, vocab_size: int | None,
+    text_key: str = "text",
+) -> tuple[Path, TokenizerSpec, Source | None]:  # fmt: skip
     """Return the folder of a dataset's tokens, its tokenizer, and the user's text if it is one."""
     name, source, default = dataset, None, "gpt2"
     if dataset in (SHAKESPEARE, PYDOCS):
@@ -156,10 +165,11 @@ def _locate(
         path = _existing(dataset, data_dir)
         if shards.has_tokens(path):
             return path, TokenizerSpec.parse(tokenizer or default, vocab_size), None
-        source, usual = find_source(path), "char"
-        default = "char" if isinstance(source, Texts) else "gpt2"
+        source, usual = Files(path, text_key), "char"
+        default = "char" if source.kind == TEXT else "gpt2"
         # A hash keeps two files called input.txt apart. A name has at most 255 bytes.
-        path_hash = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+        key = f"\0{text_key}" if text_key != "text" else ""
+        path_hash = hashlib.sha256(os.fsencode(f"{path.resolve()}{key}")).hexdigest()[:8]
         name = f"{path.resolve().stem[:50]}-{path_hash}"
     spec = TokenizerSpec.parse(tokenizer or default, vocab_size)
     return data_dir / (name if spec.label == usual else f"{name}-{spec.label}"), spec, source
@@ -167,7 +177,7 @@ def _locate(
 
 def _existing(dataset: str, data_dir: Path) -> Path:
     """Return the path of a dataset that has no name of ours; refuse an unfinished one."""
-    for path in (data_dir / dataset, Path(dataset)):
+    for path in (data_dir / dataset, Path(dataset).expanduser()):
         if path.exists():
             shards.check_finished(path)
             return path
@@ -181,45 +191,27 @@ def _existing(dataset: str, data_dir: Path) -> Path:
 
 
 def _named_source(name: str, data_dir: Path) -> Source:
+    """Return the source of a name; text that is not here yet is stored as input.txt."""
     if name in HUB:
         return HUB[name]
-    if name == PYDOCS:
-        from pydoc_data.topics import topics
-
-        text = "\n\n".join(topics[key] for key in sorted(topics))
-        return Texts("pydoc_data.topics", [], text.encode())
-    paths = [data_dir / folder / "input.txt" for folder in (SHAKESPEARE, SHAKESPEARE_BPE)]
+    folders = [name] if name == PYDOCS else [SHAKESPEARE, SHAKESPEARE_BPE]
+    paths = [data_dir / folder / "input.txt" for folder in folders]
     path = next((path for path in paths if path.exists()), data_dir / name / "input.txt")
     if not path.exists():
-        content = download.tiny_shakespeare(path)
+        content = _python_manual() if name == PYDOCS else download.tiny_shakespeare(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_atomically(path, content)
         except OSError as error:
             raise preparation.unwritable(path, error) from None
-        print(f"downloaded tiny Shakespeare to {path}")
-    return Texts(str(path), [path])
+        print(f"saved {'the manual' if name == PYDOCS else 'tiny Shakespeare'} as {path}")
+    return Files(path)
 
 
-def find_source(path: Path) -> Source:
-    """Return the source of a file, or of all files of one kind in a folder, by their names."""
-    if path.is_file():
-        kind = next((KINDS[end] for end in KINDS if path.name.endswith(end)), Texts)
-        return kind(str(path), [path])
-    found = {end: sorted(path.rglob(f"*{end}")) for end in KINDS}
-    found = {end: paths for end, paths in found.items() if paths}
-    if not found:
-        raise InputError(
-            f"{path}: must have .txt files, or train.bin and val.bin, or .jsonl or .parquet files, "
-            "but has none: pass another folder"
-        )
-    if len(found) > 1:
-        counts = " and ".join(f"{len(paths)} {end}" for end, paths in found.items())
-        raise InputError(
-            f"{path}: must have files of one kind, but has {counts}: pass one file, or move a kind"
-        )
-    ((end, paths),) = found.items()
-    return KINDS[end](str(path), paths)
+def _python_manual() -> bytes:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics)).encode()
 
 
 def _add_tokenizer(folder: Path, requested: str, spec: TokenizerSpec) -> None:
@@ -258,11 +250,14 @@ def _add_tokenizer(folder: Path, requested: str, spec: TokenizerSpec) -> None:
 
 
 def known_val_tokens(
-    dataset: str | None, data_dir: Path, tokenizer: str | None = None, vocab_size: int | None = None
-) -> int | None:
+    dataset: str | None, data_dir: Path, tokenizer: str | None = None,
+    vocab_size: int | None = None, text_key: str = "text",
+) -> int | None:  # fmt: skip
     """Return the size of a dataset's validation split; None if it is not prepared here."""
     try:
-        folder, *_ = _locate(dataset or SHAKESPEARE, Path(data_dir), tokenizer, vocab_size)
+        folder, *_ = _locate(
+            dataset or SHAKESPEARE, Path(data_dir), tokenizer, vocab_size, text_key
+        )
     except InputError:
         return None
     if not shards.has_tokens(folder) or (folder / shards.PROGRESS).exists():

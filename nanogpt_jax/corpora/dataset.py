@@ -10,7 +10,7 @@ import numpy as np
 
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora import shards, tokens
-from nanogpt_jax.corpora.text import read_pieces
+from nanogpt_jax.corpora.text import read_blocks
 from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, token_lengths
 from nanogpt_jax.errors import InputError
 
@@ -98,11 +98,12 @@ def tokenizer_of_nanogpt(folder: Path, dtype: str) -> CharTokenizer | None:
     if not source.exists():
         return None
     with source.open("rb") as file:
-        chars = {char for text, _ in read_pieces(file, str(source)) for char in set(text)}
+        chars = {char for text in read_blocks(file, str(source)) for char in set(text)}
         tokenizer = CharTokenizer("".join(sorted(chars)))
         paths = [path for split in SPLITS for path in shards.files_of(folder, split, {})]
         parts = tokens.map_files(paths, dtype)
-        texts = (text for text, _ in read_pieces(file, str(source)))
+        file.seek(0)
+        texts = read_blocks(file, str(source))
         if chars and parts and _is_encoded(parts, texts, tokenizer):
             return tokenizer
     print(f"{folder}: train.bin was not made from input.txt's characters", file=sys.stderr)

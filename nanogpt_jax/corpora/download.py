@@ -2,8 +2,9 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import InputError, first_line
 
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_URLS = (
@@ -11,6 +12,7 @@ SHAKESPEARE_URLS = (
     "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/input.txt",
     "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
 )
+MAX_BYTES = 2**21  # of an answer that is read
 TIMEOUT_S = 10
 
 
@@ -28,16 +30,12 @@ def tiny_shakespeare(path: Path) -> bytes:
     Args:
         path: where the text will be stored, for the message.
     """
-    import http.client  # slow to import, like the next
-    import urllib.request
-
     reasons = []
     for url in SHAKESPEARE_URLS:
         try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
-                content = response.read()
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons.append(str(getattr(error, "reason", error)))
+            content = _get(url)
+        except Exception as error:  # its classes differ between versions of the library
+            reasons.append(first_line(error))
             continue
         if hashlib.sha256(content).hexdigest() == SHAKESPEARE_SHA256:
             return content
@@ -45,3 +43,29 @@ def tiny_shakespeare(path: Path) -> bytes:
     reason = "; ".join(dict.fromkeys(reasons))  # each reason once
     message = f"tiny Shakespeare could not be downloaded ({reason}): save {SHAKESPEARE_URLS[0]} as"
     raise Unavailable(f"{message} {path}", reason)
+
+
+def _get(url: str) -> bytes:
+    """Return the first MAX_BYTES of what a server answers.
+
+    The Hugging Face library brings certificates, which Python itself lacks on macOS, and knows of
+    proxies. Its session is of `requests` in older versions and of `httpx` in newer ones.
+    """
+    from huggingface_hub.utils import get_session  # slow to import
+
+    session: Any = get_session()
+    if callable(session.stream):
+        with session.stream("GET", url, timeout=TIMEOUT_S, follow_redirects=True) as answer:
+            return _first_bytes(answer, answer.iter_bytes())
+    with session.get(url, timeout=TIMEOUT_S, stream=True) as answer:
+        return _first_bytes(answer, answer.iter_content(2**16))
+
+
+def _first_bytes(answer: Any, chunks: Any) -> bytes:
+    answer.raise_for_status()
+    content = b""
+    for chunk in chunks:
+        content += chunk
+        if len(content) > MAX_BYTES:
+            break
+    return content

@@ -1,29 +1,28 @@
 """Tokenize a source into a folder; safe to interrupt and resume.
 
-Token files only grow. Meanwhile the folder has a `progress.json`: how much of the source has been
-read, and how many tokens each split had then. To resume, the files are cut back to that, so they
-come out byte for byte as if nothing had happened. `meta.json` is written last.
+The source is read in items. The tokens of some consecutive ones become a part, a file that is
+written atomically, so to resume is to continue after the last part. When all parts are there, they
+are joined to token files, and `meta.json` is written last. How far it has come is nowhere else, so
+the files are the same byte for byte however often it was killed.
 """
 
 import contextlib
-import json
-import os
 import shutil
 import sys
-import time
-import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from nanogpt_jax import files
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora import shards
-from nanogpt_jax.corpora.shards import PROGRESS, read_meta
-from nanogpt_jax.corpora.sources import Piece, Source, train_characters
-from nanogpt_jax.corpora.text import PIECE_BYTES
+from nanogpt_jax.corpora.readers import Item, Key, grouped
+from nanogpt_jax.corpora.shards import PROGRESS, Counts, read_meta
+from nanogpt_jax.corpora.sources import MAX_VAL_CHARS, START, Source
+from nanogpt_jax.corpora.text import cut_text
 from nanogpt_jax.corpora.tokenizer import (
     TOKENIZER_FILE,
     CharTokenizer,
@@ -35,13 +34,15 @@ from nanogpt_jax.corpora.tokenizer import (
 from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError
 
-BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
-BATCH_PIECES = 2**15
-SAVE_S = 10.0  # of work that a kill can lose
+BATCH_CHARS = 2**21  # of the items whose tokens become a part
 BPE_CHARS = 100_000_000  # that BPE is trained on, at most
-LARGE_BYTES = 10**9  # of a source that is estimated before it is prepared
+LARGE_BYTES = 10**9  # of a source that train.py does not prepare by itself
+TRAIN_FRACTION = 0.9
 GPT2_VOCAB_SIZE = 50257
-CHARS_PER_S = 20e6
+BYTES_PER_TOKEN = 3.5  # of byte pairs, at least; 4.4 of GPT-2's in English
+
+# The tokenizer, the plan, the key of the last item that is done, and the counts up to it.
+Begun: TypeAlias = tuple[Tokenizer, dict, Key, Counts]
 
 
 def prepare_folder(
@@ -60,27 +61,30 @@ def prepare_folder(
     """
     stat = source.stat()
     if not _is_done(folder, stat):
-        if refusal and not _is_done(folder, stat, read_meta(folder).get("source_sha256")):
+        if refusal and not read_meta(folder).get("source_sha256"):
             raise InputError(refusal)  # whatever the text is: it need not be read
-        journal = _read_journal(folder)
-        if journal and stat and journal["source_stat"] == stat:
-            info = journal["source_info"]
-        else:
-            info = _scan(source, spec)
+        old = shards.read_plan(folder)
+        info = old["info"] if old and old["stat"] == stat else _identity(source)
         if _is_done(folder, stat, info.get("sha256")):
-            with contextlib.suppress(OSError):  # touched or copied: spare the next start the scan
-                if stat:
-                    files.write_json(
-                        folder / "meta.json", read_meta(folder) | {"source_stat": stat}
-                    )
+            with contextlib.suppress(OSError):  # touched or copied: the next start need not read it
+                files.write_json(folder / "meta.json", read_meta(folder) | {"source_stat": stat})
         elif refusal:
             raise InputError(refusal)
         else:
-            new = {
-                "source_stat": stat, "source_info": info, "position": None, "done": 0,
-                "tokens": dict.fromkeys(SPLITS, 0), "shard_tokens": shard_tokens,
-            }  # fmt: skip
-            _prepare(source, folder, spec, min_tokens, new)
+            plan = {"stat": stat, "info": info, "shard_tokens": shard_tokens}
+
+            def begin() -> Begun:
+                return _begin(source, folder, spec, min_tokens, plan)
+
+            # A source that is refused at once leaves nothing behind, not even the lock.
+            begun = None if (folder / PROGRESS).exists() else begin()
+            try:
+                with _alone(folder):
+                    if not _is_done(folder, stat, info.get("sha256")):  # by another process
+                        begun = _resume(source, folder, plan) or begun or begin()
+                        _prepare(source, folder, min_tokens, *begun)
+            except OSError as error:
+                raise unwritable(folder, error) from None
     meta = read_meta(folder)
     _check_length(source, (meta["train_tokens"], meta["val_tokens"]), min_tokens)
     return folder
@@ -93,12 +97,16 @@ def unwritable(path: Path, error: OSError) -> InputError:
     )
 
 
-def _is_done(folder: Path, stat: str | None, sha256: str | None = None) -> bool:
+def _is_done(folder: Path, stat: str, sha256: str | None = None) -> bool:
     """Return whether a folder has all tokens of a source, which may have been touched or copied."""
     meta = read_meta(folder)
-    same_stat = stat is not None and meta.get("source_stat") == stat
     same_text = sha256 is not None and meta.get("source_sha256") == sha256
-    return (same_stat or same_text) and shards.are_complete(folder, meta)
+    return (meta.get("source_stat") == stat or same_text) and shards.are_complete(folder, meta)
+
+
+def _identity(source: Source) -> dict:
+    with _progress(source, "checking") as advance:
+        return source.identify(advance)
 
 
 def _check_length(
@@ -112,186 +120,134 @@ def _check_length(
         )
 
 
-def _read_journal(folder: Path) -> dict | None:
-    """Return the content of a folder's progress.json, or None if it has none or is damaged."""
-    try:
-        crc32, content = files.read_json(folder / PROGRESS)
-        return json.loads(content) if zlib.crc32(content.encode()) == crc32 else None
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
-
-
-def _write_journal(folder: Path, journal: dict) -> None:
-    content = json.dumps(journal)
-    stored = json.dumps([zlib.crc32(content.encode()), content])
-    files.write_atomically(folder / PROGRESS, stored.encode())
-
-
-def _scan(source: Source, spec: TokenizerSpec) -> dict:
-    with _bar(source, "reading") as bar:
-        return source.scan(spec.label == "char", lambda done: bar.update(done - bar.n))
-
-
-def _bar(source: Source, what: str, done: int = 0):
+@contextlib.contextmanager
+def _progress(source: Source, what: str, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show a bar; yield a function (done, note) that moves it to `done` of the source's bytes."""
     from tqdm import tqdm
 
-    return tqdm(
-        desc=what, total=source.size, initial=done, unit=source.unit, unit_scale=True,
-        dynamic_ncols=True, disable=None, leave=False, delay=1,
-    )  # fmt: skip
+    with tqdm(
+        desc=what, total=source.size, initial=done, unit="B", unit_scale=True, dynamic_ncols=True,
+        disable=None, leave=False, delay=1,
+    ) as bar:  # fmt: skip
+
+        def advance(done: float, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(int(done) - bar.n)
+
+        yield advance
 
 
-def _prepare(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, new: dict) -> None:
-    """Begin, with a new journal, or resume; leave nothing behind if it fails for good."""
-    info, stat = new["source_info"], new["source_stat"]
-    if spec.label == "char" and (n_chars := info.get("characters")):
-        n_train = train_characters(n_chars)
-        _check_length(source, (n_train, n_chars - n_train), min_tokens, "characters")
-    waiting = f"waiting for another process that prepares {folder}"
-    existing = files.check_place(folder.parent, "data_dir")
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which need not exist; wait if one is in it.
+
+    The lock is next to the folder and never deleted, so that all processes mean the same file.
+    """
+    import filelock  # with asyncio: slow to import
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        with files.locked(folder, lambda: print(waiting, file=sys.stderr)):
-            if _is_done(folder, stat, info.get("sha256")):  # by the other process
-                return
-            tokenizer, journal = _resume(source, folder, new) or _begin(source, folder, spec, new)
-            try:
-                _tokenize(source, folder, tokenizer, journal)
-                journal["position"] = None  # there is nothing left to resume
-                if source.stat() != stat and _scan(source, spec) != journal["source_info"]:
-                    raise InputError(
-                        f"{source.name}: must not change while it is read, but did: run the "
-                        "command again"
-                    )
-                _check_length(source, journal["tokens"].values(), min_tokens)
-            except InputError:
-                if journal["position"] is None:
-                    _delete(folder)
-                raise
-            _finish(source, folder, tokenizer, journal)
-    except OSError as error:
-        raise unwritable(folder, error) from None
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        print(f"waiting for another process that prepares {folder}", file=sys.stderr)
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
     except KeyboardInterrupt:
         print(f"\nstopped: the same command resumes {folder}", file=sys.stderr)
         raise
     finally:
-        for place in (folder.absolute(), *folder.absolute().parents):
-            if place == existing:
-                break
-            with contextlib.suppress(OSError):  # it has files
-                place.rmdir()
+        lock.release()
 
 
-def _resume(source: Source, folder: Path, new: dict) -> tuple[Tokenizer, dict] | None:
-    """Return the tokenizer and journal of an earlier process, or print why that cannot be."""
-    journal = _read_journal(folder)
-    if journal is None and not (folder / PROGRESS).exists():
+def _prepare(
+    source: Source, folder: Path, min_tokens: int,
+    tokenizer: Tokenizer, plan: dict, key: Key, counts: Counts,
+) -> None:  # fmt: skip
+    """Tokenize a source after the item with a key, and join all parts."""
+    if counts.done:
+        print(f"resuming {folder} from {counts.train + counts.val:,} tokens")
+    with _progress(source, str(folder), counts.done) as advance:
+        for batch in _read_ahead(_in_batches(source.items(plan["info"], tokenizer.can_cut, key))):
+            ids = _encode(batch, source, plan, tokenizer, counts)
+            if key == START:
+                # Only now: a source that cannot be read leaves an older corpus as it was.
+                shards.begin(folder, plan)
+                save_tokenizer(tokenizer, folder)
+            key = batch[-1].key
+            shards.write_part(folder, key, counts, ids)
+            advance(counts.done, f"{counts.train + counts.val:,} tokens")
+    try:
+        if source.stat() != plan["stat"] and not _identity(source).items() <= plan["info"].items():
+            raise InputError(
+                f"{source.name}: must not change while it is read, but did: run the command again"
+            )
+        _check_length(source, (counts.train, counts.val), min_tokens)
+    except InputError:
+        if key != START:
+            shards.delete(folder)
+        raise
+    _finish(source, folder, tokenizer, plan, counts)
+
+
+def _resume(source: Source, folder: Path, new: dict) -> Begun | None:
+    """Return where an earlier process came to, or print why that cannot be used."""
+    plan, part = shards.read_plan(folder), shards.last_part(folder)
+    if part is None or not (folder / PROGRESS).exists():
         return None
-    if journal is None:
+    tokenizer = load_tokenizer(folder)
+    if plan is None or tokenizer is None:
         why = f"its {PROGRESS} is damaged or of another version"
-    elif journal["position"] is None:  # it had only begun
-        return None
-    elif journal["source_info"] != new["source_info"]:
+    elif not new["info"].items() <= plan["info"].items():
         why = f"{source.name} changed"
-    elif (tokenizer := _tokenizer_of(folder, journal)) is None:
+    elif tokenizer_hash(tokenizer) != plan["tokenizer_hash"]:
         why = f"its {TOKENIZER_FILE} changed"
-    elif not shards.cut_back(folder, journal):
-        why = "token files are missing or cut off"
     else:
-        return tokenizer, journal | {"source_stat": new["source_stat"]}
+        return tokenizer, plan | {"stat": new["stat"]}, *part
     print(f"{folder}: starting over, since {why}", file=sys.stderr)
     return None
 
 
-def _tokenizer_of(folder: Path, journal: dict) -> Tokenizer | None:
-    with contextlib.suppress(InputError):
-        tokenizer = load_tokenizer(folder)
-        if tokenizer and tokenizer_hash(tokenizer) == journal["tokenizer_hash"]:
-            return tokenizer
-    return None
-
-
-def _begin(source: Source, folder: Path, spec: TokenizerSpec, new: dict) -> tuple[Tokenizer, dict]:
-    """Return a new tokenizer and journal; delete what the folder had before."""
-    texts = _first_texts(source.pieces(new["source_info"]), BPE_CHARS)
-    tokenizer = spec.make(new["source_info"].get("chars", ""), texts)
+def _begin(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, new: dict) -> Begun:
+    """Return the tokenizer, plan and beginning of a new preparation; write nothing."""
+    with _progress(source, "reading") as advance:
+        info = new["info"] | source.survey(new["info"], spec.label == "char", advance)
+    if spec.label == "char" and source.is_cut:
+        n_train = train_characters(info["characters"])
+        _check_length(source, (n_train, info["characters"] - n_train), min_tokens, "characters")
+    tokenizer = spec.make(info.get("chars", ""), _first_texts(source, info, BPE_CHARS))
+    sample = "".join(_first_texts(source, info, 10_000))[:10_000]
+    if tokenizer.decode(tokenizer.encode(sample)) != sample:
+        raise InputError(
+            f"{source.name}: its tokens must decode to the text itself, but this tokenizer changes "
+            "it: pass another --tokenizer"
+        )
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    _estimate(source, folder, tokenizer, np.dtype(dtype).itemsize)
+    _check_space(source, folder, tokenizer, np.dtype(dtype).itemsize)
     identity = {"tokenizer": spec.label, "tokenizer_hash": tokenizer_hash(tokenizer)}
-    journal = new | identity | {"dtype": dtype}
-    # First of all, so that nobody takes an incomplete folder for a complete one.
-    _write_journal(folder, journal)
-    (folder / "meta.json").unlink(missing_ok=True)
-    shards.cut_back(folder, journal)
-    save_tokenizer(tokenizer, folder)
-    return tokenizer, journal
+    return tokenizer, new | identity | {"info": info, "dtype": dtype}, START, Counts()
 
 
-def _tokenize(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict) -> None:
-    """Append the tokens of the rest of a source to the files, and keep the journal up to date."""
-    separator = np.zeros(0, np.int64)
-    if tokenizer.separator:
-        separator = tokenizer.encode_prompt(tokenizer.separator)  # as a token, not as text
-    dtype, shard_tokens = np.dtype(journal["dtype"]).newbyteorder("<"), journal["shard_tokens"]
-    tokens = dict(journal["tokens"])  # in the files, perhaps not on the disk yet
-    n_before = n_saved = sum(tokens.values())
-    if n_before:
-        print(f"resuming {folder} from {n_before:,} tokens")
-    start_s = saved_s = time.monotonic()
-    # The journal is written between batches; small shards need small batches.
-    max_bytes = min(BATCH_BYTES, 4 * shard_tokens)
-    pieces = source.pieces(journal["source_info"], journal["position"])
-    with _bar(source, str(folder), journal["done"]) as bar:
-        for batch in _read_ahead(_in_batches(pieces, max_bytes)):
-            texts = [piece.text for piece in batch if piece.text is not None]
-            encoded = iter(tokenizer.encode_batch(texts))
-            parts = {split: [np.zeros(0, dtype)] for split in SPLITS}
-            for piece in batch:
-                parts[piece.split].append(separator if piece.text is None else next(encoded))
-            for split in SPLITS:
-                ids = np.concatenate(parts[split], dtype=dtype, casting="unsafe")
-                shards.append(folder, split, tokens[split], ids, shard_tokens)
-                tokens[split] += len(ids)
-            n, now_s = sum(tokens.values()), time.monotonic()
-            speed = (n - n_before) / (now_s - start_s)
-            bar.set_postfix_str(f"{n:,} tokens, {speed:,.0f}/s", refresh=False)
-            bar.update(batch[-1].done - bar.n)
-            is_due = n - n_saved >= shard_tokens or now_s - saved_s > SAVE_S
-            if is_due and batch[-1].position is not None:
-                shards.sync(folder, journal["tokens"], tokens, shard_tokens)
-                at = {"position": batch[-1].position, "done": batch[-1].done}
-                journal |= at | {"tokens": dict(tokens)}
-                _write_journal(folder, journal)
-                n_saved, saved_s = n, now_s
-    shards.sync(folder, journal["tokens"], tokens, shard_tokens)
-    journal["tokens"] = tokens
-
-
-def _first_texts(pieces: Iterable[Piece], max_chars: int) -> Iterator[str]:
-    """Yield the texts of pieces until they have max_chars characters."""
+def _first_texts(source: Source, info: dict, max_chars: int) -> Iterator[str]:
+    """Yield the first texts of a source, until they have max_chars characters."""
     n_chars = 0
-    for piece in pieces:
-        if piece.text is not None:
-            yield piece.text
-            n_chars += len(piece.text)
-        if n_chars >= max_chars:
-            return
+    for item in source.items(info, lambda left, right: True):
+        for text in filter(None, item.texts):
+            yield text
+            n_chars += len(text)
+            if n_chars >= max_chars:
+                return
 
 
-def _in_batches(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:
-    """Yield pieces in batches, each of which ends where reading can resume, if possible."""
-    batch, n_bytes = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        n_bytes += len((piece.text or "").encode())
-        is_full = n_bytes >= max_bytes or len(batch) >= BATCH_PIECES
-        if (is_full and piece.position is not None) or n_bytes >= max_bytes + 4 * PIECE_BYTES:
-            yield batch
-            batch, n_bytes = [], 0
-    if batch:
-        yield batch
+def _in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield consecutive items in batches, each with enough text for all cores."""
+    return grouped(items, lambda item: sum(len(text or "") for text in item.texts), BATCH_CHARS)
 
 
-def _read_ahead(batches: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
+def _read_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
     """Yield batches; read the next one in a thread meanwhile."""
     pool = ThreadPoolExecutor(1)
     try:
@@ -303,79 +259,100 @@ def _read_ahead(batches: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _finish(source: Source, folder: Path, tokenizer: Tokenizer, journal: dict) -> None:
-    splits = {split: shards.finish(folder, split, journal) for split in SPLITS}
-    info = journal["source_info"]
+def train_characters(n_chars: int) -> int:
+    """Return how many characters of a text are for training: nanoGPT's nine tenths, or more."""
+    return max(int(n_chars * TRAIN_FRACTION), n_chars - MAX_VAL_CHARS)
+
+
+def _encode(
+    items: list[Item], source: Source, plan: dict, tokenizer: Tokenizer, counts: Counts
+) -> dict[str, np.ndarray]:
+    """Return the ids of some items in each split, and add them to the counts."""
+    separator = np.zeros(0, np.int64)
+    if source.has_separators and tokenizer.separator:
+        separator = tokenizer.encode_prompt(tokenizer.separator)  # as a token, not as text
+    pieces: list[tuple[str, str | None]] = []  # each with its split; None: the separator
+    for item in items:
+        for i, text in enumerate(item.texts):
+            is_end = item.is_end or i < len(item.texts) - 1
+            if not text:
+                counts.skipped += is_end
+                continue
+            counts.documents += is_end
+            for split, part in _split(text, item.split, source, plan["info"], counts):
+                pieces += ((split, piece) for piece in cut_text(part, tokenizer.can_cut))
+            if is_end:
+                pieces.append((pieces[-1][0], None))
+    counts.done = int(items[-1].done)
+    texts = (text for _, text in pieces if text is not None)
+    groups = grouped(texts, lambda text: len(text.encode()))  # the tokenizer needs memory
+    encoded = (ids for group in groups for ids in tokenizer.encode_batch(group))
+    dtype = np.dtype(plan["dtype"]).newbyteorder("<")
+    parts = {split: [np.zeros(0, dtype)] for split in SPLITS}
+    for split, text in pieces:
+        parts[split].append((separator if text is None else next(encoded)).astype(dtype))
+    ids = {split: np.concatenate(parts[split]) for split in SPLITS}
+    counts.train, counts.val = counts.train + len(ids["train"]), counts.val + len(ids["val"])
+    return ids
+
+
+def _split(
+    text: str, split: str | None, source: Source, info: dict, counts: Counts
+) -> list[tuple[str, str]]:
+    """Return the parts of a text with their splits, and add its characters to the counts."""
+    if split is None and source.is_cut:
+        n_train = max(0, train_characters(info["characters"]) - counts.chars)
+        parts = [("train", text[:n_train]), ("val", text[n_train:])]
+    else:
+        is_val = counts.documents % source.every == 0 and counts.val_chars < source.max_val_chars
+        parts = [(split or ("val" if is_val else "train"), text)]
+    counts.chars += len(text)
+    counts.val_chars += sum(len(part) for split, part in parts if split == "val")
+    return [(split, part) for split, part in parts if part]
+
+
+def _finish(source: Source, folder: Path, tokenizer: Tokenizer, plan: dict, counts: Counts) -> None:
+    splits = {split: shards.join(folder, split, plan) for split in ("val", "train")}
     meta = {
         "source": source.name,
-        "source_sha256": info.get("sha256"),
-        "source_revision": info.get("revision"),
-        "source_stat": journal["source_stat"],
+        "source_sha256": plan["info"].get("sha256"),
+        "source_revision": plan["info"].get("revision"),
+        "source_stat": plan["stat"],
         "split": source.split_in_words,
-        "tokenizer": journal["tokenizer"],
-        "tokenizer_hash": journal["tokenizer_hash"],
-        "dtype": journal["dtype"],
+        "tokenizer": plan["tokenizer"],
+        "tokenizer_hash": plan["tokenizer_hash"],
+        "dtype": plan["dtype"],
         "vocab_size": tokenizer.vocab_size,
-        "train_tokens": splits["train"]["tokens"],
-        "val_tokens": splits["val"]["tokens"],
+        "train_tokens": counts.train,
+        "val_tokens": counts.val,
         "splits": splits,
     }
-    files.write_json(folder / "meta.json", meta)
-    (folder / PROGRESS).unlink()
-    files.delete_partials(folder)  # of a killed process
-    of_chars = f"{info['characters']:,} characters, " if "characters" in info else ""
+    shards.finish(folder, meta)
     is_char = isinstance(tokenizer, CharTokenizer)
-    kind = "distinct" if is_char else f"tokens in the vocabulary ({journal['tokenizer']})"
+    kind = "distinct" if is_char else f"tokens in the vocabulary ({plan['tokenizer']})"
+    what = f"{counts.documents:,} texts, " if source.has_separators else ""
+    skipped = f" ({counts.skipped:,} more are empty)" if counts.skipped else ""
     print(
-        f"prepared {source.name}: {of_chars}{tokenizer.vocab_size:,} {kind}; "
-        f"{meta['train_tokens']:,} tokens for training, {meta['val_tokens']:,} for validation"
+        f"prepared {source.name}: {what}{counts.chars:,} characters{skipped}, "
+        f"{tokenizer.vocab_size:,} {kind}; {counts.train:,} tokens for training, "
+        f"{counts.val:,} for validation"
     )
+    if source.left_out:
+        print(source.left_out)
 
 
-def _delete(folder: Path) -> None:
-    files.delete_partials(folder)
-    for path in (*shards.written(folder), folder / TOKENIZER_FILE, folder / PROGRESS):
-        path.unlink(missing_ok=True)
-
-
-def _estimate(source: Source, folder: Path, tokenizer: Tokenizer, id_bytes: int) -> None:
+def _check_space(source: Source, folder: Path, tokenizer: Tokenizer, id_bytes: int) -> None:
     """Print what a large source needs, and refuse one whose tokens the disk cannot hold."""
-    replaced_bytes = sum(path.stat().st_size for path in shards.written(folder))
-    free_bytes = shutil.disk_usage(folder).free + replaced_bytes
-    if source.text_bytes <= LARGE_BYTES and source.text_bytes * id_bytes < free_bytes:
-        return  # there are at most as many tokens as bytes
-    tokens_per_s, bytes_per_token = measure_speed(tokenizer)
-    n_tokens = source.text_bytes / bytes_per_token
+    free_bytes = shutil.disk_usage(files.check_place(folder, "data_dir")).free
+    free_bytes += sum(path.stat().st_size for path in shards.written(folder))  # will be replaced
+    n_tokens = source.text_bytes / (1 if isinstance(tokenizer, CharTokenizer) else BYTES_PER_TOKEN)
     if tokenizer.vocab_size == GPT2_VOCAB_SIZE:
         n_tokens = getattr(source, "gpt2_tokens", n_tokens)
-    disk_bytes = n_tokens * id_bytes
-    if disk_bytes > free_bytes:
-        raise InputError(
-            f"{folder}: about {disk_bytes / 1e9:,.1f} GB must be free for the tokens of "
-            f"{source.name}, but only {free_bytes / 1e9:,.1f} GB are: free some space or pass "
-            "another folder with --data_dir"
-        )
-    downloaded = getattr(source, "download_bytes", 0)
-    download = f", {downloaded / 1e9:,.0f} GB of download (not stored)" if downloaded else ""
-    print(
-        f"{source.name} needs about {n_tokens / 1e9:,.2f}B tokens = {disk_bytes / 1e9:,.1f} GB of "
-        f"{free_bytes / 1e9:,.0f} GB free in {folder}{download}, less than 1 GB of memory, and "
-        f"{n_tokens / tokens_per_s / 3600:,.1f} hours on the {os.cpu_count()} cores of this "
-        "machine. You can stop it at any time; the same command resumes it",
-        file=sys.stderr,
+    need = (
+        f"the tokens of {source.name} need about {n_tokens * id_bytes / 1e9:,.2f} GB in {folder}, "
+        f"where {free_bytes / 1e9:,.2f} GB are free"
     )
-
-
-def measure_speed(tokenizer: Tokenizer) -> tuple[float, float]:
-    """Return tokens/s and bytes per token, measured on Python's manual.
-
-    A character tokenizer may not know the manual's characters: its figures are typical ones.
-    """
-    if isinstance(tokenizer, CharTokenizer):
-        return CHARS_PER_S, 1.0
-    from pydoc_data.topics import topics
-
-    texts = [*topics.values()]
-    start_s = time.perf_counter()
-    n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
-    return n_tokens / (time.perf_counter() - start_s), sum(map(len, texts)) / n_tokens
+    if n_tokens * id_bytes > free_bytes:
+        raise InputError(f"{need}: free some space or pass another folder with --data_dir")
+    if source.text_bytes > LARGE_BYTES:
+        print(f"{need}. Stop at any time; the same command continues", file=sys.stderr)

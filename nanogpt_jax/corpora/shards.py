@@ -1,23 +1,43 @@
-"""The files of a prepared folder: `meta.json`, and token files of bounded size.
+"""The files of a prepared folder: `meta.json`, token files, and the parts that become those.
 
 A split that fits into one file is nanoGPT's `train.bin`; a larger one is `train_00000.bin`,
 `train_00001.bin`, ... Which file a token belongs to follows from its number in the split.
 """
 
-import os
+import contextlib
+import io
 import re
+import shutil
 import zlib
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt_jax.config import SPLITS
+from nanogpt_jax.corpora.readers import Key
+from nanogpt_jax.corpora.tokenizer import TOKENIZER_FILE
 from nanogpt_jax.errors import InputError, reading
-from nanogpt_jax.files import read_json, sync_folder
+from nanogpt_jax.files import delete_partials, read_json, write_atomically, write_json
 
-PROGRESS = "progress.json"  # exists while the preparation is unfinished
+PROGRESS = "progress.json"  # what is prepared; exists while that is unfinished
+PLAN_FIELDS = {"stat", "info", "shard_tokens", "tokenizer", "tokenizer_hash", "dtype"}
+PARTS = "parts"  # a folder
 SHARD_TOKENS = 100_000_000  # 200 MB
 _TOKEN_FILE = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
+
+
+@dataclass
+class Counts:
+    """How much a preparation has come across so far."""
+
+    train: int = 0  # tokens
+    val: int = 0
+    chars: int = 0
+    val_chars: int = 0
+    documents: int = 0
+    skipped: int = 0  # documents without text
+    done: int = 0  # of the source's size
 
 
 def read_meta(folder: Path) -> dict:
@@ -87,7 +107,7 @@ def check_finished(folder: Path) -> None:
 
 def written(folder: Path) -> list[Path]:
     """Return all token files of a folder, complete and partial."""
-    return [path for path in folder.iterdir() if _TOKEN_FILE.fullmatch(path.name)]
+    return [path for path in folder.glob("*") if _TOKEN_FILE.fullmatch(path.name)]
 
 
 def files_of(folder: Path, split: str, meta: dict) -> dict[Path, int | None]:
@@ -115,58 +135,95 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def cut_back(folder: Path, journal: dict) -> bool:
-    """Cut the token files back to the tokens in a journal; return False if they have fewer."""
-    width, n_shard, kept = np.dtype(journal["dtype"]).itemsize, journal["shard_tokens"], set()
-    for split, n_tokens in journal["tokens"].items():
-        for begin in range(0, n_tokens, n_shard):
-            path, n_bytes = _shard(folder, split, begin // n_shard), min(n_shard, n_tokens - begin)
-            if (_size(path) or 0) < n_bytes * width:
-                return False
-            os.truncate(path, n_bytes * width)
-            kept.add(path)
-    for path in {*written(folder)} - kept:
-        path.unlink()
-    return True
+def begin(folder: Path, plan: dict) -> None:
+    """Mark a folder as incomplete and delete what it has: its next part is the first."""
+    shutil.rmtree(folder / PARTS, ignore_errors=True)  # first, as they are of the plan before
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / PROGRESS, plan)
+    for path in [folder / "meta.json", *written(folder)]:
+        path.unlink(missing_ok=True)
+    (folder / PARTS).mkdir()
 
 
-def append(folder: Path, split: str, n_tokens: int, ids: np.ndarray, shard_tokens: int) -> None:
-    """Write ids after the n_tokens that a split has."""
-    while len(ids):
-        room = shard_tokens - n_tokens % shard_tokens
-        with _shard(folder, split, n_tokens // shard_tokens).open("ab") as file:
-            file.write(ids[:room].tobytes())
-        n_tokens, ids = n_tokens + room, ids[room:]
+def read_plan(folder: Path) -> dict | None:
+    """Return what an unfinished preparation does; None if there is none or it is unreadable."""
+    try:
+        plan = read_json(folder / PROGRESS)
+        return plan if PLAN_FIELDS <= plan.keys() and isinstance(plan["info"], dict) else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
-def sync(folder: Path, before: dict, after: dict, shard_tokens: int) -> None:
-    """Flush to the disk the files that grew from so many tokens of each split to so many."""
-    for split, n_tokens in after.items():
-        for i in range(before[split] // shard_tokens, -(-n_tokens // shard_tokens)):
-            with _shard(folder, split, i).open("rb+") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
+def write_part(folder: Path, key: Key, counts: Counts, ids: dict[str, np.ndarray]) -> None:
+    """Write the next ids of both splits; `key` is that of the last item, `counts` include it."""
+    content = io.BytesIO()
+    np.savez(content, counts=np.array(astuple(counts)), **ids)  # type: ignore[arg-type]
+    name = "-".join(f"{number:08d}" for number in key)
+    write_atomically(folder / PARTS / f"{name}.npz", content.getbuffer())
 
 
-def finish(folder: Path, split: str, journal: dict) -> dict:
-    """Give the files of a split their final names; return its entry in meta.json."""
-    n_tokens = journal["tokens"][split]
-    paths = [_shard(folder, split, i) for i in range(-(-n_tokens // journal["shard_tokens"]))]
-    if len(paths) == 1:
-        paths = [paths[0].replace(folder / f"{split}.bin")]
-        sync_folder(folder)
+def _read_part(path: Path, name: str) -> np.ndarray:
+    requirement = "a complete file (delete its folder to start over)"
+    with reading(path, requirement), path.open("rb") as file, np.load(file) as part:
+        return part[name]
+
+
+def _counts_of(path: Path) -> Counts:
+    return Counts(*_read_part(path, "counts").tolist())
+
+
+def last_part(folder: Path) -> tuple[Key, Counts] | None:
+    """Return the key of the last item done, and the counts up to it."""
+    path = max((folder / PARTS).glob("*.npz"), default=None)
+    return path and (tuple(map(int, path.stem.split("-"))), _counts_of(path))
+
+
+def join(folder: Path, split: str, plan: dict) -> dict:
+    """Join the parts to the token files of a split; return its entry in meta.json.
+
+    A part is deleted when its training tokens are in a file, which saves half of the disk space:
+    join that split last. The last part stays, since it says that all items are done.
+    """
+    parts = sorted((folder / PARTS).glob("*.npz"))
+    ends = [getattr(_counts_of(path), split) for path in parts]
+    limit, dtype = plan["shard_tokens"], np.dtype(plan["dtype"]).newbyteorder("<")
+    begins = range(0, max(1, ends[-1]), limit)
     entries, whole = [], 0
-    for path in paths:
+    for i, begin in enumerate(begins):
+        path = folder / (f"{split}.bin" if len(begins) == 1 else f"{split}_{i:05d}.bin")
+        n_tokens = min(limit, ends[-1] - begin)
+        if _size(path) != n_tokens * dtype.itemsize:  # otherwise it was joined before a kill
+            ids = np.empty(n_tokens, dtype)
+            for k, part in enumerate(parts):
+                if ends[k] > begin and (k == 0 or ends[k - 1] < begin + n_tokens):
+                    part_ids = _read_part(part, split)
+                    at = ends[k] - len(part_ids) - begin  # of its first id
+                    piece = part_ids[max(0, -at) : max(0, n_tokens - at)]
+                    ids[max(0, at) : max(0, at) + len(piece)] = piece
+            write_atomically(path, memoryview(ids).cast("B"))
+        while split == "train" and len(parts) > 1 and ends[0] <= begin + n_tokens:
+            parts.pop(0).unlink()
+            ends.pop(0)
         crc32 = 0
         with path.open("rb") as file:
             while content := file.read(2**24):
                 crc32, whole = zlib.crc32(content, crc32), zlib.crc32(content, whole)
-            n = file.tell() // np.dtype(journal["dtype"]).itemsize
-        entries.append({"name": path.name, "tokens": n, "crc32": crc32})
-    return {"tokens": n_tokens, "crc32": whole, "files": entries}
+        entries.append({"name": path.name, "tokens": n_tokens, "crc32": crc32})
+    return {"tokens": begins[-1] + n_tokens, "crc32": whole, "files": entries}
 
 
-def _shard(folder: Path, split: str, i: int) -> Path:
-    """Return the path of the i-th file; the first may have got its final name already."""
-    whole = folder / f"{split}.bin"
-    return whole if i == 0 and whole.exists() else folder / f"{split}_{i:05d}.bin"
+def finish(folder: Path, meta: dict) -> None:
+    """Write meta.json, with which a folder is complete, and delete all that is left over."""
+    write_json(folder / "meta.json", meta)
+    (folder / PROGRESS).unlink()
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    delete_partials(folder)  # of a killed process
+
+
+def delete(folder: Path) -> None:
+    """Delete an unfinished preparation."""
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for path in [*written(folder), folder / TOKENIZER_FILE, folder / PROGRESS]:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it has files of the user's
+        folder.rmdir()

@@ -1,78 +1,94 @@
-"""Read text in pieces, each small enough to be tokenized as a whole.
-
-Where a piece ends depends only on where it begins.
-"""
+"""Read text some megabytes at a time, and cut it without changing its tokens."""
 
 import codecs
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from nanogpt_jax.errors import InputError
 
-PIECE_BYTES = 2**16  # a tokenizer needs a hundred times the memory of its input
-LONGEST_BYTES = 2**18  # of a text without a good place to cut; then it is cut anywhere
+BLOCK_BYTES = 2**20  # read at a time
+PIECE_CHARS = 2**16  # of a text, tokenized as one string: that takes a hundred times its memory
+LONGEST_CHARS = 2**18  # if there is no good place to cut; then it is cut anywhere
+CONTEXT_CHARS = 100  # on each side of a cut, to see whether it changes the tokens
+TRIES = 100
+
+# Whether the tokens of left + right are those of left, then those of right.
+CanCut = Callable[[str, str], bool]
 
 
-def last_cut(text: str) -> int:
+def read_blocks(file: BinaryIO, name: str) -> Iterator[str]:
+    """Yield the text of a UTF-8 file as Python reads one: no byte order mark, "\\n" as line end."""
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    decoder, begin, is_last = io.IncrementalNewlineDecoder(utf8, translate=True), 0, False
+    while not is_last:
+        content = file.read(BLOCK_BYTES)
+        is_last = not content
+        if begin == 0:
+            check_encoding(content, name)
+            begin = 3 if content.startswith(codecs.BOM_UTF8) else 0
+            content = content[begin:]
+        n_pending = len(utf8.getstate()[0])
+        bad, at = content, content.find(b"\0")  # valid UTF-8, but only found in binary files
+        try:
+            text = decoder.decode(content, final=is_last)
+        except UnicodeDecodeError as error:
+            bad, at, begin = error.object, error.start, begin - n_pending
+        if at >= 0:
+            raise InputError(
+                f"{name}: must be UTF-8 text, but byte {begin + at} is 0x{bad[at]:02x}: save it as "
+                "UTF-8"
+            )
+        if text:
+            yield text
+        begin += len(content)
+
+
+def check_encoding(content: bytes, name: str) -> None:
+    """Refuse a file whose first bytes are those of UTF-16 or UTF-32."""
+    zeros = [byte == 0 for byte in content[:4]]
+    is_32 = content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or sum(zeros) == 3
+    is_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    is_16 = is_16 or zeros in ([False, True] * 2, [True, False] * 2)
+    if is_32 or is_16:
+        encoding = "UTF-32" if is_32 else "UTF-16"
+        raise InputError(
+            f"{name}: must be UTF-8 text, but looks like {encoding}: convert it, for example with "
+            f"iconv -f {encoding} -t UTF-8"
+        )
+
+
+def last_cut(text: str, can_cut: CanCut) -> int:
     """Return the last place where cutting a text leaves its tokens unchanged; 0 if there is none.
 
-    That is before a single space between two non-space characters or, without one, before such a
-    line break: GPT-2's pattern begins a new word there, whatever comes before.
+    Good places are before a single space between two words and, without any, before a line break:
+    GPT-2's pattern begins a new word there. Whether another tokenizer does is tried.
     """
     for mark in " \n":
         at = len(text) - 1  # something must follow
-        while (at := text.rfind(mark, 1, max(1, at))) > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
+        for _ in range(TRIES):
+            at = text.rfind(mark, 1, max(1, at))
+            if at < 0:
+                break
+            is_single = not text[at - 1].isspace() and not text[at + 1].isspace()
+            if is_single and can_cut(
+                text[max(0, at - CONTEXT_CHARS) : at], text[at : at + CONTEXT_CHARS]
+            ):
                 return at
     return 0
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Yield a text in pieces that have the tokens of the whole."""
-    begin, length = 0, PIECE_BYTES
-    while len(text) - begin > length:
-        cut = last_cut(text[begin : begin + length])
-        if not cut and length < LONGEST_BYTES:
+def cut_text(text: str, can_cut: CanCut) -> Iterator[str]:
+    """Yield a text in pieces that, one after another, have the tokens of the whole."""
+    begin = 0
+    while len(text) - begin > PIECE_CHARS:
+        length = PIECE_CHARS
+        while not (cut := last_cut(text[begin : begin + length], can_cut)):
+            if length >= LONGEST_CHARS:
+                break
             length *= 2
-            continue
-        cut = cut or length
-        yield text[begin : begin + cut]
-        begin, length = begin + cut, PIECE_BYTES
+        end = begin + (cut or length)
+        yield text[begin:end]
+        begin = end
     if begin < len(text):
         yield text[begin:]
-
-
-def read_pieces(file: BinaryIO, name: str, offset: int = 0) -> Iterator[tuple[str, int]]:
-    """Yield (text, offset of the byte after it) of a UTF-8 file, starting at a byte offset.
-
-    A byte order mark is skipped, and Windows line ends become line feeds.
-    """
-    if offset == 0:
-        file.seek(0)
-        offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
-    length, is_last = PIECE_BYTES, False
-    while not is_last:
-        file.seek(offset)
-        content = file.read(length)
-        is_last = len(content) < length
-        text, n_bytes = "", 0
-        try:
-            text, n_bytes = codecs.utf_8_decode(content, "strict", is_last)
-            bad = content.find(b"\0")  # is UTF-8, but only in binary files
-        except UnicodeDecodeError as error:
-            bad = error.start
-        if bad >= 0:
-            raise InputError(
-                f"{name}: must be UTF-8 text, but byte {offset + bad} is 0x{content[bad]:02x}: "
-                "save it as UTF-8"
-            )
-        if not is_last:
-            cut = last_cut(text)
-            if not cut and length < LONGEST_BYTES:
-                length *= 2
-                continue
-            text = text[:cut] if cut else text.removesuffix("\r")  # perhaps half a line end
-            n_bytes = len(text.encode())
-        offset, length = offset + n_bytes, PIECE_BYTES
-        if text:
-            yield text.replace("\r\n", "\n"), offset

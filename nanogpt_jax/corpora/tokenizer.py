@@ -9,7 +9,10 @@ import codecs
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +24,13 @@ from nanogpt_jax import files
 from nanogpt_jax.errors import InputError, reading
 
 TOKENIZER_FILE = "tokenizer.json"
+OLD_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # of GPT-2
 MAX_FILE_BYTES = 2**26  # GPT-2's has 1.4 MB
 REQUIREMENT = 'like {"type": "char", "chars": "..."} or byte-level BPE of Hugging Face tokenizers'
 NORMALIZERS, PRE_TOKENIZERS = {"NFC", "NFD", "NFKC", "NFKD"}, {"ByteLevel", "Digits", "Split"}
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
+ROUND_TRIP = "the cat\n\n  sat \t🎭 日本"  # what a tokenizer must decode to itself
+MAX_WORD_CHARS = 256
 PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
 
 
@@ -84,6 +90,11 @@ class CharTokenizer:
         """Return the text of token ids; an id past the vocabulary becomes U+FFFD."""
         return "".join(self.chars[i] if i < self.vocab_size else "\ufffd" for i in ids)
 
+    def can_cut(self, left: str, right: str) -> bool:
+        """Return whether a text may be cut between two parts of it; see `text.CanCut`."""
+        del left, right
+        return True
+
     def stream_decoder(self) -> Callable[..., str]:
         return lambda ids, final=False: self.decode(ids)
 
@@ -120,6 +131,10 @@ class BPETokenizer:
         self.special_tokens = {i: token.content for i, token in added.items()}
         if len({token for token in self.token_bytes if len(token) == 1}) < 256:
             raise ValueError("it does not have all 256 bytes")
+        if self.decode(self.encode(ROUND_TRIP)) != ROUND_TRIP:  # with add_prefix_space, say
+            raise ValueError(
+                f"it turns {ROUND_TRIP!r} into {self.decode(self.encode(ROUND_TRIP))!r}"
+            )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -136,9 +151,14 @@ class BPETokenizer:
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
+            show_progress=sys.stderr.isatty(),
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        words = (part for text in texts for part in _without_long_words(text))
+        # In a thread, since this one must hear Ctrl-C.
+        training = ThreadPoolExecutor(1).submit(tokenizer.train_from_iterator, words, trainer)
+        while not training.done():
+            wait([training], timeout=0.1)
+        training.result()
         return cls(tokenizer.to_str())
 
     def __eq__(self, other) -> bool:
@@ -193,6 +213,11 @@ class BPETokenizer:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self._bytes(ids).decode("utf-8", "replace")
 
+    def can_cut(self, left: str, right: str) -> bool:
+        """Return whether the tokens of left + right are those of left, then those of right."""
+        whole, *halves = self.encode_batch([left + right, left, right])
+        return np.array_equal(whole, np.concatenate(halves))
+
     def stream_decoder(self) -> Callable[..., str]:
         """Return a function (ids, final) that decodes ids as they arrive.
 
@@ -236,6 +261,19 @@ def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
     if isinstance(tokenizer, BPETokenizer):
         lengths[list(tokenizer.special_tokens)] = 0
     return lengths
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """Yield a text in parts that end within words of more than MAX_WORD_CHARS characters.
+
+    Training merges the pairs of a word one after the other, which takes minutes for a text without
+    spaces, such as a genome.
+    """
+    begin = 0
+    for match in re.finditer(rf"\S{{{MAX_WORD_CHARS}}}", text):
+        yield text[begin : match.end()]
+        begin = match.end()
+    yield text[begin:]
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -301,12 +339,38 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Read a folder's tokenizer.json; return None if there is none."""
-    path = Path(folder, TOKENIZER_FILE)
-    return read_tokenizer(path) if path.exists() else None
+    """Read a folder's tokenizer; return None if there is none."""
+    path = find_tokenizer(folder)
+    return path and read_tokenizer(path)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """Return a folder's tokenizer.json, or its vocabulary if it has GPT-2's older files."""
+    for pair in ((TOKENIZER_FILE, TOKENIZER_FILE), *OLD_FILES.items()):
+        path, merges = (Path(folder, name) for name in pair)
+        if path.exists() and merges.exists():
+            return path
+    return None
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer's file, or raise InputError."""
+    """Read a tokenizer's file, or a vocabulary with the merges next to it, or raise InputError."""
     with reading(path, REQUIREMENT):
-        return tokenizer_from_json(files.read_text(path, MAX_FILE_BYTES))
+        content = files.read_text(path, MAX_FILE_BYTES)
+        if path.name in OLD_FILES:
+            merges = files.read_text(path.with_name(OLD_FILES[path.name]), MAX_FILE_BYTES)
+            content = _from_old_files(files.loads(content), merges)
+        return tokenizer_from_json(content)
+
+
+def _from_old_files(vocab: dict[str, int], merges: str) -> str:
+    """Return the tokenizer.json of GPT-2's vocab.json and merges.txt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    lines = (line for line in merges.splitlines() if not line.startswith("#version"))
+    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if left]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer.to_str()

@@ -11,12 +11,13 @@ from nanogpt_jax.corpora.tokenizer import (
     BPETokenizer,
     CharTokenizer,
     Tokenizer,
+    find_tokenizer,
     read_tokenizer,
     tokenizer_hash,
 )
 from nanogpt_jax.errors import InputError, did_you_mean
 
-GPT2_HASH = "6f8dee62"  # `tokenizer_hash` of GPT-2's
+GPT2_HASH = "5c81a021"  # `tokenizer_hash` of GPT-2's, from OpenAI's encoder.json and vocab.bpe
 BPE_VOCAB_SIZE = 4096
 
 
@@ -38,12 +39,13 @@ class TokenizerSpec:
             if size < 257:
                 raise InputError(f"vocab_size must be at least 257 for bpe, got {size}")
             return cls(f"bpe{size}", vocab_size=size)
-        path = Path(requested)
-        path = path / TOKENIZER_FILE if path.is_dir() else path
+        path = Path(requested).expanduser()
+        path = (find_tokenizer(path) or path / TOKENIZER_FILE) if path.is_dir() else path
         if not path.exists():
+            hint = did_you_mean(requested, ("char", "gpt2", "bpe"))
             raise InputError(
-                f"tokenizer must be char, gpt2, bpe or a {TOKENIZER_FILE}, but there is no "
-                f"{requested!r}.{did_you_mean(requested, ('char', 'gpt2', 'bpe'))}"
+                f"tokenizer must be char, gpt2, bpe, a {TOKENIZER_FILE} or the folder of one, but "
+                f"there is no {requested!r}.{hint}"
             )
         found = tokenizer_hash(read_tokenizer(path))
         return cls("gpt2" if found == GPT2_HASH else found, path)  # in the folder of gpt2

@@ -1,6 +1,5 @@
-"""Preparation: tokenizers, documents, and what interrupts it."""
+"""Preparation: tokenizers, splits, separators, and what interrupts it."""
 
-import gzip
 import importlib.util
 import json
 import os
@@ -13,18 +12,21 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 from conftest import ROOT
+from formats import jsonl_of, parquet_of
 from make_text import make_text
 
-from nanogpt_jax import corpora, files
+from nanogpt_jax import corpora
 from nanogpt_jax.corpora import (
     catalog,
     open_corpus,
     preparation,
     prepare,
     resolve,
+    shards,
     sources,
     tokenizer_spec,
     tokens,
@@ -52,9 +54,14 @@ def some_documents(n: int) -> list[str]:
     return [f"Document {i}.\nIt has {i * i} words, or {END} so.\n" for i in range(n)]
 
 
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts))
+def write_jsonl(path: Path, texts: list) -> Path:
+    path.write_bytes(jsonl_of(texts))
     return path
+
+
+def seen(folder: Path) -> list[Path]:
+    """Return what a folder has but for hidden files, the locks."""
+    return sorted(folder.glob("[!.]*"))
 
 
 def token_files(folder: Path) -> dict[str, bytes]:
@@ -190,238 +197,135 @@ def test_a_different_tokenizer_than_a_folders_is_refused(book, tmp_path, data_di
 # Documents
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
-def test_every_tenth_document_is_for_validation_and_separators_are_between(
-    tmp_path, data_dir, bpe, ending
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.parquet"])
+def test_every_tenth_document_is_for_validation_and_a_separator_follows_each(
+    tmp_path, data_dir, bpe, name, capsys
 ):
+    import gzip
+
     texts = some_documents(41)
-    path = tmp_path / f"documents.{ending}"
-    if ending == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        pytest.importorskip("pyarrow.parquet")
-        table = pyarrow.table({"id": [*range(43)], "text": [*texts[:5], None, "", *texts[5:]]})
-        pyarrow.parquet.write_table(table, path, row_group_size=7)
-    else:
-        write_jsonl(path, [*texts[:5], "", *texts[5:]])
-        if ending == "jsonl.gz":
-            path.write_bytes(gzip.compress(path.read_bytes()))
-    corpus = open_corpus(prepare(str(path), data_dir, tokenizer=str(bpe)), 9)
-    assert decoded(corpus, "val") == END.join(texts[9::10])
+    documents = [*texts[:5], None, "", *texts[5:]]
+    content = parquet_of(documents) if name == "d.parquet" else jsonl_of(documents)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name == "d.jsonl.gz" else content)
+    corpus = open_corpus(prepare(str(tmp_path / name), data_dir, tokenizer=str(bpe)), 9)
+    assert decoded(corpus, "val") == "".join(text + END for text in texts[9::10])
+    n_chars = sum(map(len, texts))
+    assert f"41 texts, {n_chars:,} characters (2 more are empty)" in capsys.readouterr().out
     del texts[9::10]
-    assert decoded(corpus, "train") == END.join(texts)
+    assert decoded(corpus, "train") == "".join(text + END for text in texts)
     (end,) = corpus.tokenizer.encode_prompt(END)
     # The same words within a document are no separator.
-    assert np.count_nonzero(corpus.splits["train"] == end) == len(texts) - 1
+    assert np.count_nonzero(corpus.splits["train"] == end) == len(texts)
 
 
 def test_the_validation_split_has_a_limit(tmp_path, data_dir, bpe, monkeypatch):
-    monkeypatch.setattr(sources._Documents, "max_val_chars", 110)
+    monkeypatch.setattr(sources.Files, "max_val_chars", 110)
     texts = some_documents(100)
     path = write_jsonl(tmp_path / "documents.jsonl", texts)
     corpus = open_corpus(prepare(str(path), data_dir, tokenizer=str(bpe)), 9)
-    assert decoded(corpus, "val") == END.join([texts[9], texts[19], texts[29]])
+    assert decoded(corpus, "val") == "".join(texts[i] + END for i in (9, 19, 29))
 
 
 def test_documents_in_characters(tmp_path, data_dir):
     texts = [text.replace("\n", " ") for text in some_documents(20)]
     path = write_jsonl(tmp_path / "documents.jsonl", texts)
     corpus = open_corpus(prepare(str(path), data_dir, tokenizer="char"), 9)
-    assert decoded(corpus, "val") == f"{texts[9]}\n{texts[19]}"
+    assert decoded(corpus, "val") == f"{texts[9]}\n{texts[19]}\n"
 
 
-def test_a_folder_of_documents_is_read_in_the_order_of_names(tmp_path, data_dir, bpe):
-    (tmp_path / "all").mkdir()
-    texts = some_documents(22)
-    write_jsonl(tmp_path / "all" / "b.jsonl", texts[12:])
-    write_jsonl(tmp_path / "all" / "a.jsonl", texts[:12])
-    corpus = open_corpus(prepare(str(tmp_path / "all"), data_dir, tokenizer=str(bpe)), 9)
-    assert decoded(corpus, "val") == f"{texts[9]}{END}{texts[19]}"
+def test_the_key_of_the_text_can_be_named_and_has_a_folder_of_its_own(tmp_path, data_dir, bpe):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "question", "answer": "because"}\n' * 20)
+    answers = prepare(str(path), data_dir, tokenizer=str(bpe), text_key="answer")
+    assert decoded(open_corpus(answers, 9), "val") == 2 * f"because{END}"
+    assert prepare(str(path), data_dir, tokenizer=str(bpe)) != answers
 
 
-def test_a_folder_of_several_kinds_is_refused(tmp_path, data_dir):
-    (tmp_path / "a.txt").touch()
-    (tmp_path / "b.jsonl").touch()
-    with pytest.raises(InputError, match=r"of one kind, but has 1 \.jsonl and 1 \.txt"):
-        prepare(str(tmp_path), data_dir)
+def test_a_bad_document_is_named_and_no_corpus_left_behind(tmp_path, data_dir, bpe):
+    path = write_jsonl(tmp_path / "documents.jsonl", some_documents(12))
+    path.write_text(path.read_text() + "{\n")
+    (tmp_path / "d.parquet").write_bytes(parquet_of([["a list"]]))
+    for name, message in (
+        ("documents.jsonl", "line 13: must"),
+        ("d.parquet", "must have a column"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(str(tmp_path / name), data_dir, tokenizer=str(bpe))
+        assert seen(data_dir) == []
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r'must be like {"text": "\.\.\."}, but is {'),
-        ('{"content": "words"}', 'but is {"content"'),
-        ('{"text": null}', "but is"),
-        ("[3]", "but is"),
-        ('{"text": "half \\ud83c"}', "lone surrogate"),
-    ],
-)
-def test_a_bad_line_is_named_and_nothing_left_behind(tmp_path, data_dir, bpe, line, message):
-    path = tmp_path / "documents.jsonl"
-    write_jsonl(path, some_documents(12))
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(InputError, match=rf"documents\.jsonl, line 13: .*{message}"):
-        prepare(str(path), data_dir, tokenizer=str(bpe))
+def test_a_text_that_the_tokenizer_changes_is_refused(tmp_path, data_dir, bpe):
+    content = json.loads(bpe.read_text()) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "nfc.json").write_text(json.dumps(content))
+    (tmp_path / "text.txt").write_text("cafe\u0301 " * 50)
+    with pytest.raises(InputError, match="must decode to the text itself"):
+        prepare(str(tmp_path / "text.txt"), data_dir, tokenizer=str(tmp_path / "nfc.json"))
     assert not data_dir.exists()
-
-
-def test_a_table_without_text_is_named(tmp_path, data_dir, bpe):
-    pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "t.parquet"
-    for columns in ({"content": ["a"]}, {"text": [3]}):
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
-        with pytest.raises(InputError, match=r"t\.parquet: must have a column text, of strings"):
-            prepare(str(path), data_dir, tokenizer=str(bpe))
-    path.write_bytes(b"PAR1 and nothing")
-    with pytest.raises(InputError, match=r"t\.parquet: must be a complete Parquet file"):
-        prepare(str(path), data_dir, tokenizer=str(bpe))
-
-
-def test_a_damaged_gzip_file_is_one_line(tmp_path, data_dir, bpe):
-    path = tmp_path / "documents.jsonl.gz"
-    write_jsonl(path, some_documents(500))
-    whole = gzip.compress(path.read_bytes())
-    middle = len(whole) // 2
-    damaged = whole[:middle] + bytes(8) + whole[middle + 8 :]
-    for content in (whole[:-20], damaged, b"not gzip"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"documents\.jsonl\.gz(: |, line )"):
-            prepare(str(path), data_dir, tokenizer=str(bpe))
-        assert not data_dir.exists()
 
 
 def test_too_few_documents_are_refused(tmp_path, data_dir, bpe):
     path = write_jsonl(tmp_path / "documents.jsonl", some_documents(9))
     with pytest.raises(InputError, match="one gets 0 \\(every 10th document, "):
         prepare(str(path), data_dir, tokenizer=str(bpe))
-    assert not data_dir.exists()
+    assert seen(data_dir) == []
 
 
-def test_a_missing_library_is_one_line(tmp_path, data_dir, bpe, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl.zst"])
+def test_a_missing_library_is_one_line(tmp_path, data_dir, bpe, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    for dataset in ("openwebtext", str(tmp_path / "t.parquet")):
-        with pytest.raises(InputError, match=r"pip install -e '\.\[corpora\]'"):
-            prepare(dataset, data_dir, tokenizer=str(bpe))
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    (tmp_path / name).write_bytes(b"PAR1" if name == "t.parquet" else b"\x28\xb5\x2f\xfd")
+    with pytest.raises(InputError, match=r"pip install -e '\.\[corpora\]'"):
+        prepare(str(tmp_path / name), data_dir, tokenizer=str(bpe))
 
 
-# The hub
+def test_a_tilde_that_the_shell_left_is_expanded(book, tmp_path, monkeypatch, bpe):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.json").write_bytes(bpe.read_bytes())
+    folder = prepare(f"~/{book.relative_to(tmp_path)}", Path("~/d"), tokenizer="~/t.json")
+    assert folder.parent == tmp_path / "d"
 
 
-class FakeApi:
-    """Answers each question for the newest commit with another one."""
-
-    def __init__(self, asked):
-        self._asked = asked
-
-    def dataset_info(self, repository, revision=None, timeout=None):
-        assert timeout
-        self._asked.append(((repository,), {"revision": revision}))
-        return SimpleNamespace(sha=f"sha{sum(a[0] == (repository,) for a in self._asked)}")
+# The Hub
 
 
-@pytest.fixture
-def fake_hub(tmp_path, monkeypatch, bpe):
-    """The hub as a parquet file: fake_hub(texts) -> what it was asked for."""
-    datasets = pytest.importorskip("datasets")
-    pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet")
+@pytest.mark.parametrize("name", ["openwebtext", "tinystories"])
+def test_a_corpus_of_the_hub_is_streamed_once(data_dir, hub, bpe, monkeypatch, name):
     monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: bpe)
-    monkeypatch.setattr(preparation, "measure_speed", lambda tokenizer: (1e6, 4.0))
     monkeypatch.setattr(sources.Hub, "every", 20)
-    load_dataset, asked = datasets.load_dataset, []
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: FakeApi(asked))
-
-    def serve(texts):
-        table = pyarrow.table({"url": ["a"] * len(texts), "text": texts})
-        pyarrow.parquet.write_table(table, tmp_path / "hub.parquet", row_group_size=50)
-
-        def load(*args, **kwargs):
-            asked.append((args, kwargs))
-            files = str(tmp_path / "hub.parquet")
-            return load_dataset("parquet", data_files=files, split="train", streaming=True)
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        return asked
-
-    return serve
-
-
-@pytest.mark.parametrize("name", ["openwebtext", "fineweb-edu"])
-def test_a_corpus_of_the_hub_is_streamed_once(data_dir, fake_hub, name, capsys):
     texts = some_documents(100)
-    asked = fake_hub(texts)
+    file = "plain_text/train-0" if name == "openwebtext" else "data/train-0"
+    files = {f"{file}.parquet": parquet_of(texts), "data/validation-0.parquet": parquet_of(["val"])}
+    asked = hub(files)
     folder = prepare(name, data_dir)
-    corpus = open_corpus(folder, 9)
-    assert folder == data_dir / name
-    assert decoded(corpus, "val") == END.join(texts[19::20])
-    assert "hours on the" in capsys.readouterr().err
-    assert prepare(name, data_dir) == resolve(name, data_dir, 9) == folder
-    of_branch, (args, kwargs) = asked
-    corpus = sources.HUB[name]
-    assert args == (corpus.repository,)
-    assert of_branch == (args, {"revision": corpus.settings.get("revision")})
-    assert kwargs == {**corpus.settings, "revision": "sha1", "split": "train", "streaming": True}
+    corpus, n_asked = open_corpus(folder, 2), len(asked)
+    val = texts[19::20] if name == "openwebtext" else ["val"]
+    assert decoded(corpus, "val") == "".join(text + END for text in val)
+    assert prepare(name, data_dir) == resolve(name, data_dir, 2) == folder == data_dir / name
+    assert len(asked) == n_asked
     assert json.loads((folder / "meta.json").read_text())["source_revision"] == "sha1"
 
 
-def test_a_broken_stream_resumes(data_dir, tmp_path, fake_hub, monkeypatch):
-    monkeypatch.setattr("nanogpt_jax.corpora.text.PIECE_BYTES", 256)
-    texts = some_documents(600)
-    asked = fake_hub(texts)
-    whole = token_files(prepare("openwebtext", tmp_path / "whole", shard_tokens=500))
-    encode, left = BPETokenizer.encode_batch, [4]
-
-    def encode_some(self, texts):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return encode(self, texts)
-
-    monkeypatch.setattr(BPETokenizer, "encode_batch", encode_some)
-    begun_with = []
-    for _ in range(20):
-        left[0] = 4
-        try:
-            folder = prepare("openwebtext", data_dir, shard_tokens=500)
-            break
-        except KeyboardInterrupt:
-            begun_with.append(position(data_dir)[0])
-            with pytest.raises(InputError, match="must be prepared before training"):
-                resolve("openwebtext", data_dir, 9)
-    assert len(begun_with) > 3
-    assert begun_with == sorted({*begun_with})
-    assert token_files(folder) == whole
-    (first, *others) = [kwargs["revision"] for _, kwargs in asked if "streaming" in kwargs]
-    assert len({*others}) == 1  # that of the first of them, not the newest of each
-    assert first not in others
-
-
-def test_a_revision_that_cannot_be_queried_is_one_line(data_dir, fake_hub, monkeypatch):
-    def fail(self, *args, **kwargs):
-        raise OSError("offline mode is enabled\nand more")
-
-    fake_hub(["words"])
-    monkeypatch.setattr(FakeApi, "dataset_info", fail)
-    with pytest.raises(InputError, match=r"offline mode is enabled\): .*of https://.*folder") as e:
-        prepare("openwebtext", data_dir)
-    assert "\n" not in str(e.value)
-    assert not data_dir.exists()
-
-
-def test_no_network_is_one_line_that_says_what_to_save(data_dir, fake_hub, monkeypatch):
-    import datasets
-
-    def fail(*args, **kwargs):
-        raise ConnectionError("Couldn't reach 'Skylion007/openwebtext'\nand more")
-
-    fake_hub(["words"])
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"Couldn't reach.*parquet files of https://.*folder") as e:
-        prepare("openwebtext", data_dir)
-    assert "\n" not in str(e.value)
-    assert not data_dir.exists()
+def test_a_broken_stream_resumes_at_the_same_revision(data_dir, tmp_path, hub, bpe, monkeypatch):
+    monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: bpe)
+    monkeypatch.setattr(sources.Hub, "every", 20)
+    monkeypatch.setattr(preparation, "BATCH_CHARS", 1000)
+    parts = {f"plain_text/train-{i}.parquet": parquet_of(some_documents(99 + i)) for i in range(3)}
+    hub(parts)
+    whole = prepare("openwebtext", tmp_path / "whole", shard_tokens=500)
+    broken = dict(parts)
+    for name in parts:
+        asked = hub(broken | {name: OSError("connection lost")})
+        with pytest.raises(InputError, match="could not be read from the Hub") as error:
+            prepare("openwebtext", data_dir, shard_tokens=500)
+        assert "run the same command again" in str(error.value)
+        with pytest.raises(InputError, match="must be prepared before training"):
+            resolve("openwebtext", data_dir, 9)
+    del asked[:]
+    hub(parts)
+    folder = prepare("openwebtext", data_dir, shard_tokens=500)
+    assert token_files(folder) == token_files(whole)
+    assert all("@sha" in path and not path.endswith("train-0.parquet") for path in asked)
 
 
 def test_training_refuses_to_prepare_for_hours(data_dir):
@@ -431,16 +335,17 @@ def test_training_refuses_to_prepare_for_hours(data_dir):
     assert not data_dir.exists()
 
 
-def test_a_corpus_of_the_hub_is_not_read_twice_for_its_characters(data_dir):
+def test_a_corpus_of_the_hub_has_no_characters(data_dir, hub):
+    hub({"plain_text/train-0.parquet": parquet_of(["a"])})
     with pytest.raises(InputError, match="must have a byte-pair tokenizer"):
         prepare("openwebtext", data_dir, tokenizer="char")
 
 
-def test_a_disk_that_is_too_small_is_reported_first(data_dir, fake_hub, monkeypatch):
-    fake_hub(["words"])
-    usage = (10**12, 10**12 - 10**9, 10**9)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("", (), {"free": usage[2]}))
-    with pytest.raises(InputError, match=r"about \d+\.\d GB must be free .* but only 1\.0 GB are"):
+def test_a_disk_that_is_too_small_is_reported_first(data_dir, hub, bpe, monkeypatch):
+    monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: bpe)
+    hub({"plain_text/train-0.parquet": parquet_of(["a"])})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    with pytest.raises(InputError, match=r"about \d+\.\d+ GB in .*, where 1\.00 GB are free: "):
         prepare("openwebtext", data_dir)
     assert not data_dir.exists()
 
@@ -505,27 +410,27 @@ def start(*argv) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe)
 
 
-def position(data_dir: Path) -> list | None:
-    """Return how far a preparation has come, as its progress.json says."""
-    journals = map(preparation._read_journal, data_dir.glob("*"))
-    return next((journal["position"] for journal in journals if journal), None)
+def n_done(data_dir: Path) -> int:
+    """Return how many tokens an unfinished preparation has."""
+    found = filter(None, map(shards.last_part, data_dir.glob("*")))
+    return next((counts.train + counts.val for _, counts in found), 0)
 
 
 @pytest.mark.parametrize("kind", ["txt", pytest.param("jsonl", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, data_dir, bpe, kind):
     path = tmp_path / f"text.{kind}"
-    texts = list(make_text(2_000_000, n_words=3000))
+    texts = list(make_text(13_000_000, n_words=3000))
     if kind == "txt":
         path.write_text("".join(texts))
     else:
         write_jsonl(path, [text[i : i + 3000] for text in texts for i in range(0, len(text), 3000)])
-    flags = path, "--tokenizer", bpe, "--shard_tokens", 10_000, "--data_dir"
-    whole = prepare(str(path), tmp_path / "whole", 1, str(bpe), shard_tokens=10_000)
+    flags = path, "--tokenizer", bpe, "--shard_tokens", 100_000, "--data_dir"
+    whole = prepare(str(path), tmp_path / "whole", 1, str(bpe), shard_tokens=100_000)
     randomly, resumed_from, kills = random.Random(0), [], 0
     for _ in range(40):
-        before, process = position(data_dir), start(*flags, data_dir)
+        before, process = n_done(data_dir), start(*flags, data_dir)
         if kills < 5:
-            while process.poll() is None and position(data_dir) in (before, None):
+            while process.poll() is None and n_done(data_dir) == before:
                 time.sleep(0.002)
             time.sleep(randomly.uniform(0, 0.1))
             process.kill()
@@ -533,13 +438,11 @@ def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, dat
         resumed_from += [
             int(n.replace(",", "")) for n in re.findall(r"resuming .* from ([\d,]+)", out)
         ]
-        (folder,) = data_dir.iterdir()
+        (folder,) = seen(data_dir)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, err
         kills += 1
-        for name, content in token_files(folder).items():
-            assert (whole / name).read_bytes().startswith(content)
         assert corpora.known_val_tokens(str(path), data_dir, str(bpe)) is None
         with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
             open_corpus(folder, 9)
@@ -548,47 +451,55 @@ def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, dat
     assert kills == 5
     assert len(resumed_from) == 5
     assert resumed_from == sorted({*resumed_from})
-    assert token_files(folder) == token_files(whole)
-    assert not list(folder.glob("*.partial"))
-    assert not (folder / "progress.json").exists()
+    assert {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "meta.json"
+    } == {path.name: path.read_bytes() for path in whole.iterdir() if path.name != "meta.json"}
 
 
-def test_interrupted_at_any_rename_it_resumes_and_writes_the_same_bytes(
+def test_interrupted_at_any_rename_or_removal_it_resumes_and_writes_the_same_bytes(
     tmp_path, data_dir, bpe, monkeypatch, capsys
 ):
+    monkeypatch.setattr(preparation, "BATCH_CHARS", 20_000)
+    monkeypatch.setattr("nanogpt_jax.corpora.text.BLOCK_BYTES", 10_000)
     path = tmp_path / "text.txt"
-    path.write_text("".join(make_text(300_000, n_words=3000)))
+    path.write_text("".join(make_text(200_000, n_words=3000)))
     whole = token_files(prepare(str(path), tmp_path / "whole", 1, str(bpe), shard_tokens=9000))
-    replace, left = Path.replace, [0]
+    left = [0]
 
-    def replace_some(path, target):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return replace(path, target)
+    def sometimes(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(Path, "replace", replace_some)
-    for n in range(1, 60):
-        left[0], noted = n // 2, position(data_dir)
+        return call
+
+    monkeypatch.setattr(Path, "replace", sometimes(Path.replace))
+    monkeypatch.setattr(Path, "unlink", sometimes(Path.unlink))
+    for n in range(1, 200):
+        left[0], before = 2 + n // 2, n_done(data_dir)
         try:
             folder = prepare(str(path), data_dir, 1, str(bpe), shard_tokens=9000)
             break
         except KeyboardInterrupt:
-            assert (noted is None) == ("resuming" not in capsys.readouterr().out)
+            assert (before > 0) == ("resuming" in capsys.readouterr().out)
     assert n > 5
     assert token_files(folder) == whole
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*whole, "meta.json", "tokenizer.json"]
+    )
 
 
 @pytest.fixture
 def begun(book, data_dir, monkeypatch) -> Path:
     """A preparation of the book in 300 tokens, 1000 to a shard, that did not come to its end."""
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "SAVE_S", -1)
         patch.setattr(preparation, "_finish", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(str(book), data_dir, 1, "bpe", 300, 1000)
-    (folder,) = data_dir.iterdir()
-    assert position(data_dir)
+    (folder,) = seen(data_dir)
+    assert n_done(data_dir)
     return folder
 
 
@@ -599,12 +510,10 @@ def test_a_touched_source_or_another_shard_size_still_resumes(
     """A touched or copied text, or train.py, which knows of no --shard_tokens."""
     if what == "time":
         os.utime(book, (1, 1))
-    (begun / "progress.json.1.partial").touch()  # of one that was killed while it wrote it
     folder = prepare(str(book), data_dir, 1, "bpe", 300, 1000 if what == "time" else 10**8)
-    assert not list(folder.glob("*.partial"))
     assert "resuming" in capsys.readouterr().out
-    anew = prepare(str(book), tmp_path / "anew", 1, "bpe", 300, 1000)
-    assert token_files(folder) == token_files(anew)
+    again = prepare(str(book), tmp_path / "again", 1, "bpe", 300, 1000)
+    assert token_files(folder) == token_files(again)
     assert prepare(str(book), data_dir, 1, "bpe", 300) == folder
     assert capsys.readouterr().out.count("prepared") == 1  # only the other
 
@@ -613,47 +522,35 @@ def test_a_touched_source_or_another_shard_size_still_resumes(
     ("what", "why"),
     [
         ("source", "book.txt changed"),
-        ("line ends", "book.txt changed"),
         ("tokenizer", "tokenizer.json changed"),
-        ("no tokenizer", "tokenizer.json changed"),
-        ("files", "token files are missing or cut off"),
-        ("journal", "progress.json is damaged"),
+        ("plan", "progress.json is damaged"),
         ("list", "progress.json is damaged"),
-        ("field", "progress.json is damaged"),
     ],
 )
 def test_a_preparation_starts_over_if_anything_changed(
     book, data_dir, bpe, begun, tmp_path, capsys, what, why
 ):
-    folder = begun
-    (folder / "progress.json.1.partial").touch()
     if what == "source":
         book.write_text(book.read_text()[::-1])
-    elif what == "line ends":  # the same text, but elsewhere in the file
-        book.write_text(book.read_text(), newline="\r\n")
-    elif what == "no tokenizer":
-        (folder / "tokenizer.json").write_text("{")
-    elif what == "files":
-        for path in folder.glob("train*"):
-            path.write_bytes(b"")
-    elif what == "list":
-        (folder / "progress.json").write_text("[]")
-    elif what == "field":
-        path = folder / "progress.json"
-        path.write_text(path.read_text().replace("position", "place"))
     elif what == "tokenizer":
-        (folder / "tokenizer.json").write_bytes(bpe.read_bytes())
-    elif what == "journal":
-        (folder / "progress.json").write_text("{")
-    assert folder == prepare(str(book), data_dir, 1, "bpe", 300, 900)
-    said = capsys.readouterr()
-    assert f"{folder}: starting over" in said.err
-    assert why in said.err
-    assert "resuming" not in said.out
-    assert not (folder / "progress.json.1.partial").exists()
-    anew = prepare(str(book), tmp_path / "anew", 1, "bpe", 300, 900)
-    assert token_files(folder) == token_files(anew)
-    assert corpora.load_tokenizer(folder) == corpora.load_tokenizer(anew)
+        (begun / "tokenizer.json").write_bytes(bpe.read_bytes())
+    else:
+        (begun / "progress.json").write_text("[]" if what == "list" else "{")
+    assert begun == prepare(str(book), data_dir, 1, "bpe", 300, 900)
+    printed = capsys.readouterr()
+    assert f"{begun}: starting over" in printed.err
+    assert why in printed.err
+    assert "resuming" not in printed.out
+    again = prepare(str(book), tmp_path / "again", 1, "bpe", 300, 900)
+    assert token_files(begun) == token_files(again)
+    assert corpora.load_tokenizer(begun) == corpora.load_tokenizer(again)
+
+
+def test_a_damaged_part_is_one_line(book, data_dir, begun):
+    for path in (begun / "parts").iterdir():
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"parts/.*\.npz: must be a complete file"):
+        prepare(str(book), data_dir, 1, "bpe", 300)
 
 
 def test_an_old_corpus_survives_if_a_new_one_cannot_begin(book, data_dir, bpe, monkeypatch):
@@ -667,9 +564,8 @@ def test_an_old_corpus_survives_if_a_new_one_cannot_begin(book, data_dir, bpe, m
         with pytest.raises(InputError, match="must be like"):
             prepare(str(book), data_dir, tokenizer="gpt2")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-    monkeypatch.setattr(preparation, "measure_speed", lambda tokenizer: (1.0, 0.5))
-    with pytest.raises(InputError, match="GB must be free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=-(10**5)))
+    with pytest.raises(InputError, match="GB are free: free some space"):
         prepare(str(book), data_dir, tokenizer="gpt2")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -682,26 +578,26 @@ def test_replaced_files_count_as_free_space(book, data_dir, monkeypatch):
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(book, data_dir, monkeypatch):
-    tokenize = preparation._tokenize
+    encode = preparation._encode
 
-    def tokenize_and_change(*args):
-        tokenize(*args)
+    def encode_and_change(*args):
         book.write_text("another text " * 50)
+        return encode(*args)
 
-    monkeypatch.setattr(preparation, "_tokenize", tokenize_and_change)
+    monkeypatch.setattr(preparation, "_encode", encode_and_change)
     with pytest.raises(InputError, match="must not change while it is read"):
         prepare(str(book), data_dir)
-    assert not data_dir.exists()
+    assert seen(data_dir) == []
 
 
 def test_a_source_may_be_touched_while_it_is_read(book, data_dir, monkeypatch):
-    tokenize = preparation._tokenize
+    encode = preparation._encode
 
-    def tokenize_and_touch(*args):
-        tokenize(*args)
+    def encode_and_touch(*args):
         os.utime(book, (1, 1))
+        return encode(*args)
 
-    monkeypatch.setattr(preparation, "_tokenize", tokenize_and_touch)
+    monkeypatch.setattr(preparation, "_encode", encode_and_touch)
     folder = prepare(str(book), data_dir)
     assert decoded(open_corpus(folder, 9), "val") == book.read_text()[5400:]
 
@@ -727,32 +623,42 @@ def test_a_corpus_of_an_older_version_is_used(book, data_dir):
     assert open_corpus(folder, 9).fingerprint == fingerprint
 
 
-def test_ctrl_c_says_how_to_resume(tmp_path, data_dir, bpe):
+@pytest.mark.parametrize("phase", ["tokenizing", "training a tokenizer"])
+def test_ctrl_c_is_heard_at_once(tmp_path, data_dir, bpe, phase):
     path = tmp_path / "text.txt"
-    path.write_text("".join(make_text(4_000_000)))
-    process = start(path, "--tokenizer", bpe, "--data_dir", data_dir, "--shard_tokens", 20_000)
-    while process.poll() is None and not list(data_dir.glob("*/train_00000.bin")):
-        time.sleep(0.01)
+    if phase == "tokenizing":
+        path.write_text("".join(make_text(8_000_000)))
+        tokenizer = bpe
+    else:
+        path.write_bytes(b"".join(np.random.default_rng(0).choice([b"A", b"C", b"G", b"T"], 10**7)))
+        tokenizer = "bpe"
+    process = start(path, "--tokenizer", tokenizer, "--data_dir", data_dir)
+    if phase == "tokenizing":
+        while process.poll() is None and not n_done(data_dir):
+            time.sleep(0.01)
+    else:
+        assert "training a tokenizer" in process.stderr.readline()
+        time.sleep(0.5)
+    start_s = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
+    assert time.monotonic() - start_s < 5
     assert process.returncode == 128 + signal.SIGINT
     assert out == ""
-    assert "the same command resumes" in err
+    assert ("the same command resumes" in err) == (phase == "tokenizing")
     assert "Traceback" not in err
 
 
 def test_a_second_process_waits(book, data_dir):
-    with files.locked(book.parent, lambda: None):
-        data_dir.mkdir()
-        folder = catalog._locate(str(book), data_dir, None, None)[0]
-        folder.mkdir()
-        with files.locked(folder, lambda: None):
-            process = start(book, "--data_dir", data_dir)
-            assert "waiting" in process.stderr.readline()
-            time.sleep(0.2)
-            assert process.poll() is None
-            assert [path.name for path in folder.iterdir()] == [files.LOCK]
-        out, _ = process.communicate(timeout=60)
+    data_dir.mkdir()
+    folder = catalog._locate(str(book), data_dir, None, None)[0]
+    with filelock.FileLock(data_dir / f".{folder.name}.lock"):
+        process = start(book, "--data_dir", data_dir)
+        assert "waiting" in process.stderr.readline()
+        time.sleep(0.2)
+        assert process.poll() is None
+        assert seen(data_dir) == []
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "6,000 characters" in out
 
@@ -785,6 +691,15 @@ def test_memory_does_not_grow_with_the_text(tmp_path, bpe, kind):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(argv, env=environment, text=True, capture_output=True, check=True)
     assert int(result.stdout.split()[-1]) < 600
+
+
+def test_a_text_without_spaces_trains_a_tokenizer_as_fast_as_one_with_line_breaks():
+    text = "".join(random.Random(0).choices("ACGT", k=300_000))
+    begin_s = time.monotonic()
+    tokenizer = BPETokenizer.train([text], 2000)
+    assert time.monotonic() - begin_s < 10
+    assert tokenizer.vocab_size == 2000
+    assert len(tokenizer.encode(text)) < 80_000
 
 
 # The command

@@ -1,0 +1,25 @@
+"""Documents in the formats of files."""
+
+import json
+
+import pytest
+
+
+def parquet_of(texts, kind: str | None = None) -> bytes:
+    """Return a Parquet file with a column of texts: of strings, or of another type of pyarrow."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = pyarrow.BufferOutputStream()
+    try:
+        if kind == "dictionary":
+            column = pyarrow.array(texts).dictionary_encode()
+        else:
+            column = pyarrow.array(texts, getattr(pyarrow, kind)() if kind else None)
+        table = pyarrow.table({"id": [*range(len(texts))], "text": column})
+        parquet.write_table(table, file, row_group_size=70)
+    except pyarrow.lib.ArrowNotImplementedError:
+        pytest.skip(f"this version of pyarrow cannot write {kind}")
+    return file.getvalue().to_pybytes()
+
+
+def jsonl_of(texts) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()

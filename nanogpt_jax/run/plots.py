@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.config import (
-    MAX_FLOAT,
-    TrainConfig,
-    check_fields,
-    parse_args,
-    split_words,
-    to_flat_dict,
-)
+from nanogpt_jax.config import MAX_FLOAT, check_fields, parse_args, split_words
 from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.run.folder import METRICS, PICTURE, read_config
@@ -115,7 +108,7 @@ def read_run(folder: Path, x: str) -> list[dict]:
 
     Raises InputError if there is no run, or it has logged nothing yet.
     """
-    config, rows = to_flat_dict(TrainConfig()) | read_config(folder), read_metrics(folder)
+    config, rows = read_config(folder), read_metrics(folder)
     if not rows:
         raise InputError(f"{folder} has logged nothing yet: wait until {METRICS} has rows")
     step_tokens = (

@@ -78,12 +78,9 @@ class Checkpoints:
         return min(known)[1] if known else None
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
-        """Save a state in the background, under its step.
+        """Save a state in the background, under its step; without val_loss it is never the best.
 
         Raises RunError if the disk is full or fails otherwise, maybe already in the save before.
-
-        Args:
-            val_loss: None if it was not evaluated: then it is kept as newest, never as best.
         """
         params = _named_leaves(state.params)
         training = _named_leaves(state._replace(params={}))
@@ -115,15 +112,11 @@ class Checkpoints:
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def restore(self, abstract: TrainState, prefer: int | None = None) -> TrainState | None:
-        """Return the newest undamaged state; None if nothing was saved yet.
+        """Return the newest undamaged state, sharded as `abstract`; None if nothing was saved yet.
 
-        Warn about a damaged checkpoint and fall back to an older one. Unless read_only, rename the
-        damaged one, as in 60.damaged: the run will reach its step again. Raises InputError if all
-        are damaged or belong to a model of another shape.
-
-        Args:
-            abstract: the state's shapes, each with its sharding.
-            prefer: a step to try before all others.
+        The step `prefer` is tried before all others. Warn about a damaged checkpoint and fall back
+        to an older one. Unless read_only, rename the damaged one, as in 60.damaged: the run will
+        reach its step again. Raises InputError if all are damaged or of another shape.
         """
         items = {"params": abstract.params, "training": abstract._replace(params={})}
         restored, _ = self._restore(items, prefer)

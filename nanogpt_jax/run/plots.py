@@ -111,9 +111,8 @@ def read_run(folder: Path, x: str) -> list[dict]:
     config, rows = read_config(folder), read_metrics(folder)
     if not rows:
         raise InputError(f"{folder} has logged nothing yet: wait until {METRICS} has rows")
-    step_tokens = (
-        config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
-    )
+    factors = "batch_size", "gradient_accumulation_steps", "block_size"
+    step_tokens = math.prod(config[name] for name in factors)
     key, scale = {"step": ("step", 1), "tokens": ("step", step_tokens), "time": ("elapsed_s", 1)}[x]
     return [row | {"x": row[key] * scale} for row in rows]
 
@@ -174,7 +173,8 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step") -> "Figure":
     """
     figure, axes = new_figure(8, 4.5)
     is_single = len(runs) == 1
-    names = [_plain_text(name) for name in runs]
+    # Without invalid bytes, and without $...$, between which matplotlib sees formulas.
+    names = [name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$") for name in runs]
     for i, (name, rows) in enumerate(zip(names, runs.values(), strict=True)):
         train = np.array([(row["x"], row["train_loss"]) for row in rows if "train_loss" in row])
         val = np.array([(row["x"], row["val_loss"]) for row in rows if "val_loss" in row])
@@ -209,11 +209,6 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step") -> "Figure":
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper right")  # "best" compares all points, for seconds
     return figure
-
-
-def _plain_text(name: str) -> str:
-    """Return a name in which matplotlib sees no formula between $...$ and no invalid bytes."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:

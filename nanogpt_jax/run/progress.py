@@ -92,8 +92,7 @@ class Progress:
     def flush(self, is_evaluated: bool = False) -> None:
         """Wait for what was dispatched last, and report it; raise Diverged if it diverged.
 
-        Args:
-            is_evaluated: an evaluation follows, whose row has the last update's metrics too.
+        If is_evaluated, an evaluation follows, whose row has the last update's metrics too.
         """
         if self._pending is None:
             return

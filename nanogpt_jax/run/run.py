@@ -130,11 +130,7 @@ class Run:
         folders.wait_until_visible(self.folder)
 
     def restore(self, abstract: "TrainState") -> "TrainState | None":
-        """Return the state of the newest checkpoint; None for a new run.
-
-        Args:
-            abstract: the state's shapes, each with its sharding.
-        """
+        """Return the state of the newest checkpoint, sharded as `abstract`; None for a new run."""
         self._open_checkpoints()
         state = self._checkpoints.restore(abstract)
         self.is_resuming = state is not None
@@ -172,9 +168,7 @@ class Run:
     ) -> None:
         """Open the log and the progress bar; from here on a signal saves before it stops.
 
-        Args:
-            learning_rate: of the first update.
-            evaluates_first: an evaluation is due before it.
+        `learning_rate` is that of the first update; `evaluates_first`: an evaluation is due before.
         """
         from nanogpt_jax.run.progress import Progress
 
@@ -187,12 +181,12 @@ class Run:
             self.folder,
             self.config,
             self.start_step if self.is_resuming else None,
-            int(state.skipped),
-            learning_rate,
-            evaluates_first,
-            self.processes.is_first,
-            machine.peak_flops,
-            self._corpus.bytes_per_token,
+            skipped=int(state.skipped),
+            learning_rate=learning_rate,
+            evaluates_first=evaluates_first,
+            is_first=self.processes.is_first,
+            peak_flops=machine.peak_flops,
+            bytes_per_token=self._corpus.bytes_per_token,
         )
         self._closing.callback(self._progress.close)
         self._signals.may_save = True
@@ -231,11 +225,7 @@ class Run:
         return bool(self._stopped_by)
 
     def log(self, step: int, metrics: "Metrics") -> None:
-        """Report the updates before those just dispatched, which are not waited for.
-
-        Args:
-            step: updates done, these included.
-        """
+        """Report earlier updates, without waiting for those just dispatched, up to `step`."""
         self._progress.log(step, metrics)
         if step - metrics.loss.size == self.start_step:
             metrics.loss.block_until_ready()

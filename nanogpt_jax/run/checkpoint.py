@@ -225,7 +225,6 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and release all resources."""
         try:
             self.wait()
         finally:

@@ -40,17 +40,15 @@ class ReportConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Print a line for each run, and draw them."""
     words, flags = split_words(argv, "the folder of a run")
     config = parse_args(ReportConfig, flags, __doc__)
     folders = [Path(word) for word in words]
     if not folders:
         raise InputError("name the folder of at least one run: python -m nanogpt_jax report out/*")
-    if len(folders) > 1:  # out/* has other things too
-        others = [folder for folder in folders if not (folder / METRICS).exists()]
-        folders = [folder for folder in folders if folder not in others] or folders
-        if others and folders != others:
-            print(f"not a run, skipped: {', '.join(map(str, others))}")
+    found = [folder for folder in folders if (folder / METRICS).exists()]
+    if found and found != folders:  # out/* has other things too
+        print(f"not a run, skipped: {', '.join(str(f) for f in folders if f not in found)}")
+        folders = found
     runs = {str(folder): read_run(folder, config.x) for folder in folders}
     width = max(map(len, runs))
     for name, rows in runs.items():

@@ -79,7 +79,6 @@ class Progress:
         )
 
     def print(self, line: str) -> None:
-        """Print a line above the progress bar."""
         self._bar.write(line)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -133,7 +132,6 @@ class Progress:
         )
 
     def evaluating(self, share: float) -> None:
-        """Show which share of an evaluation is done."""
         if time.perf_counter() - self._shown_s > SHOW_S:
             self._shown_s = time.perf_counter()
             self._bar.set_postfix_str(f"evaluating: {share:.0%}")

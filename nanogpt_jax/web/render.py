@@ -20,7 +20,6 @@ def visible(token: str) -> str:
 
 
 def error(sentence: str) -> str:
-    """Return an error message as HTML."""
     return f'<p class="view-error" role="alert">{escape(sentence)}</p>'
 
 

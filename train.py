@@ -86,7 +86,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
 
     def is_due(step: int) -> bool:
         """Return whether an evaluation is due before the next update."""
-        if run.is_evaluated(step) or (step == 0 and not config.eval_first):
+        if step in run.evaluated_steps or (step == 0 and not config.eval_first):
             return False
         return step % config.eval_interval == 0 or step == config.max_iters
 

@@ -117,7 +117,7 @@ def load(
     from nanogpt_jax import gpt2, hardware, sharding, steps
     from nanogpt_jax.config import ComputeConfig, check_value
     from nanogpt_jax.errors import InputError
-    from nanogpt_jax.run import CHECKPOINTS, Checkpoints
+    from nanogpt_jax.run import open_checkpoints
 
     source = source if isinstance(source, Source) else find(source)
     name, folder, config = source.name, source.folder, source.config
@@ -131,7 +131,7 @@ def load(
     if folder is None:
         params, step = gpt2.load_params(name, config, abstract), None
     else:
-        checkpoints = Checkpoints(folder / CHECKPOINTS, read_only=True)
+        checkpoints = open_checkpoints(folder, read_only=True)
         prefer = checkpoints.best_step() if checkpoint == "best" else None
         restored = checkpoints.restore_params(abstract, prefer)
         checkpoints.close()

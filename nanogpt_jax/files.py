@@ -49,7 +49,6 @@ def loads(text: str) -> Any:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 

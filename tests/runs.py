@@ -17,8 +17,8 @@ from make_old_run import ROOT, load
 from nanogpt_jax import sharding, steps
 from nanogpt_jax.config import parse_train_config
 from nanogpt_jax.optim import make_optimizer
-from nanogpt_jax.run import Checkpoints, read_metrics
 from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.run import open_checkpoints, read_metrics
 
 train = load("train")
 N_STEPS = 40
@@ -144,7 +144,7 @@ def state_of(folder: Path, step: int | None = None):
     model = steps.make_model(config.model)
     init = partial(steps.init_params, model)
     abstract = jax.eval_shape(lambda key: steps.init_state(tx, init(key)), jax.random.key(0))
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    checkpoints = open_checkpoints(folder, read_only=True)
     state = checkpoints.restore(sharding.place(abstract, sharding.make_mesh()), prefer=step)
     checkpoints.close()
     return state

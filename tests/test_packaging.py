@@ -17,6 +17,7 @@ import nanogpt_jax
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("nanogpt_jax/**/*.py")}
+STYLE = "nanogpt_jax/web/page.css"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 TOOLS = {"test", "browser"}  # of contributors, who take the newest
@@ -82,11 +83,11 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_has_every_module_and_nothing_else(wheel):
+def test_the_wheel_has_every_module_and_the_pages_style_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         about = f"nanogpt_jax-{nanogpt_jax.__version__}.dist-info"
-        assert {name for name in names if not name.startswith(f"{about}/")} == SOURCES
+        assert {name for name in names if not name.startswith(f"{about}/")} == SOURCES | {STYLE}
         assert f"{about}/licenses/LICENSE" in names
         assert "License-Expression: MIT" in archive.read(f"{about}/METADATA").decode()
 

@@ -33,8 +33,9 @@ from nanogpt_jax import corpora, data
 from nanogpt_jax.config import MODERN, parse_train_config, to_flat_dict
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import chip_named, chips, devices
-from nanogpt_jax.run import Checkpoints, progress, read_metrics
 from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.run import progress, read_metrics
+from nanogpt_jax.run.checkpoint import Checkpoints
 from nanogpt_jax.run.progress import Diverged, Progress
 
 BEGUN = 16  # the steps of the run that tests resume

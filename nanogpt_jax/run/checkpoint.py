@@ -16,9 +16,9 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,6 @@ from nanogpt_jax.errors import PEER_DIED, InputError, RunError, first_line
 from nanogpt_jax.hardware import ALONE, Processes
 from nanogpt_jax.run.folder import saved_steps
 from nanogpt_jax.steps import TrainState
-
-Result = TypeVar("Result")
 
 # Why a file may be unreadable without being damaged.
 TEMPORARY = re.compile(
@@ -46,9 +44,8 @@ class Damaged(InputError):
 class Checkpoints:
     """The checkpoints of a run; the newest one and the best one are kept.
 
-    Args:
-        read_only: write and clean up nothing; a training may be saving there meanwhile.
-        processes: all of them save and restore, the first one cleans up.
+    All processes save and restore, the first one cleans up. If read_only, nothing is written or
+    cleaned up: a training may be saving there meanwhile.
     """
 
     def __init__(self, folder: Path, read_only: bool = False, processes: Processes = ALONE):
@@ -57,7 +54,7 @@ class Checkpoints:
         self.read_only, self._processes, self._has_failed = read_only, processes, False
         self._clean_up()  # what a kill left behind
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(self.best_step),
+            preservation_policy=self,
             create=not read_only,
             # Otherwise a directory that cannot be created hangs the process at its exit.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -69,8 +66,7 @@ class Checkpoints:
             try:
                 self._val_losses[step] = self._metadata(step)["val_loss"]
             except Damaged as error:
-                if self._path(step).exists():
-                    self._damaged[step] = error
+                self._note_damage(step, error)
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints on disk now, newest first."""
@@ -82,12 +78,9 @@ class Checkpoints:
         return min(known)[1] if known else None
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
-        """Save a state in the background, under its step.
+        """Save a state in the background, under its step; without val_loss it is never the best.
 
         Raises RunError if the disk is full or fails otherwise, maybe already in the save before.
-
-        Args:
-            val_loss: None if it was not evaluated: then it is kept as newest, never as best.
         """
         params = _named_leaves(state.params)
         training = _named_leaves(state._replace(params={}))
@@ -109,76 +102,77 @@ class Checkpoints:
             saved = self._manager.save(step, args=items)
         assert saved, f"step {step} is not newer than step {self._manager.latest_step()}"
 
-    def restore(self, abstract: TrainState, prefer: int | None = None) -> TrainState | None:
-        """Return the newest undamaged state; None if nothing was saved yet.
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        """Return whether to keep each checkpoint, when Orbax asks before it commits the newest.
 
-        Warn about a damaged checkpoint and fall back to an older one. Unless read_only, rename the
-        damaged one, as in 60.damaged: the run will reach its step again. Raises InputError if all
-        are damaged or belong to a model of another shape.
-
-        Args:
-            abstract: the state's shapes, each with its sharding.
-            prefer: a step to try before all others.
+        Orbax's own BestN reads its own metrics, which the runs that exist do not have: it would
+        delete their best checkpoint.
         """
+        kept = checkpoints[-1].step, self.best_step()
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
-        def restore(step: int) -> TrainState:
-            params = self._restore("params", abstract.params, step)
-            training = self._restore("training", abstract._replace(params={}), step)
-            return training._replace(params=params)
+    def restore(self, abstract: TrainState, prefer: int | None = None) -> TrainState | None:
+        """Return the newest undamaged state, sharded as `abstract`; None if nothing was saved yet.
 
-        return self._first_undamaged(restore, prefer)
+        The step `prefer` is tried before all others. Warn about a damaged checkpoint and fall back
+        to an older one. Unless read_only, rename the damaged one, as in 60.damaged: the run will
+        reach its step again. Raises InputError if all are damaged or of another shape.
+        """
+        items = {"params": abstract.params, "training": abstract._replace(params={})}
+        restored, _ = self._restore(items, prefer)
+        return restored and restored["training"]._replace(params=restored["params"])
 
     def restore_params(self, abstract_params, prefer: int | None = None) -> tuple[dict, int] | None:
         """Return (parameters alone, their step); otherwise as `restore`."""
-        return self._first_undamaged(
-            lambda step: (self._restore("params", abstract_params, step), step), prefer
-        )
+        restored, step = self._restore({"params": abstract_params}, prefer)
+        return restored and (restored["params"], step)
 
-    def _first_undamaged(
-        self, restore: Callable[[int], Result], prefer: int | None
-    ) -> Result | None:
-        damaged = dict(self._damaged)
+    def _restore(self, items: dict[str, Any], prefer: int | None) -> tuple[Any, int]:
+        """Return ({item: its arrays}, step) of the newest undamaged checkpoint."""
         # Listed again each time: a training in progress deletes steps and adds others.
-        while steps := [step for step in self.steps() if step not in damaged]:
+        while steps := [step for step in self.steps() if step not in self._damaged]:
             step = prefer if prefer in steps else steps[0]
             try:
-                restored = restore(step)
+                restored = {name: self._restore_item(step, name, items[name]) for name in items}
             except Damaged as error:
-                if self._path(step).exists():  # not deleted meanwhile
-                    damaged[step] = error
+                self._note_damage(step, error)
                 continue
-            for error in damaged.values():
+            for error in self._damaged.values():
                 print(f"warning: {error}; using step {step} instead", file=sys.stderr)
-            self._set_aside(damaged)
-            return restored
-        if damaged:
-            reasons = "; ".join(map(str, damaged.values()))
+            self._set_damaged_aside()
+            return restored, step
+        if self._damaged:
+            reasons = "; ".join(map(str, self._damaged.values()))
             raise InputError(
                 f"{reasons}; there is no other checkpoint: restore a copy, or start over with "
                 "--overwrite"
             )
-        return None
+        return None, 0
 
     def _path(self, step: int) -> Path:
         return self.folder / str(step)
 
-    def _set_aside(self, steps: Collection[int]) -> None:
-        """Rename checkpoints: they block those to come, or would be deleted as old."""
-        if self.read_only or not steps:
+    def _note_damage(self, step: int, error: Damaged) -> None:
+        if self._path(step).exists():  # not deleted meanwhile
+            self._damaged[step] = error
+
+    def _set_damaged_aside(self) -> None:
+        """Rename damaged checkpoints: they block those to come, or would be deleted as old."""
+        if self.read_only or not self._damaged:
             return
         if self._processes.is_first:
-            for step in steps:
+            for step in self._damaged:
                 aside = self.folder / f"{step}.damaged"
                 shutil.rmtree(aside, ignore_errors=True)
                 self._path(step).rename(aside)
                 print(f"warning: renamed to {aside}; you can delete it", file=sys.stderr)
         self._processes.wait("set aside")
-        for step in steps:
+        for step in self._damaged:
             self._val_losses.pop(step, None)
-            self._damaged.pop(step, None)
             for _ in range(120):  # until a network file system shows it here too
                 if self._path(step).exists():
                     time.sleep(0.5)
+        self._damaged.clear()
         self._manager.reload()
 
     def _metadata(self, step: int) -> dict:
@@ -192,7 +186,7 @@ class Checkpoints:
             raise Damaged(f"{self._path(step)}: it is damaged: its metadata is not what was saved")
         return metadata
 
-    def _restore(self, item: str, abstract, step: int) -> Any:
+    def _restore_item(self, step: int, item: str, abstract) -> Any:
         checksums = self._metadata(step)["checksums"]
         targets = _named_leaves(abstract)
         restored = self._read(step, **{item: ocp.args.StandardRestore(targets)})[item]
@@ -231,7 +225,6 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and release all resources."""
         try:
             self.wait()
         finally:
@@ -266,21 +259,6 @@ class Checkpoints:
                 f"a checkpoint could not be saved in {self.folder} ({first_line(error)}): fix that "
                 "and run the same command, which resumes from the checkpoint before"
             ) from None
-
-
-class _NewestAndBest:
-    """Which checkpoints Orbax keeps, asked when the newest is about to be committed.
-
-    By hand, since Orbax's own BestN reads its own metrics, which the runs that exist do not have:
-    it would delete their best checkpoint.
-    """
-
-    def __init__(self, best_step: Callable[[], int | None]):
-        self._best_step = best_step
-
-    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
-        kept = checkpoints[-1].step, self._best_step()
-        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 @functools.cache

@@ -8,12 +8,10 @@ out/small/config.json      the whole request, with versions and device
           tensorboard/ and wandb/ if requested
 """
 
-import contextlib
-import dataclasses
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from nanogpt_jax import files
@@ -57,8 +55,7 @@ def choose(config: TrainConfig, corpus: Corpus) -> Path:
 def check_usable(folder: Path) -> None:
     """Raise InputError unless a folder can be written and is empty or holds a run."""
     files.check_writable(folder)
-    leftovers = (".partial", ".lock")
-    others = [path for path in folder.glob("*") if path.suffix not in leftovers]
+    others = [path for path in folder.glob("*") if path.suffix not in (".partial", ".lock")]
     if others and not (folder / CONFIG).exists():
         raise InputError(
             f"out_dir must be empty or hold a run, but {folder} has files and no {CONFIG}: choose "
@@ -96,33 +93,27 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     check_usable(folder)
     if not (folder / CONFIG).exists():
         return False
-    # A field that the run does not name is newer than the run, which had today's default.
-    old = to_flat_dict(TrainConfig()) | read_config(folder)
-    if not has_checkpoint(folder):
+    old = read_config(folder)
+    if not saved_steps(folder / CHECKPOINTS):
         return False
     differing = [
-        f"{name} {old.get(name)!r} -> {value!r}"
+        f"{name} {old[name]!r} -> {value!r}"
         for name, value in to_flat_dict(config).items()
-        if name not in FREE_FIELDS and old.get(name) != value
+        if name not in FREE_FIELDS and old[name] != value
     ]
-    if old.get("made_with", {}).get("dataset_fingerprint") != fingerprint:
-        names = f"{old.get('dataset')!r} -> {config.dataset!r}"
-        is_same = old.get("dataset") == config.dataset
-        name = "the dataset's tokens" if is_same else f"dataset {names}"
+    if old["made_with"].get("dataset_fingerprint") != fingerprint:
+        is_same = old["dataset"] == config.dataset
+        names = f"dataset {old['dataset']!r} -> {config.dataset!r}"
+        name = "the dataset's tokens" if is_same else names
         differing.insert(0, f"{name}, another text or tokenizer")
     if differing:
-        follows = old.get("lr_decay_iters") != config.optim.lr_decay_iters
+        follows = old["lr_decay_iters"] != config.optim.lr_decay_iters
         hint = " (lr_decay_iters defaults to max_iters)" if follows else ""
         raise InputError(
             f"{folder} holds a run that differs: {'; '.join(differing)}. Undo these to resume it, "
             f"choose another --out_dir, or start over with --overwrite, which deletes it{hint}"
         )
     return True
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Return whether a run has a checkpoint."""
-    return bool(saved_steps(folder / CHECKPOINTS))
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
@@ -133,9 +124,8 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted((int(name) for name in names if re.fullmatch("0|[1-9]\\d*", name)), reverse=True)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create the folder, and keep other processes from training in it meanwhile.
+def locked(folder: Path) -> AbstractContextManager:
+    """Create the folder; return a context in which no other process can train in it.
 
     Raises InputError if that fails or another process is training there.
     """
@@ -152,8 +142,7 @@ def locked(folder: Path) -> Iterator[None]:
             "--out_dir"
         ) from None
 
-    with files.locked(folder, refuse):
-        yield
+    return files.locked(folder, refuse)
 
 
 def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:
@@ -191,18 +180,17 @@ def delete(folder: Path) -> None:
 
 def newest() -> Path:
     """Return the run under out/ with the newest checkpoint; raise InputError if there is none."""
-    runs = [path.parent for path in OUT.glob(f"*/{CHECKPOINTS}") if has_checkpoint(path.parent)]
+    runs = [path for path in OUT.glob(f"*/{CHECKPOINTS}") if saved_steps(path)]
     if not runs:
         raise InputError(f"there is no run under {OUT}/ yet: train one with `python train.py`")
-    return max(runs, key=lambda run: (run / CHECKPOINTS).stat().st_mtime)
+    return max(runs, key=lambda checkpoints: checkpoints.stat().st_mtime).parent
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Return the shape of a run's model; raise InputError if there is none or it is impossible."""
     config = read_config(folder)
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
     try:
-        model = ModelConfig(**{name: config[name] for name in names & config.keys()})
+        model = ModelConfig(**{name: config[name] for name in field_types(ModelConfig)})
         if model.vocab_size is None:
             raise InputError("vocab_size must be a whole number, got None")
     except InputError as error:
@@ -213,20 +201,20 @@ def read_model_config(folder: Path) -> ModelConfig:
 def read_config(folder: Path) -> dict:
     """Return a run's request: TrainConfig's fields, flat, and made_with.
 
-    Raises InputError if the folder holds no run, or a field has an impossible value.
+    A field that the run does not name is newer than the run, which had today's default. Raises
+    InputError if the folder holds no run, or a field has an impossible value.
     """
-    path = folder / CONFIG
+    path, types = folder / CONFIG, field_types(TrainConfig)
     with reading(path, "a run's configuration"):
         if not path.exists():
             raise InputError(f"{folder} is not a run: there is no {path}")
         loaded = files.read_json(path)
-    types = field_types(TrainConfig)
-    is_ours = isinstance(loaded, dict) and isinstance(loaded.get("made_with"), dict)
-    if not is_ours or not loaded.keys() <= {*types, "made_with"}:
-        raise InputError(f"{path}: must be a run's configuration, but another program wrote it")
+        is_ours = isinstance(loaded, dict) and isinstance(loaded.get("made_with"), dict)
+        if not is_ours or not loaded.keys() <= {*types, "made_with"}:
+            raise ValueError("another program wrote it")
     try:
         for name in loaded.keys() - {"made_with"}:
             check_value(name, types[name], loaded[name])
     except InputError as error:
         raise InputError(f"{path}: must be a run's configuration, but {error}") from None
-    return loaded
+    return to_flat_dict(TrainConfig()) | loaded

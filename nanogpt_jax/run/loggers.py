@@ -27,8 +27,8 @@ class Logger(NamedTuple):
 def check(config: TrainConfig) -> None:
     """Raise InputError if a package is missing or Weights & Biases is not logged in."""
     for flag, package in PACKAGES.items():
-        spec = importlib.util.find_spec(package) if getattr(config, flag) else None
         # A folder of that name, as in old runs, is found too, but has no origin.
+        spec = importlib.util.find_spec(package)
         if getattr(config, flag) and (spec is None or spec.origin is None):
             raise InputError(
                 f"--{flag} needs the package {package}: pip install -e '.[{flag}]', or leave it "

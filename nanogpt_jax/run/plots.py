@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.config import (
-    MAX_FLOAT,
-    TrainConfig,
-    check_fields,
-    parse_args,
-    split_words,
-    to_flat_dict,
-)
+from nanogpt_jax.config import MAX_FLOAT, check_fields, parse_args, split_words
 from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.run.folder import METRICS, PICTURE, read_config
@@ -47,17 +40,15 @@ class ReportConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Print a line for each run, and draw them."""
     words, flags = split_words(argv, "the folder of a run")
     config = parse_args(ReportConfig, flags, __doc__)
     folders = [Path(word) for word in words]
     if not folders:
         raise InputError("name the folder of at least one run: python -m nanogpt_jax report out/*")
-    if len(folders) > 1:  # out/* has other things too
-        others = [folder for folder in folders if not (folder / METRICS).exists()]
-        folders = [folder for folder in folders if folder not in others] or folders
-        if others and folders != others:
-            print(f"not a run, skipped: {', '.join(map(str, others))}")
+    found = [folder for folder in folders if (folder / METRICS).exists()]
+    if found and found != folders:  # out/* has other things too
+        print(f"not a run, skipped: {', '.join(str(f) for f in folders if f not in found)}")
+        folders = found
     runs = {str(folder): read_run(folder, config.x) for folder in folders}
     width = max(map(len, runs))
     for name, rows in runs.items():
@@ -115,12 +106,11 @@ def read_run(folder: Path, x: str) -> list[dict]:
 
     Raises InputError if there is no run, or it has logged nothing yet.
     """
-    config, rows = to_flat_dict(TrainConfig()) | read_config(folder), read_metrics(folder)
+    config, rows = read_config(folder), read_metrics(folder)
     if not rows:
         raise InputError(f"{folder} has logged nothing yet: wait until {METRICS} has rows")
-    step_tokens = (
-        config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
-    )
+    factors = "batch_size", "gradient_accumulation_steps", "block_size"
+    step_tokens = math.prod(config[name] for name in factors)
     key, scale = {"step": ("step", 1), "tokens": ("step", step_tokens), "time": ("elapsed_s", 1)}[x]
     return [row | {"x": row[key] * scale} for row in rows]
 
@@ -181,7 +171,8 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step") -> "Figure":
     """
     figure, axes = new_figure(8, 4.5)
     is_single = len(runs) == 1
-    names = [_plain_text(name) for name in runs]
+    # Without invalid bytes, and without $...$, between which matplotlib sees formulas.
+    names = [name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$") for name in runs]
     for i, (name, rows) in enumerate(zip(names, runs.values(), strict=True)):
         train = np.array([(row["x"], row["train_loss"]) for row in rows if "train_loss" in row])
         val = np.array([(row["x"], row["val_loss"]) for row in rows if "val_loss" in row])
@@ -216,11 +207,6 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step") -> "Figure":
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper right")  # "best" compares all points, for seconds
     return figure
-
-
-def _plain_text(name: str) -> str:
-    """Return a name in which matplotlib sees no formula between $...$ and no invalid bytes."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,52 +29,37 @@ class Diverged(RunError):
     """The loss or the gradient is no longer finite; that update was skipped and nothing saved."""
 
 
+@dataclass(eq=False)
 class Progress:
-    """Reports a run's updates one behind, so that the device never waits for the host.
+    """Reports a run's updates one behind, so that the device never waits for the host."""
 
-    Args:
-        resumed_at: the step of the checkpoint that the run resumes from; None for a new run.
-        skipped: updates skipped before that.
-        learning_rate: of the first update.
-        evaluates_first: an evaluation is due at the step that the run resumes from.
-        is_first: only one of several processes writes files and shows the bar.
-        peak_flops: FLOP/s that the makers publish for all devices together; None: no MFU is shown.
-        bytes_per_token: of the validation split, for bits per byte; None: unknown.
-    """
+    folder: Path
+    config: TrainConfig
+    resumed_at: int | None  # step of the checkpoint that the run resumes from; None for a new run
+    skipped: int = 0  # updates skipped so far
+    learning_rate: float = 0.0  # of the last update, and before it of the first
+    evaluates_first: bool = False  # an evaluation is due at the step that the run resumes from
+    is_first: bool = True  # only one of several processes writes files and shows the bar
+    peak_flops: float | None = None  # FLOP/s that the makers publish for all devices; None: unknown
+    bytes_per_token: float | None = None  # of the validation split; None: unknown
 
-    def __init__(
-        self,
-        folder: Path,
-        config: TrainConfig,
-        resumed_at: int | None,
-        skipped: int = 0,
-        learning_rate: float = 0.0,
-        evaluates_first: bool = False,
-        is_first: bool = True,
-        peak_flops: float | None = None,
-        bytes_per_token: float | None = None,
-    ):
-        self.folder, self.config, self.bytes_per_token = folder, config, bytes_per_token
-        self.train_loss, self.learning_rate, self.skipped = None, learning_rate, skipped
-        self._is_first, self._skipped_in_a_row = is_first, 0
-        self._mfu_per_token_s = None  # MFU at one token per second
-        if peak_flops is not None:
-            self._mfu_per_token_s = train_flops_per_token(config.model) / peak_flops
+    def __post_init__(self):
+        self.train_loss, self.steps_per_s, self._skipped_in_a_row = None, 0.0, 0
+        self._flops_per_token = train_flops_per_token(self.config.model)
         # A run that was killed may have logged past the checkpoint that it resumes from.
-        start_step = -1 if resumed_at is None else resumed_at
-        rows = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        if rows and rows[-1]["step"] == resumed_at:
+        start_step = -1 if self.resumed_at is None else self.resumed_at
+        rows = [row for row in read_metrics(self.folder) if row["step"] <= start_step]
+        if rows and rows[-1]["step"] == self.resumed_at:
             self.train_loss = rows[-1].get("train_loss")
-            self.learning_rate = rows[-1].get("lr", learning_rate)
-            if evaluates_first and "val_loss" not in rows[-1]:
+            self.learning_rate = rows[-1].get("lr", self.learning_rate)
+            if self.evaluates_first and "val_loss" not in rows[-1]:
                 rows.pop()  # a signal stopped its evaluation; it is logged again with its loss
-        if is_first:
-            kept = "".join(json.dumps(row) + "\n" for row in rows)
-            files.write_atomically(folder / METRICS, kept.encode())
-        self._loggers = open_loggers(config, folder, resumed_at) if is_first else []
-        self._file = (folder / METRICS if is_first else Path(os.devnull)).open(
-            "a", encoding="utf-8"
-        )
+        path, self._loggers = Path(os.devnull), []
+        if self.is_first:
+            path = self.folder / METRICS
+            files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._loggers = open_loggers(self.config, self.folder, self.resumed_at)
+        self._file = path.open("a", encoding="utf-8")
         # Step 0 is not saved, so it cannot be the best.
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
         self.best = min(evaluated, default=None)
@@ -81,20 +67,18 @@ class Progress:
         self._start_s = self._drawn_s = self._shown_s = time.perf_counter()
         self._pending: tuple[int, Metrics] | None = None
         self._timed_from: tuple[int, float] | None = None  # step and time that speed counts from
-        self.steps_per_s = 0.0
         self._bar = tqdm(
-            initial=resumed_at or 0,
-            total=config.max_iters,
+            initial=self.resumed_at or 0,
+            total=self.config.max_iters,
             unit="step",
             # No bar if standard error is a file: there the lines below serve.
-            disable=None if is_first else True,
+            disable=None if self.is_first else True,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
             "[{elapsed}, {remaining} left{postfix}]",
         )
 
     def print(self, line: str) -> None:
-        """Print a line above the progress bar."""
         self._bar.write(line)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -107,8 +91,7 @@ class Progress:
     def flush(self, is_evaluated: bool = False) -> None:
         """Wait for what was dispatched last, and report it; raise Diverged if it diverged.
 
-        Args:
-            is_evaluated: an evaluation follows, whose row has the last update's metrics too.
+        If is_evaluated, an evaluation follows, whose row has the last update's metrics too.
         """
         if self._pending is None:
             return
@@ -149,7 +132,6 @@ class Progress:
         )
 
     def evaluating(self, share: float) -> None:
-        """Show which share of an evaluation is done."""
         if time.perf_counter() - self._shown_s > SHOW_S:
             self._shown_s = time.perf_counter()
             self._bar.set_postfix_str(f"evaluating: {share:.0%}")
@@ -185,9 +167,9 @@ class Progress:
 
         0, which is not shown, before the first update and for a model without matrix products.
         """
-        return (
-            None if self._mfu_per_token_s is None else self._mfu_per_token_s * self.tokens_per_s()
-        )
+        if self.peak_flops is None:
+            return None
+        return self._flops_per_token * self.tokens_per_s() / self.peak_flops
 
     def elapsed_s(self) -> float:
         """Return the seconds that the run has trained, earlier starts included."""
@@ -206,7 +188,7 @@ class Progress:
         return f", skipped updates: {self.skipped}" if self.skipped else ""
 
     def _draw(self) -> None:
-        if not self._is_first:
+        if not self.is_first:
             return
         try:
             draw(self.folder, self.config.config)

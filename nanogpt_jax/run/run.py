@@ -14,7 +14,7 @@ from nanogpt_jax import __version__
 from nanogpt_jax.config import SCRATCH, TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, save_tokenizer
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware import Processes, checkpoint_bytes, run_line, size_in_words
+from nanogpt_jax.hardware import ALONE, Processes, checkpoint_bytes, run_line, size_in_words
 from nanogpt_jax.run import folder as folders
 from nanogpt_jax.run import loggers
 from nanogpt_jax.run.plots import read_metrics
@@ -30,6 +30,15 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # Of one start on one machine, not of the run, which may resume elsewhere.
 PER_START = {"overwrite": False, "coordinator_address": "", "num_processes": 0, "process_id": -1}
 PATHS = {"out_dir", "data_dir", "dataset"}  # these may differ from host to host
+
+
+def open_checkpoints(
+    folder: Path, read_only: bool = False, processes: Processes = ALONE
+) -> "Checkpoints":
+    """Return a run's checkpoints, for which JAX and Orbax are imported; arguments as theirs."""
+    from nanogpt_jax.run.checkpoint import Checkpoints
+
+    return Checkpoints(folder / folders.CHECKPOINTS, read_only, processes)
 
 
 @dataclass
@@ -48,7 +57,7 @@ class Run:
     _closing: contextlib.ExitStack  # closes what the methods open
     _opened_s: float = field(default_factory=time.perf_counter)
     start_step: int = 0
-    _evaluated_steps: set[int] = field(default_factory=set)
+    evaluated_steps: set[int] = field(default_factory=set)  # earlier processes' among them
     _saved_step: int | None = None
     _stopped_by: int = 0  # the signal that ended the loop
     _checkpoints: "Checkpoints" = field(init=False)
@@ -121,18 +130,14 @@ class Run:
         folders.wait_until_visible(self.folder)
 
     def restore(self, abstract: "TrainState") -> "TrainState | None":
-        """Return the state of the newest checkpoint; None for a new run.
-
-        Args:
-            abstract: the state's shapes, each with its sharding.
-        """
+        """Return the state of the newest checkpoint, sharded as `abstract`; None for a new run."""
         self._open_checkpoints()
         state = self._checkpoints.restore(abstract)
         self.is_resuming = state is not None
         if state is not None:
             self.start_step = self._saved_step = int(state.step)
             rows = [row for row in read_metrics(self.folder) if row["step"] <= self.start_step]
-            self._evaluated_steps = {row["step"] for row in rows if "val_loss" in row}
+            self.evaluated_steps = {row["step"] for row in rows if "val_loss" in row}
         return state
 
     def restore_params(self, abstract_params) -> "tuple[dict, int] | None":
@@ -143,10 +148,7 @@ class Run:
         return self._checkpoints.restore_params(abstract_params)
 
     def _open_checkpoints(self) -> None:
-        from nanogpt_jax.run.checkpoint import Checkpoints
-
-        folder = self.folder / folders.CHECKPOINTS
-        self._checkpoints = Checkpoints(folder, self.config.eval_only, self.processes)
+        self._checkpoints = open_checkpoints(self.folder, self.config.eval_only, self.processes)
         self._closing.callback(self._checkpoints.close)
 
     def is_complete(self) -> bool:
@@ -166,9 +168,7 @@ class Run:
     ) -> None:
         """Open the log and the progress bar; from here on a signal saves before it stops.
 
-        Args:
-            learning_rate: of the first update.
-            evaluates_first: an evaluation is due before it.
+        `learning_rate` is that of the first update; `evaluates_first`: an evaluation is due before.
         """
         from nanogpt_jax.run.progress import Progress
 
@@ -181,19 +181,15 @@ class Run:
             self.folder,
             self.config,
             self.start_step if self.is_resuming else None,
-            int(state.skipped),
-            learning_rate,
-            evaluates_first,
-            self.processes.is_first,
-            machine.peak_flops,
-            self._corpus.bytes_per_token,
+            skipped=int(state.skipped),
+            learning_rate=learning_rate,
+            evaluates_first=evaluates_first,
+            is_first=self.processes.is_first,
+            peak_flops=machine.peak_flops,
+            bytes_per_token=self._corpus.bytes_per_token,
         )
         self._closing.callback(self._progress.close)
         self._signals.may_save = True
-
-    def is_evaluated(self, step: int) -> bool:
-        """Return whether a step was evaluated already, perhaps by an earlier process."""
-        return step in self._evaluated_steps
 
     def evaluating(self, step: int) -> Callable[[float], bool]:
         """Begin an evaluation; return what to ask, with the share done, whether to stop it.
@@ -213,7 +209,7 @@ class Run:
         """Report an evaluation and save the state; None: a signal stopped the evaluation."""
         self._progress.evaluated(step, val_loss)
         if val_loss is not None:
-            self._evaluated_steps.add(step)
+            self.evaluated_steps.add(step)
             if step > 0:
                 self._save(step, state, val_loss)
 
@@ -229,11 +225,7 @@ class Run:
         return bool(self._stopped_by)
 
     def log(self, step: int, metrics: "Metrics") -> None:
-        """Report the updates before those just dispatched, which are not waited for.
-
-        Args:
-            step: updates done, these included.
-        """
+        """Report earlier updates, without waiting for those just dispatched, up to `step`."""
         self._progress.log(step, metrics)
         if step - metrics.loss.size == self.start_step:
             metrics.loss.block_until_ready()

@@ -40,7 +40,6 @@ class StopSignals:
         self._receiver.close()
 
     def _note(self, number: int, frame) -> None:
-        del frame
         self.number = self.number or number
 
     def _listen(self) -> None:

@@ -6,11 +6,11 @@ import importlib.util
 import ipaddress
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_jax.config import MAX_PAGE_TOKENS, SampleConfig
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.web import render
 from nanogpt_jax.web.handlers import MAX_START, MEAN, Handlers
 
 if TYPE_CHECKING:
@@ -19,18 +19,13 @@ if TYPE_CHECKING:
 
 # Whatever Gradio's files name, the browser asks no host but this one.
 POLICY = (
-    b"default-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    b"script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; frame-ancestors 'none'"
+    "default-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; frame-ancestors 'none'"
 )
 MAX_REQUEST_BYTES = 2**22  # a hundred times what can be typed
 CHOOSE = """element.addEventListener('change', (event) => {
   trigger('select', {position: Number(event.target.value)});
 });"""
-STYLE = f"""{render.STYLE}
-footer {{ display: none !important; }}
-#wrong:not(:has(p)) {{ display: none; }}
-#loss {{ max-width: 60em; }}
-"""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,10 +60,14 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None), page(session, config), path="/", theme=theme, css=STYLE,
-        footer_links=[], show_error=False, ssr_mode=False, max_file_size=1,  # nothing is uploaded
+        FastAPI(openapi_url=None), page(session, config), path="/", theme=theme,
+        css_paths=Path(__file__).with_name("page.css"), footer_links=[], show_error=False,
+        ssr_mode=False, max_file_size=1,  # nothing is uploaded
     )  # fmt: skip
-    options = uvicorn.Config(with_policy(app), log_level="critical", timeout_graceful_shutdown=1)
+    options = uvicorn.Config(
+        limit_requests(app), headers=[("content-security-policy", POLICY)], log_level="critical",
+        timeout_graceful_shutdown=1,
+    )  # fmt: skip
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host)
     name = f"[{host}]" if address.version == 6 else host
@@ -78,8 +77,8 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
     uvicorn.Server(options).run(sockets=[listener])
 
 
-def with_policy(app):
-    """Return an ASGI app that sends POLICY with each answer and hangs up on endless requests."""
+def limit_requests(app):
+    """Return an ASGI app that hangs up on a request of more than MAX_REQUEST_BYTES."""
 
     async def answer(scope, receive, send):
         n_bytes = 0
@@ -90,12 +89,7 @@ def with_policy(app):
             n_bytes += len(message.get("body", b""))
             return message if n_bytes <= MAX_REQUEST_BYTES else {"type": "http.disconnect"}
 
-        async def send_with_policy(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
-            await send(message)
-
-        await app(scope, receive_limited, send_with_policy)
+        await app(scope, receive_limited, send)
 
     return answer
 

@@ -43,10 +43,11 @@ class Handlers:
                 raise InputError(f"the text is full at {MAX_TEXT:,} characters: write a new one")
             changes = dict(zip(NUMBERS, numbers, strict=True))
             config = dataclasses.replace(self.config, **changes)  # refuses what no flag may be
-            n_generated = self.session.n_tokens(text) - self.session.n_tokens(start)
+            encode = self.session.tokenizer.encode_prompt
+            n_generated = max(0, len(encode(text)) - len(encode(start)))
             yield text, ""
             shown_s = time.monotonic()
-            for piece in self.session.write(text, config, max(0, n_generated)):
+            for piece in self.session.write(text, config, n_generated):
                 text += piece
                 if time.monotonic() - shown_s > PIECE_S:
                     yield text, ""

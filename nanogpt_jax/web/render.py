@@ -7,26 +7,6 @@ from html import escape
 
 import numpy as np
 
-STYLE = """
-.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.7 ui-monospace, monospace;
-        max-height: 14em; overflow-y: auto; padding: 2px; }
-.text span { padding: 2px 0; }
-.text .faint { opacity: .45; }
-.text input { position: absolute; opacity: 0; }
-.text label { position: relative; cursor: pointer; }
-.text label:hover span { outline: 1px solid currentColor; }
-.text :checked + span, .text .here { outline: 2px solid currentColor; border-radius: 2px; }
-.forecast { display: grid; grid-template-columns: minmax(2.5em, max-content) 1fr 4.5em;
-            gap: 2px 8px; align-items: center; font: 14px/1.4 ui-monospace, monospace; }
-.forecast .bar { height: .9em; min-width: 1px; background: rgb(60 125 230); border-radius: 2px; }
-.forecast .came { background: rgb(225 120 20); }
-.forecast .number { text-align: right; }
-/* Pictures have a white background: invert it in dark mode, but keep the hues. */
-.dark .picture img { filter: invert(.93) hue-rotate(180deg); }
-.view-note { margin: 0 0 6px; }
-.view-error { color: rgb(205 60 50); margin: 0; }
-"""
-
 
 def visible(token: str) -> str:
     """Return a token as HTML, with visible signs for blanks and control characters."""
@@ -40,7 +20,6 @@ def visible(token: str) -> str:
 
 
 def error(sentence: str) -> str:
-    """Return an error message as HTML."""
     return f'<p class="view-error" role="alert">{escape(sentence)}</p>'
 
 

@@ -83,10 +83,6 @@ class Session:
         _, weights = jax.eval_shape(self._read_text, run.params, tokens_S)
         self.n_heads = [weights_HSS.shape[0] for weights_HSS in weights]  # by layer
 
-    def n_tokens(self, text: str) -> int:
-        """Return the number of tokens in a text."""
-        return len(self.tokenizer.encode_prompt(text))
-
     def write(self, text: str, config: SampleConfig, n_generated: int = 0) -> Iterator[str]:
         """Yield the continuation of a text as `nanogpt_jax.stream` does.
 

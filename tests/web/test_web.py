@@ -336,7 +336,7 @@ def test_a_request_without_end_is_hung_up_on(n_pieces, is_whole):
             message = await receive()
             got.append(message["type"])
 
-    asyncio.run(app.with_policy(asgi_app)({"type": "http"}, receive, None))
+    asyncio.run(app.limit_requests(asgi_app)({"type": "http"}, receive, None))
     assert got[-1] == ("http.request" if is_whole else "http.disconnect")
     assert len(sent) == min(n_pieces, 5)
 

@@ -45,7 +45,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     mesh = sharding.make_mesh(sharding.choose_sizes(config, len(tpus), several_hosts), tpus)
     compute, how = choose_compute(config.compute, config.model, tpus[0], mesh)
     print(f"{config.config} on {topology}: {describe(mesh)}: {how}")
-    print(sharding.unsplit_note(mesh, abstract_state(config).params), end="")
+    print(sharding.unsplit_note(mesh, abstract_state(config, mesh).params), end="")
     # With a vocabulary of its own, a model's corpus is in files, whose windows are sent.
     n_tokens = None if (config.model.vocab_size or 0) > 2**10 else CORPUS_TOKENS
     start_s = time.perf_counter()

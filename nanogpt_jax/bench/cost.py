@@ -66,10 +66,10 @@ def cost_lines(config: CostConfig) -> list[str]:
     lines += [f"{name:27}{size:14,}{forward:26,}" for name, size, forward in (*parts(model), whole)]
     if not train:
         return [*lines, "", "It has no matrix products, so there are no FLOPs to count."]
-    in_float32 = is_float32(model, config.compute)
+    in_float32 = is_float32(config)
     width = "float32:" if in_float32 else "16 bits (--dtype float32: more):"
     far_lower = "" if n_params(model) > 1e8 else ", far lower for a model as small as this"
-    memory = estimate_memory(model, config.compute, config.batch_size, config.optim.optimizer)
+    memory = estimate_memory(config)
     memory["all"] = sum(memory.values())
     lines += [
         "",

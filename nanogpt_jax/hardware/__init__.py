@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 from nanogpt_jax.hardware.chips import chip_named, find_chip
 from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line
 from nanogpt_jax.hardware.flops import (
-    check_memory,
     checkpoint_bytes,
     estimate_memory,
     forward_flops_per_token,
     headline_params,
     is_float32,
-    least_sampling_bytes,
     n_params,
     needed_bytes,
     parts,
@@ -26,17 +24,22 @@ from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use
 if TYPE_CHECKING:
     from nanogpt_jax.hardware.devices import (
         Machine,
+        check_sampling_memory,
         choose,
         choose_compute,
         describe,
-        memory_bytes,
         warn_of_unused_chip,
     )
 
 
+NEED_JAX = {
+    "Machine", "check_sampling_memory", "choose", "choose_compute", "describe",
+    "warn_of_unused_chip",
+}  # fmt: skip
+
+
 def __getattr__(name: str):
-    lazy = "Machine", "choose", "choose_compute", "describe", "memory_bytes", "warn_of_unused_chip"
-    if name in lazy:  # these need JAX
+    if name in NEED_JAX:
         from nanogpt_jax.hardware import devices
 
         return getattr(devices, name)

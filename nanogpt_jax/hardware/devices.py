@@ -183,6 +183,12 @@ def memory_bytes(device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_sampling_memory(config: ModelConfig, n_rows: int, advice: str) -> None:
+    """Raise InputError if the first device cannot hold a model and a cache of n_rows."""
+    memory = memory_bytes(jax.local_devices()[0])
+    flops.check_memory(config, flops.least_sampling_bytes(config, n_rows), memory, 1, advice)
+
+
 def memory_levers(config: TrainConfig, compute: Compute) -> str:
     """Return what a user can do about a training step that needs too much memory."""
     is_gpt = config.model.architecture == "gpt"
@@ -211,11 +217,9 @@ def _add_remedy(record: logging.LogRecord) -> bool:
         if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden deliberately
             return False
         extra = "'.[cuda12]' or '.[cuda13]', as its driver needs,"
-    record.args, record.msg = (
-        None,
-        (
-            f"*** {message} pip install -e {extra} in this environment lets JAX use it; "
-            "JAX_PLATFORMS=cpu in front of the command says that you want the CPU ***"
-        ),
+    record.args = None
+    record.msg = (
+        f"*** {message} pip install -e {extra} in this environment lets JAX use it; "
+        "JAX_PLATFORMS=cpu in front of the command says that you want the CPU ***"
     )
     return True

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from tqdm.auto import tqdm
 
-from nanogpt_jax import corpora, decoding, steps
+import nanogpt_jax
+from nanogpt_jax import corpora, steps
 from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.data import EvalLoader, TrainLoader
@@ -40,7 +40,7 @@ PUBLISHED = {
     "lecture-colab": {0: 4.4022, 500: 2.3129, 2000: 1.9949, 5000: 1.8222},
     "lecture-scaled": {5000: 1.48},
 }
-SAMPLE_TOKENS = 120
+SAMPLING = nanogpt_jax.Settings(max_new_tokens=120, temperature=1.0, top_k=0)
 EVAL_TOKENS = 16_384  # per batch: with few short windows a batch, evaluation would take longest
 
 
@@ -143,25 +143,18 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
             advance(n_steps)
     batches.close()
     train_loss = steps.evaluate(eval_step, state.params, train_loader)
+    assert train_loss is not None, "nothing stops it"
 
-    tokenizer = corpus.tokenizer
-    assert tokenizer is not None
-    assert train_loss is not None
-    write = jax.jit(decoding.generate, static_argnames=("model", "n_tokens", "sampling"))
-    new_tokens_BN = write(
-        model,
-        state.params,
-        *decoding.start_window(tokenizer.encode(tokenizer.default_start), 1, block_size),
-        decoding.row_keys(config.seed, range(1)),
-        n_tokens=SAMPLE_TOKENS,
-        sampling=decoding.Sampling(),
+    name = config.config.removeprefix("lecture-")
+    trained = nanogpt_jax.TrainedModel(
+        name, None, model_config, corpus.tokenizer, model, state.params, config.max_iters
     )
-    text = tokenizer.decode(np.asarray(new_tokens_BN)[0]).replace("\n", " / ")
+    text = str(nanogpt_jax.generate(trained, seed=config.seed, **SAMPLING)).replace("\n", " / ")
     is_shakespeare = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT
     published = PUBLISHED.get(config.config, {}) if is_shakespeare else {}
     published = {step: loss for step, loss in published.items() if step <= config.max_iters}
-    name, seconds = config.config.removeprefix("lecture-"), time.perf_counter() - start_s
-    return Climbed(name, n_params(model_config), val_losses, train_loss, published, text, seconds)
+    size, seconds = n_params(model_config), time.perf_counter() - start_s
+    return Climbed(name, size, val_losses, train_loss, published, text, seconds)
 
 
 def table_row(model: Climbed) -> str:

@@ -86,11 +86,10 @@ def compile_for(config: TrainConfig, topology: str) -> int:
 
 def topology_devices(topology: str) -> list:
     """Return the devices of a topology, from the TPU's compiler."""
-    if not re.fullmatch(r"v\d+[a-z]?:\d+x\d+(x\d+)?", topology):
-        raise InputError(f"compile_for must look like v5e:4x4 or v5p:2x2x1, got {topology!r}")
-    if topology.startswith("v4:"):  # runs as one device per chip, but compiles as two
+    # A v4 runs as one device per chip, but compiles as two.
+    if not re.fullmatch(r"(?!v4)v\d+[a-z]?:\d+x\d+(x\d+)?", topology):
         raise InputError(
-            f"compile_for must be a v2, v3, v5e, v5p or v6e topology, got {topology!r}"
+            f"compile_for must look like v5e:4x4 or v5p:2x2x1, for any TPU but v4, got {topology!r}"
         )
     os.environ.update(ENVIRONMENT)
     from jax.experimental import topologies

@@ -43,7 +43,6 @@ SWITCHES = {"--json", "--data", "--memory", "--profile"}
 
 
 def main(argv: list[str]) -> None:
-    """Measure, and print a table or, with --json, one JSON object."""
     switches, argv = SWITCHES & {*argv}, [word for word in argv if word not in SWITCHES]
     config = with_vocab_size(parse_train_config(argv, __doc__ or ""))
     # First: while this process holds a TPU, no other can use it.

@@ -132,8 +132,7 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     # The whole validation split, and as many windows spread over the train split.
     eval_rows = max(1, EVAL_TOKENS // block_size)
     val_loader = EvalLoader(corpus.splits["val"], block_size, eval_rows, mesh)
-    n_batches = len(val_loader)
-    train_loader = EvalLoader(tokens, block_size, eval_rows, mesh, n_batches)
+    train_loader = EvalLoader(tokens, block_size, eval_rows, mesh, len(val_loader))
     val_losses = {}
     for step in range(0, config.max_iters + 1, n_steps):
         if step % config.eval_interval == 0 or step == config.max_iters:

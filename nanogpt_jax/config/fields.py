@@ -33,7 +33,6 @@ MAX_PATH_BYTES = 4000
 
 
 def check_fields(config: "DataclassInstance") -> None:
-    """Check every field of a configuration with `check_value`."""
     for own in fields(config):
         check_value(own.name, own.type, getattr(config, own.name))
 

@@ -61,8 +61,6 @@ class LectureConfig:
 
 
 class Climbed(NamedTuple):
-    """A trained model of the lecture."""
-
     name: str  # "multihead"
     n_params: int
     val_losses: dict[int, float]  # by step

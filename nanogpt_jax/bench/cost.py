@@ -8,8 +8,7 @@ hours and dollars that the run takes on known chips. Needs no chip and no JAX, a
     --reference    print the GPTs that this field grew from, published totals next to the count
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanogpt_jax import corpora
@@ -133,7 +132,7 @@ def reference_lines() -> list[str]:
         )
     # The lecture's last run, against what 15 minutes of an A100 can compute. Every 500 steps, it
     # estimates its losses on 200 random batches of either split.
-    config = with_vocab_size(dataclasses.replace(PRESETS["lecture-scaled"], eval_iters=400))
+    config = with_vocab_size(replace(PRESETS["lecture-scaled"], eval_iters=400))
     train, evaluate = run_flops(config, 2**62)
     total = train + evaluate
     hours, price = 0.25, chip_named("A100 40GB").dollars_per_hour or 0.0

@@ -1,9 +1,8 @@
 """Check the fields of a configuration's dataclass, and turn it into a flat dict and back."""
 
 import os
-import typing
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import MAX_NAME_BYTES
@@ -39,9 +38,9 @@ def check_fields(config: "DataclassInstance") -> None:
 
 def check_value(name: str, hint: Any, value: Any) -> None:
     """Refuse a value that its field's type or range does not allow."""
-    kind, *others = typing.get_args(hint) or (hint,)
+    kind, *others = get_args(hint) or (hint,)
     low, high = RANGES.get(name, (1, MAX_INT))
-    if typing.get_origin(hint) is Literal:
+    if get_origin(hint) is Literal:
         rules = {f"one of {', '.join((kind, *others))}": value in (kind, *others)}
     elif others and value is None:
         rules = {}

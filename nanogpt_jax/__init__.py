@@ -37,7 +37,6 @@ class Settings(TypedDict, total=False):
 
 
 def settings_of(config: "SampleConfig") -> Settings:
-    """Return the settings of a configuration."""
     return Settings(**{name: getattr(config, name) for name in Settings.__annotations__})
 
 
@@ -123,7 +122,7 @@ def load(
     name, folder, config = source.name, source.folder, source.config
     check_value("checkpoint", Literal["best", "latest"], checkpoint)
     requested = ComputeConfig(dtype=dtype, attention="xla")  # a cached token needs no kernel
-    _check_memory(config, 1, "a smaller model")
+    hardware.check_sampling_memory(config, 1, "a smaller model")
     compute, _ = hardware.choose_compute(requested, config, jax.local_devices()[0])
     model = steps.make_model(config, compute)
     abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
@@ -157,13 +156,13 @@ def generate(
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from nanogpt_jax import decoding
+    from nanogpt_jax import decoding, hardware
     from nanogpt_jax.config import SampleConfig
 
     config = SampleConfig(num_samples=num_samples, **settings)  # refuses what is out of range
     tokenizer, tokens = run.encode(prompt)
     n_rows = 1 if config.exact_window else num_samples  # of the cache
-    _check_memory(run.config, n_rows, "fewer --num_samples, or a smaller model")
+    hardware.check_sampling_memory(run.config, n_rows, "fewer --num_samples, or a smaller model")
     static = "model", "n_tokens", "sampling", "exact_window"
     tokens_BN = jax.jit(decoding.generate, static_argnames=static)(
         run.model,
@@ -236,12 +235,3 @@ def until(stop: str | None, pieces: Iterable[str]) -> Iterator[str]:
         held = held[free:]
     if held:
         yield held
-
-
-def _check_memory(config: "ModelConfig", n_rows: int, advice: str) -> None:
-    import jax
-
-    from nanogpt_jax import hardware
-
-    needed = hardware.least_sampling_bytes(config, n_rows)
-    hardware.check_memory(config, needed, hardware.memory_bytes(jax.local_devices()[0]), 1, advice)

@@ -67,7 +67,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def place(tree, mesh: Mesh) -> Any:
+def place(tree, mesh: Mesh | AbstractMesh) -> Any:
     """Return the shapes of a tree, each with its sharding: the target of a restore or a lowering.
 
     Args:

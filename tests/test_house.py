@@ -21,6 +21,7 @@ UPWARD = {
     ("steps", "lecture", "make_model makes the lecture's models too, and a GPT needs none of them"),
     ("run.run", "nanogpt_jax", "a run records __version__"),
     ("gpt2.convert", "nanogpt_jax", "the export is built on nanogpt_jax.load, as a user's code is"),
+    ("lecture.climb", "nanogpt_jax", "a model's text is that of nanogpt_jax.generate"),
     ("web.app", "nanogpt_jax", "the page is built on nanogpt_jax.load, as a user's code is"),
     ("web.session", "nanogpt_jax", "the page is built on nanogpt_jax.stream"),
 }

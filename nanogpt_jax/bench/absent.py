@@ -45,7 +45,7 @@ def compile_for(config: TrainConfig, topology: str) -> int:
     mesh = sharding.make_mesh(sharding.choose_sizes(config, len(tpus), several_hosts), tpus)
     compute, how = choose_compute(config.compute, config.model, tpus[0], mesh)
     print(f"{config.config} on {topology}: {describe(mesh)}: {how}")
-    print(sharding.unsplit_note(mesh, abstract_state(config).params), end="")
+    print(sharding.unsplit_note(mesh, abstract_state(config, mesh).params), end="")
     # With a vocabulary of its own, a model's corpus is in files, whose windows are sent.
     n_tokens = None if (config.model.vocab_size or 0) > 2**10 else CORPUS_TOKENS
     start_s = time.perf_counter()
@@ -86,11 +86,10 @@ def compile_for(config: TrainConfig, topology: str) -> int:
 
 def topology_devices(topology: str) -> list:
     """Return the devices of a topology, from the TPU's compiler."""
-    if not re.fullmatch(r"v\d+[a-z]?:\d+x\d+(x\d+)?", topology):
-        raise InputError(f"compile_for must look like v5e:4x4 or v5p:2x2x1, got {topology!r}")
-    if topology.startswith("v4:"):  # runs as one device per chip, but compiles as two
+    # A v4 runs as one device per chip, but compiles as two.
+    if not re.fullmatch(r"(?!v4)v\d+[a-z]?:\d+x\d+(x\d+)?", topology):
         raise InputError(
-            f"compile_for must be a v2, v3, v5e, v5p or v6e topology, got {topology!r}"
+            f"compile_for must look like v5e:4x4 or v5p:2x2x1, for any TPU but v4, got {topology!r}"
         )
     os.environ.update(ENVIRONMENT)
     from jax.experimental import topologies

@@ -56,7 +56,6 @@ class Lap(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Race, print a line for each run and the medians, and draw the curves."""
     names, argv = split_words(argv, "the preset that races")
     argv = [*(f"--race={name}" for name in names), *argv]
     settings = split_flags(argv, RaceConfig)

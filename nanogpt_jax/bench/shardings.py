@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nanogpt_jax.bench.step import abstract_state
 from nanogpt_jax.config import MESH_AXES, mesh_sizes, parse_train_config, with_vocab_size
-from nanogpt_jax.sharding import resolve_sizes, tree_shardings, unsplit_note
+from nanogpt_jax.sharding import resolve_sizes, unsplit_note
 
 
 def main(argv: list[str]) -> None:
@@ -23,16 +23,15 @@ def main(argv: list[str]) -> None:
     n_devices = max(jax.device_count(), math.prod(requested))
     sizes = resolve_sizes(config.compute.mesh, n_devices)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    state = abstract_state(config)
+    state = abstract_state(config, mesh)
     rows = collections.Counter()  # layers are alike and share a line
     total_bytes = device_bytes = 0
-    leaves, shardings = jax.tree_util.tree_leaves_with_path(state), tree_shardings(mesh, state)
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-        leaf_bytes = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        leaf_bytes = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total_bytes += leaf.size * leaf.dtype.itemsize
         device_bytes += leaf_bytes
         name = re.sub(r"h_\d+", "h_*", jax.tree_util.keystr(path, simple=True, separator="."))
-        placement = ", ".join(str(axis or "-") for axis in sharding.spec)
+        placement = ", ".join(str(axis or "-") for axis in leaf.sharding.spec)
         rows[name, str(leaf.shape), f"({placement})", f"{leaf_bytes:,}"] += 1
     header = "array", "shape", "placement", "bytes a device"
     lines = {header: 1, **rows}

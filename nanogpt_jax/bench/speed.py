@@ -26,19 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nanogpt_jax import corpora, data, decoding, steps
+from nanogpt_jax import corpora, data, decoding, hardware, steps
 from nanogpt_jax.bench import profile
 from nanogpt_jax.bench.race import TRAIN, run_train
 from nanogpt_jax.bench.step import compile_step, new_state, token_dtype
 from nanogpt_jax.config import TrainConfig, parse_train_config, with_vocab_size
-from nanogpt_jax.hardware import (
-    Machine,
-    choose,
-    n_params,
-    needed_bytes,
-    steps_per_call,
-    train_flops_per_token,
-)
 from nanogpt_jax.model import Compute
 
 CORPUS_TOKENS = 1_000_000
@@ -51,12 +43,11 @@ SWITCHES = {"--json", "--data", "--memory", "--profile"}
 
 
 def main(argv: list[str]) -> None:
-    """Measure, and print a table or, with --json, one JSON object."""
     switches, argv = SWITCHES & {*argv}, [word for word in argv if word not in SWITCHES]
     config = with_vocab_size(parse_train_config(argv, __doc__ or ""))
     # First: while this process holds a TPU, no other can use it.
     starts = {} if switches & {"--data", "--memory"} else start_figures(argv)
-    machine = choose(config)
+    machine = hardware.choose(config)
     figures = {
         "config": config.config,
         "device": machine.device,
@@ -107,7 +98,7 @@ def start_figures(argv: list[str]) -> dict:
     return figures
 
 
-def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> dict:
+def training_figures(config: TrainConfig, machine: hardware.Machine, is_traced: bool) -> dict:
     """Time train.py's step and its batches as train.py calls them, waiting one update behind."""
     start_s = time.perf_counter()
     train_step = compile_step(config, machine.compute, machine.mesh, CORPUS_TOKENS)
@@ -116,7 +107,7 @@ def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> 
     _, dropout_key = steps.stream_keys(config.seed)
     shape = config.gradient_accumulation_steps, config.batch_size
     tokens = random_tokens(config, CORPUS_TOKENS)
-    per_call = steps_per_call(config)
+    per_call = hardware.steps_per_call(config)
     batches = data.TrainLoader(
         tokens, config.seed, config.model.block_size, shape, machine.mesh, 0, per_call
     )
@@ -146,9 +137,9 @@ def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> 
             jax.block_until_ready(train(PROFILED_CALLS))
         profile.print_table(PROFILE, PROFILED_CALLS * per_call)
     matmul_flops = machine.mesh.size * matmul_peak_flops(machine.compute.dtype)
-    flops = train_flops_per_token(config.model) * config.tokens_per_iter / step_s
+    flops = hardware.train_flops_per_token(config.model) * config.tokens_per_iter / step_s
     return {
-        "parameters": n_params(config.model),
+        "parameters": hardware.n_params(config.model),
         "compile_s": compile_s,
         "step_ms": 1e3 * step_s,
         "train_tokens_per_s": config.tokens_per_iter / step_s,
@@ -159,7 +150,7 @@ def training_figures(config: TrainConfig, machine: Machine, is_traced: bool) -> 
         "mfu": flops / machine.peak_flops if machine.peak_flops else None,
         "train_peak_memory_bytes": peak_memory,
         "train_peak_memory_of": of_what,
-        "train_compiled_bytes": needed_bytes(train_step),
+        "train_compiled_bytes": hardware.needed_bytes(train_step),
     }
 
 
@@ -206,7 +197,7 @@ def sampling_figures(config: TrainConfig, compute: Compute) -> dict:
     }
 
 
-def memory_figures(config: TrainConfig, machine: Machine) -> dict:
+def memory_figures(config: TrainConfig, machine: hardware.Machine) -> dict:
     """Return the bytes per device that the step needs, as configured and with each way to save."""
     compute = machine.compute
     chunks = next((n for n in (8, 4, 2) if config.model.block_size % n == 0), 1)
@@ -219,7 +210,7 @@ def memory_figures(config: TrainConfig, machine: Machine) -> dict:
         "remat_loss_chunks": compute._replace(remat=True, loss_chunks=chunks),
     }.items():
         step = compile_step(config, variant, machine.mesh, CORPUS_TOKENS)
-        figures[f"train_compiled_bytes_{name}"] = needed_bytes(step)
+        figures[f"train_compiled_bytes_{name}"] = hardware.needed_bytes(step)
     return figures
 
 

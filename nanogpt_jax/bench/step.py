@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nanogpt_jax import data, sharding, steps
 from nanogpt_jax.config import TrainConfig
@@ -18,15 +18,16 @@ def _init_state(config: TrainConfig, key) -> steps.TrainState:
     return steps.new_state(steps.make_model(config.model), tx, key)
 
 
-def abstract_state(config: TrainConfig) -> steps.TrainState:
-    """Return the shapes and dtypes of a run's state; nothing is computed."""
-    return jax.eval_shape(partial(_init_state, config), jax.random.key(0))
+def abstract_state(config: TrainConfig, mesh: Mesh | AbstractMesh) -> steps.TrainState:
+    """Return the shapes of a run's state, each with its sharding; nothing is computed."""
+    state = jax.eval_shape(partial(_init_state, config), jax.random.key(0))
+    return sharding.place(state, mesh)
 
 
 def new_state(config: TrainConfig, mesh: Mesh) -> steps.TrainState:
     """Return the state before a run's first update."""
     init_key, _ = steps.stream_keys(config.seed)
-    shardings = sharding.tree_shardings(mesh, abstract_state(config))
+    shardings = jax.tree.map(lambda array: array.sharding, abstract_state(config, mesh))
     return jax.jit(partial(_init_state, config), out_shardings=shardings)(init_key)
 
 
@@ -44,7 +45,7 @@ def compile_step(
     """
     model = steps.make_model(config.model, compute)
     tx = make_optimizer(config.optim, config.max_iters)
-    state = sharding.place(abstract_state(config), mesh)
+    state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda array: array.sharding, state)
     everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh, axis=2)
     shape = steps_per_call(config), config.gradient_accumulation_steps, config.batch_size

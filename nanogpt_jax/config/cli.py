@@ -6,10 +6,9 @@ Both become settings first, a dict from field name to text: `--n_layer 6`, `--n-
 
 import contextlib
 import sys
-import typing
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 from nanogpt_jax import files
 from nanogpt_jax.config.fields import Config, check_value, field_types, replace_fields
@@ -109,7 +108,7 @@ def configure(default: Config, settings: dict[str, str], about: str | None) -> C
 
 def _parse(hint: Any, text: str) -> Any:
     """Return a text as a value of a field's type; if it is none, the field will refuse the text."""
-    kind, *others = typing.get_args(hint) or (hint,)
+    kind, *others = get_args(hint) or (hint,)
     if text == "None" and NoneType in others:
         return None
     if kind is bool:

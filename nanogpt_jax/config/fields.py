@@ -1,9 +1,8 @@
 """Check the fields of a configuration's dataclass, and turn it into a flat dict and back."""
 
 import os
-import typing
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import MAX_NAME_BYTES
@@ -25,7 +24,7 @@ RANGES = {
     **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
 }  # fmt: skip
 BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
-FRACTIONS = {"cooldown", "top_p"}
+FRACTIONS = {"cooldown", "top_p", "mfu"}
 TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
 NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}
 TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -33,16 +32,15 @@ MAX_PATH_BYTES = 4000
 
 
 def check_fields(config: "DataclassInstance") -> None:
-    """Check every field of a configuration with `check_value`."""
     for own in fields(config):
         check_value(own.name, own.type, getattr(config, own.name))
 
 
 def check_value(name: str, hint: Any, value: Any) -> None:
     """Refuse a value that its field's type or range does not allow."""
-    kind, *others = typing.get_args(hint) or (hint,)
+    kind, *others = get_args(hint) or (hint,)
     low, high = RANGES.get(name, (1, MAX_INT))
-    if typing.get_origin(hint) is Literal:
+    if get_origin(hint) is Literal:
         rules = {f"one of {', '.join((kind, *others))}": value in (kind, *others)}
     elif others and value is None:
         rules = {}

@@ -6,9 +6,8 @@ is its entry in --help.
 """
 
 import re
-import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from nanogpt_jax.config.fields import MAX_INT, check_fields, require
 from nanogpt_jax.errors import InputError
@@ -21,7 +20,7 @@ MAX_PAGE_TOKENS = 5000  # in one text of the page (--web), so that no visitor oc
 Architecture = Literal[
     "gpt", "bigram", "head", "multihead", "feedforward", "deep", "residual", "layernorm"
 ]
-LECTURE_MODELS = typing.get_args(Architecture)[1:]  # in the order of "Let's build GPT"
+LECTURE_MODELS = get_args(Architecture)[1:]  # in the order of "Let's build GPT"
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,7 @@ OURS = "nanogpt_jax"  # a field that `transformers` keeps but does not read
 
 
 def is_gpt2(source: str | os.PathLike) -> bool:
-    """Return whether a source is a GPT-2: a name on the Hub, or a folder with one's config.json.
-
-    A Path is always a folder.
-    """
+    """Return whether a source is a GPT-2: a name on the Hub (as a text), or a folder of one."""
     if isinstance(source, str) and hub.is_name(source):
         return True
     path = os.path.join(source, hub.CONFIG)
@@ -168,12 +165,12 @@ def tensor_name(path) -> str:
 def check_exportable(config: ModelConfig, run: Path) -> None:
     """Check that the model of a run is a GPT-2, so that `transformers` can load it."""
     for name, value in {"architecture": "gpt", **GPT2_PARTS}.items():
+        found = getattr(config, name)
         allowed = ["gelu_tanh", "gelu"] if name == "activation" else [value]
-        if getattr(config, name) not in allowed and name != "zero_init":  # only the start differs
+        if found not in allowed and name != "zero_init":  # only the start differs
             raise InputError(
                 f"{run}: only a GPT-2 can be exported, whose {name} must be "
-                f"{' or '.join(map(str, allowed))}, but is {getattr(config, name)}: name another "
-                "run"
+                f"{' or '.join(map(str, allowed))}, but is {found}: name another run"
             )
 
 

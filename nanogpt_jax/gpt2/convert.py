@@ -96,20 +96,20 @@ def export(run: Path, folder: Path, checkpoint: Literal["best", "latest"] = "bes
     gpt2_config.check_exportable(config, run)
     unpadded = replace(config, vocab_size=config.known_tokens or config.vocab_size)
     files = gpt2_config.config_files(unpadded, source.tokenizer)
-    paths = [folder / name for name in (hub.WEIGHTS, *files)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InputError(f"{folder}: must be a new folder or an empty one, but holds files")
         try:
             loaded = nanogpt_jax.load(source, checkpoint=checkpoint, dtype="float32")
-            _write_weights(loaded, paths[0])
-            for path, content in zip(paths[1:], files.values(), strict=True):
-                path.write_text(content, encoding="utf-8")
-            shutil.copymode(paths[-1], paths[0])  # safetensors makes it readable by its owner only
+            _write_weights(loaded, folder / hub.WEIGHTS)
+            for name, content in files.items():
+                (folder / name).write_text(content, encoding="utf-8")
+            # safetensors makes its file readable by the owner only.
+            shutil.copymode(folder / hub.CONFIG, folder / hub.WEIGHTS)
         except BaseException:
-            for path in paths:
-                path.unlink(missing_ok=True)
+            for name in (hub.WEIGHTS, *files):
+                (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
             raise

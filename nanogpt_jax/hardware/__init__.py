@@ -2,18 +2,22 @@
 
 # ruff: noqa: F401 (what other packages import)
 
-from typing import TYPE_CHECKING
-
 from nanogpt_jax.hardware.chips import chip_named, find_chip
+from nanogpt_jax.hardware.devices import (
+    Machine,
+    check_sampling_memory,
+    choose,
+    choose_compute,
+    describe,
+    warn_of_unused_chip,
+)
 from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line
 from nanogpt_jax.hardware.flops import (
-    check_memory,
     checkpoint_bytes,
     estimate_memory,
     forward_flops_per_token,
     headline_params,
     is_float32,
-    least_sampling_bytes,
     n_params,
     needed_bytes,
     parts,
@@ -22,22 +26,3 @@ from nanogpt_jax.hardware.flops import (
     train_flops_per_token,
 )
 from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use_compile_cache
-
-if TYPE_CHECKING:
-    from nanogpt_jax.hardware.devices import (
-        Machine,
-        choose,
-        choose_compute,
-        describe,
-        memory_bytes,
-        warn_of_unused_chip,
-    )
-
-
-def __getattr__(name: str):
-    lazy = "Machine", "choose", "choose_compute", "describe", "memory_bytes", "warn_of_unused_chip"
-    if name in lazy:  # these need JAX
-        from nanogpt_jax.hardware import devices
-
-        return getattr(devices, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,7 +42,6 @@ CHIPS = (
 
 
 def chip_named(name: str) -> Chip:
-    """Return the chip with this name in the table."""
     return next(chip for chip in CHIPS if chip.name == name)
 
 

@@ -1,22 +1,24 @@
 """What this machine will do: the mesh, the dtype, the attention kernel, and whether it fits.
 
-Every decision that depends on the platform is made here.
+Every decision that depends on the platform is made here. JAX is imported when one is.
 """
 
 import logging
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
 
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import chips, flops
 from nanogpt_jax.hardware.processes import ALONE, Processes, use_compile_cache
-from nanogpt_jax.model import Compute
-from nanogpt_jax.sharding import choose_sizes, make_mesh
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from jax.stages import Compiled
+
+    from nanogpt_jax.model import Compute
 
 SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 
@@ -24,8 +26,8 @@ SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 class Machine(NamedTuple):
     """The devices of a run, and how they compute."""
 
-    mesh: Mesh
-    compute: Compute
+    mesh: "Mesh"
+    compute: "Compute"
     device: str  # in words: "cpu", "8 x tpu: TPU v5 lite (data 8)"
     reason: str  # why this dtype and kernel
     description: str  # all of this, and which devices are idle, for the log
@@ -37,7 +39,7 @@ class Machine(NamedTuple):
         """FLOP/s that the maker publishes for all devices together; None: unknown chip."""
         return self.mesh.size * self.chip.flops if self.chip else None
 
-    def check_fits(self, step: jax.stages.Compiled, config: TrainConfig) -> str:
+    def check_fits(self, step: "Compiled", config: TrainConfig) -> str:
         """Return a line about the memory that a step needs; raise RunError if a device has less."""
         needed, limit = flops.needed_bytes(step), self.memory_bytes
         of_limit = f" of {limit / 2**20:,.0f}" if limit else ""
@@ -54,6 +56,10 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
     warns if a chip is present that JAX does not use. Raises InputError if the machine cannot do
     what was requested by name, or surely cannot hold the model.
     """
+    import jax
+
+    from nanogpt_jax.sharding import choose_sizes, make_mesh
+
     use_compile_cache(config.compile_cache, processes.count)
     warn_of_unused_chip()
     if jax.process_count() != processes.count:
@@ -81,12 +87,14 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
 
 
 def choose_compute(
-    config: ComputeConfig, model: ModelConfig, device, mesh: Mesh | None = None
-) -> tuple[Compute, str]:
+    config: ComputeConfig, model: ModelConfig, device, mesh: "Mesh | None" = None
+) -> "tuple[Compute, str]":
     """Return how a device computes a model, and why, in words for the log.
 
     Raises InputError if a dtype or a kernel requested by name is impossible here.
     """
+    from nanogpt_jax.model import Compute
+
     if model.architecture != "gpt":
         for name, only in ("dtype", "float32"), ("attention", "xla"), ("remat", False):
             if (requested := getattr(config, name)) not in (only, "auto"):
@@ -98,7 +106,7 @@ def choose_compute(
         return Compute(loss_chunks=config.loss_chunks, mesh=mesh), reason
     dtype, dtype_reason = _choose_dtype(config.dtype, device)
     attention, reason = _choose_attention(config.attention, model, dtype, device)
-    compute = Compute(jnp.dtype(dtype), attention, config.remat, config.loss_chunks, mesh)
+    compute = Compute(np.dtype(dtype), attention, config.remat, config.loss_chunks, mesh)
     return compute, f"{dtype} ({dtype_reason}); attention by {attention} ({reason})"
 
 
@@ -165,7 +173,7 @@ def _capability(device) -> float:
         return 0.0
 
 
-def describe(mesh: Mesh) -> str:
+def describe(mesh: "Mesh") -> str:
     """Return a mesh in words: "cpu", "gpu: NVIDIA H200", "8 x tpu: TPU v5 lite (data 8)"."""
     device = mesh.devices.flat[0]
     kind = "" if device.device_kind == device.platform else f": {device.device_kind}"
@@ -183,13 +191,21 @@ def memory_bytes(device) -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_levers(config: TrainConfig, compute: Compute) -> str:
+def check_sampling_memory(config: ModelConfig, n_rows: int, advice: str) -> None:
+    """Raise InputError if the first device cannot hold a model and a cache of n_rows."""
+    import jax
+
+    memory = memory_bytes(jax.local_devices()[0])
+    flops.check_memory(config, flops.least_sampling_bytes(config, n_rows), memory, 1, advice)
+
+
+def memory_levers(config: TrainConfig, compute: "Compute") -> str:
     """Return what a user can do about a training step that needs too much memory."""
     is_gpt = config.model.architecture == "gpt"
     levers = [
         (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
         (is_gpt and not compute.remat, "--remat"),
-        (is_gpt and compute.dtype == jnp.float32, "--dtype bfloat16"),
+        (is_gpt and np.dtype(compute.dtype) == "float32", "--dtype bfloat16"),
         (compute.loss_chunks == 1 < config.model.block_size, "--loss_chunks"),
     ]
     texts = [f"{text}, " for applies, text in levers if applies]
@@ -198,6 +214,8 @@ def memory_levers(config: TrainConfig, compute: Compute) -> str:
 
 def warn_of_unused_chip() -> None:
     """Make JAX look for devices, and say what to do if it warns of a chip that it cannot use."""
+    import jax
+
     logging.getLogger("jax._src.xla_bridge").addFilter(_add_remedy)
     jax.default_backend()
 
@@ -211,11 +229,9 @@ def _add_remedy(record: logging.LogRecord) -> bool:
         if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden deliberately
             return False
         extra = "'.[cuda12]' or '.[cuda13]', as its driver needs,"
-    record.args, record.msg = (
-        None,
-        (
-            f"*** {message} pip install -e {extra} in this environment lets JAX use it; "
-            "JAX_PLATFORMS=cpu in front of the command says that you want the CPU ***"
-        ),
+    record.args = None
+    record.msg = (
+        f"*** {message} pip install -e {extra} in this environment lets JAX use it; "
+        "JAX_PLATFORMS=cpu in front of the command says that you want the CPU ***"
     )
     return True

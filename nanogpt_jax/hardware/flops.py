@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
+from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.errors import InputError
 
 SMALL_STEP_FLOPS = 2e10  # a tenth of a second of two CPU cores
@@ -115,14 +115,12 @@ def check_memory(
         )
 
 
-def is_float32(config: ModelConfig, compute: ComputeConfig) -> bool:
+def is_float32(config: TrainConfig) -> bool:
     """Return whether a run multiplies in float32 on any chip; with dtype auto the chip decides."""
-    return compute.dtype == "float32" or config.architecture != "gpt"
+    return config.compute.dtype == "float32" or config.model.architecture != "gpt"
 
 
-def estimate_memory(
-    config: ModelConfig, compute: ComputeConfig, batch_size: int, optimizer: str = "adamw"
-) -> dict[str, int]:
+def estimate_memory(config: TrainConfig) -> dict[str, int]:
     """Estimate the bytes that a training step needs on one device, by kind.
 
     Activations are what the backward pass of a GPT reads again: outputs of products, normalized
@@ -130,24 +128,25 @@ def estimate_memory(
     Source: Korthikanti et al., "Reducing activation recomputation in large transformer models",
     2022.
     """
-    D, T, V, L = config.n_embd, config.block_size, config.vocab_size, config.n_layer
+    model, compute = config.model, config.compute
+    D, T, V, L = model.n_embd, model.block_size, model.vocab_size, model.n_layer
     assert V is not None
-    width = 4 if is_float32(config, compute) else 2
-    has_dropout = config.dropout > 0
+    width = 4 if is_float32(config) else 2
+    has_dropout = model.dropout > 0
     is_fused = compute.attention != "xla" and not has_dropout and width == 2
     stream = D * width
-    mlp = (config.mlp_in_features + config.hidden_size) * width
-    scores = 0 if is_fused else config.n_head * T * (4 + width + has_dropout)
+    mlp = (model.mlp_in_features + model.hidden_size) * width
+    scores = 0 if is_fused else model.n_head * T * (4 + width + has_dropout)
     masks = 2 * D * has_dropout  # a byte per element
     block = 7 * stream + mlp + scores + masks  # two norms, q k v, attention, the stream
     layers = L * stream + (block if compute.remat else L * block)
     logits = 2 * 4 * V // compute.loss_chunks  # and their gradient
-    n = n_params(config)
+    weights = 4 * n_params(model)
     return {
-        "weights": 4 * n,
-        "gradients": 4 * n,
-        "optimizer": optimizer_bytes(config, optimizer),
-        "activations": batch_size * T * (layers + logits + stream),
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": optimizer_bytes(model, config.optim.optimizer),
+        "activations": config.batch_size * T * (layers + logits + stream),
     }
 
 

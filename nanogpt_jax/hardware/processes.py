@@ -63,7 +63,6 @@ class Processes:
             )
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process."""
         return bool(self.max(int(flag)))
 
     def max(self, number: int) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from tqdm.auto import tqdm
 
-from nanogpt_jax import corpora, decoding, steps
+import nanogpt_jax
+from nanogpt_jax import corpora, steps
 from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.data import EvalLoader, TrainLoader
@@ -61,14 +61,12 @@ class LectureConfig:
 
 
 class Climbed(NamedTuple):
-    """A trained model of the lecture."""
-
     name: str  # "multihead"
     n_params: int
     val_losses: dict[int, float]  # by step
     train_loss: float  # of the trained model, on an equally large part of the train split
     published: dict[int, float]  # what the lecture shows, by step; empty for another text
-    text: str
+    text: str  # in one line
     seconds: float
 
 
@@ -81,11 +79,6 @@ def main(argv: list[str]) -> None:
     if jax.default_backend() == "cpu":
         configs = [config for config in configs if config.config != "lecture-scaled"]
         skipped = "; lecture-scaled needs a GPU or TPU"
-    for i, config in enumerate(configs):
-        max_iters = min(config.max_iters, request.most_iters)
-        interval = min(config.eval_interval, max(1, max_iters // 10))
-        changes = {"max_iters": max_iters, "eval_interval": interval, "seed": request.seed}
-        configs[i] = replace(config, **changes)
     min_tokens = 1 + max(config.model.block_size for config in configs)
     dataset = corpora.resolve(request.dataset, Path(request.data_dir), min_tokens)
     corpus = corpora.open_corpus(dataset, min_tokens)
@@ -94,6 +87,12 @@ def main(argv: list[str]) -> None:
             f"dataset must come with its tokenizer or text, but {dataset} has token ids only: "
             "name a text file"
         )
+    for i, config in enumerate(configs):
+        model = replace(config.model, vocab_size=corpus.vocab_size)
+        max_iters = min(config.max_iters, request.most_iters)
+        interval = min(config.eval_interval, max(1, max_iters // 10))
+        changes = {"max_iters": max_iters, "eval_interval": interval, "seed": request.seed}
+        configs[i] = replace(config, model=model, **changes)
 
     climbed = []
     print(f"{len(configs)} models on {corpus.name}{skipped}")
@@ -116,24 +115,21 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     `advance` is called with the number of steps done since its last call.
     """
     start_s = time.perf_counter()
-    model_config = replace(config.model, vocab_size=corpus.vocab_size)
-    mesh, block_size = make_mesh(), model_config.block_size
-    compute, _ = choose_compute(config.compute, model_config, jax.devices()[0], mesh)
-    model = steps.make_model(model_config, compute)
+    mesh, block_size = make_mesh(), config.model.block_size
+    compute, _ = choose_compute(config.compute, config.model, jax.devices()[0], mesh)
+    model = steps.make_model(config.model, compute)
     tx = make_optimizer(config.optim, config.max_iters)
     init_key, dropout_key = steps.stream_keys(config.seed)
     state = jax.jit(partial(steps.new_state, model, tx))(init_key)
     train_steps = jax.jit(partial(steps.train_steps, model, tx), donate_argnums=0)
     eval_step = jax.jit(partial(steps.eval_batch, model))
-    n_steps = steps_per_call(replace(config, model=model_config))
+    n_steps, tokens = steps_per_call(config), corpus.splits["train"]
     shape = config.gradient_accumulation_steps, config.batch_size
-    tokens = corpus.splits["train"]
     batches = TrainLoader(tokens, config.seed, block_size, shape, mesh, 0, n_steps)
     # The whole validation split, and as many windows spread over the train split.
     eval_rows = max(1, EVAL_TOKENS // block_size)
     val_loader = EvalLoader(corpus.splits["val"], block_size, eval_rows, mesh)
-    n_batches = len(val_loader)
-    train_loader = EvalLoader(tokens, block_size, eval_rows, mesh, n_batches)
+    train_loader = EvalLoader(tokens, block_size, eval_rows, mesh, len(val_loader))
     val_losses = {}
     for step in range(0, config.max_iters + 1, n_steps):
         if step % config.eval_interval == 0 or step == config.max_iters:
@@ -143,25 +139,21 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
             advance(n_steps)
     batches.close()
     train_loss = steps.evaluate(eval_step, state.params, train_loader)
+    assert train_loss is not None, "nothing stops it"
 
-    tokenizer = corpus.tokenizer
-    assert tokenizer is not None
-    assert train_loss is not None
-    write = jax.jit(decoding.generate, static_argnames=("model", "n_tokens", "sampling"))
-    new_tokens_BN = write(
-        model,
-        state.params,
-        *decoding.start_window(tokenizer.encode(tokenizer.default_start), 1, block_size),
-        decoding.row_keys(config.seed, range(1)),
-        n_tokens=SAMPLE_TOKENS,
-        sampling=decoding.Sampling(),
+    name = config.config.removeprefix("lecture-")
+    trained = nanogpt_jax.TrainedModel(
+        name, None, config.model, corpus.tokenizer, model, state.params, config.max_iters
     )
-    text = tokenizer.decode(np.asarray(new_tokens_BN)[0]).replace("\n", " / ")
+    text = nanogpt_jax.generate(
+        trained, max_new_tokens=SAMPLE_TOKENS, temperature=1.0, top_k=0, seed=config.seed
+    )
     is_shakespeare = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT
     published = PUBLISHED.get(config.config, {}) if is_shakespeare else {}
     published = {step: loss for step, loss in published.items() if step <= config.max_iters}
-    name, seconds = config.config.removeprefix("lecture-"), time.perf_counter() - start_s
-    return Climbed(name, n_params(model_config), val_losses, train_loss, published, text, seconds)
+    size, line = n_params(config.model), str(text).replace("\n", " / ")
+    seconds = time.perf_counter() - start_s
+    return Climbed(name, size, val_losses, train_loss, published, line, seconds)
 
 
 def table_row(model: Climbed) -> str:

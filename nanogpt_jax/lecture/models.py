@@ -23,6 +23,11 @@ from nanogpt_jax.attention import WEIGHTS
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.model import Compute, Dropout, flat_dot_general
 
+Dense = partial(nn.Dense, dot_general=flat_dot_general)  # for speed, as in model.py
+# Like torch.nn.Embedding, whose rows start as N(0, 1), and torch.nn.LayerNorm.
+Embedding = partial(nn.Embed, embedding_init=nn.initializers.normal(1.0))
+LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
 
 class Linear(nn.Module):
     """Like torch.nn.Linear: weights and biases start uniform within 1 / sqrt(inputs)."""
@@ -37,19 +42,7 @@ class Linear(nn.Module):
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        layer = nn.Dense(
-            self.features,
-            self.use_bias,
-            kernel_init=uniform,
-            bias_init=uniform,
-            dot_general=flat_dot_general,  # only for speed, as in model.py
-        )
-        return layer(x_BTD)
-
-
-# Like torch.nn.Embedding, whose rows start as N(0, 1), and torch.nn.LayerNorm.
-Embedding = partial(nn.Embed, embedding_init=nn.initializers.normal(1.0))
-LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+        return Dense(self.features, self.use_bias, kernel_init=uniform, bias_init=uniform)(x_BTD)
 
 
 class LectureModel(nn.Module):

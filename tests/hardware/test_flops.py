@@ -17,6 +17,7 @@ from nanogpt_jax.config import (
     PRESETS,
     ComputeConfig,
     ModelConfig,
+    TrainConfig,
     with_vocab_size,
 )
 from nanogpt_jax.errors import InputError
@@ -209,24 +210,27 @@ def test_training_flops_of_a_lecture_model_are_those_that_xla_counts(name):
     ],
 )
 def test_activations_are_estimated_within_a_factor_of_two(preset, changes):
-    config = dataclasses.replace(with_vocab_size(PRESETS[preset]).model, **changes)
-    estimated = estimate_memory(config, ComputeConfig(dtype="float32"), batch_size=2)["activations"]
-    function, *shapes = gradient(config, 2)
+    model = dataclasses.replace(with_vocab_size(PRESETS[preset]).model, **changes)
+    config = TrainConfig(model=model, compute=ComputeConfig(dtype="float32"), batch_size=2)
+    estimated = estimate_memory(config)["activations"]
+    function, *shapes = gradient(model, 2)
     compiled = jax.jit(function).lower(*shapes).compile()
     needed = compiled.memory_analysis().temp_size_in_bytes
     assert needed / 2 < estimated < 2 * needed
 
 
 def test_memory_is_saved_by_what_saves_it():
-    config = with_vocab_size(PRESETS["gpt2"]).model
-    plain = estimate_memory(config, ComputeConfig(), 16)
-    assert plain["weights"] == plain["gradients"] == plain["optimizer"] / 2 == 4 * n_params(config)
+    model = PRESETS["gpt2"].model
+
+    def estimate(**compute):
+        return estimate_memory(TrainConfig(model=model, compute=ComputeConfig(**compute)))
+
+    plain = estimate()
+    assert plain["weights"] == plain["gradients"] == plain["optimizer"] / 2 == 4 * n_params(model)
     for saving in {"remat": True}, {"loss_chunks": 8}:
-        saved = estimate_memory(config, ComputeConfig(**saving), 16)
-        assert saved["activations"] < plain["activations"]
+        assert estimate(**saving)["activations"] < plain["activations"]
     for costly in {"dtype": "float32"}, {"attention": "xla"}:
-        cost = estimate_memory(config, ComputeConfig(**costly), 16)
-        assert cost["activations"] > plain["activations"]
+        assert estimate(**costly)["activations"] > plain["activations"]
 
 
 @pytest.mark.parametrize(("peak", "expected"), [(0, 125), (300, 300)])

@@ -103,18 +103,21 @@ def resolve(
 def _how_to_prepare(
     source: Source, data_dir: Path, tokenizer: str | None, vocab_size: int | None, text_key: str
 ) -> str:
-    flags = f" --tokenizer {tokenizer}" if tokenizer else ""
-    flags += f" --vocab_size {vocab_size}" if tokenizer == "bpe" and vocab_size else ""
-    flags += f" --text_key {text_key}" if text_key != "text" else ""
-    flags += f" --data_dir {data_dir}" if Path(data_dir) != Path("data") else ""
-    command = f"python data/prepare.py {source.name}{flags}"
+    flags = {
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size if tokenizer == "bpe" else None,
+        "text_key": text_key if text_key != "text" else None,
+        "data_dir": data_dir if data_dir != Path("data") else None,
+    }
+    given = "".join(f" --{name} {value}" for name, value in flags.items() if value)
+    command = f"python data/prepare.py {source.name}{given}"
     if not isinstance(source, Hub):
         return f"{source.name} must be prepared before training, which takes long: {command}"
     return (
         f"{source.name} must be prepared before training: {command}. This takes "
         f"{source.gpt2_tokens / 5e9:,.1f} hours or less, {source.gpt2_tokens / 5e8:,.0f} GB of "
         f"disk for {source.gpt2_tokens / 1e9:,.2f}B tokens, and a download of "
-        f"{source.download_bytes / 1e9:,.0f} GB that is not stored"
+        f"{source.size / 1e9:,.0f} GB that is not stored"
     )
 
 
@@ -192,13 +195,18 @@ def _existing(dataset: str, data_dir: Path) -> Path:
 
 def _named_source(name: str, data_dir: Path) -> Source:
     """Return the source of a name; text that is not here yet is stored as input.txt."""
+    from pydoc_data.topics import topics
+
     if name in HUB:
         return HUB[name]
     folders = [name] if name == PYDOCS else [SHAKESPEARE, SHAKESPEARE_BPE]
     paths = [data_dir / folder / "input.txt" for folder in folders]
     path = next((path for path in paths if path.exists()), data_dir / name / "input.txt")
     if not path.exists():
-        content = _python_manual() if name == PYDOCS else download.tiny_shakespeare(path)
+        if name == PYDOCS:
+            content = "\n\n".join(topics[key] for key in sorted(topics)).encode()
+        else:
+            content = download.tiny_shakespeare(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_atomically(path, content)
@@ -206,12 +214,6 @@ def _named_source(name: str, data_dir: Path) -> Source:
             raise preparation.unwritable(path, error) from None
         print(f"saved {'the manual' if name == PYDOCS else 'tiny Shakespeare'} as {path}")
     return Files(path)
-
-
-def _python_manual() -> bytes:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[key] for key in sorted(topics)).encode()
 
 
 def _add_tokenizer(folder: Path, requested: str, spec: TokenizerSpec) -> None:

@@ -54,18 +54,17 @@ def _get(url: str) -> bytes:
     from huggingface_hub.utils import get_session  # slow to import
 
     session: Any = get_session()
-    if callable(session.stream):
-        with session.stream("GET", url, timeout=TIMEOUT_S, follow_redirects=True) as answer:
-            return _first_bytes(answer, answer.iter_bytes())
-    with session.get(url, timeout=TIMEOUT_S, stream=True) as answer:
-        return _first_bytes(answer, answer.iter_content(2**16))
-
-
-def _first_bytes(answer: Any, chunks: Any) -> bytes:
-    answer.raise_for_status()
     content = b""
-    for chunk in chunks:
-        content += chunk
-        if len(content) > MAX_BYTES:
-            break
+    stream = session.stream  # a setting in `requests`
+    is_requests = isinstance(stream, bool)
+    if is_requests:
+        context = session.get(url, timeout=TIMEOUT_S, stream=True)
+    else:
+        context = stream("GET", url, timeout=TIMEOUT_S, follow_redirects=True)
+    with context as answer:
+        answer.raise_for_status()
+        for chunk in answer.iter_content(2**16) if is_requests else answer.iter_bytes():
+            content += chunk
+            if len(content) > MAX_BYTES:
+                break
     return content

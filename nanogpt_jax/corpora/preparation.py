@@ -9,7 +9,7 @@ the files are the same byte for byte however often it was killed.
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
@@ -38,7 +38,6 @@ BATCH_CHARS = 2**21  # of the items whose tokens become a part
 BPE_CHARS = 100_000_000  # that BPE is trained on, at most
 LARGE_BYTES = 10**9  # of a source that train.py does not prepare by itself
 TRAIN_FRACTION = 0.9
-GPT2_VOCAB_SIZE = 50257
 BYTES_PER_TOKEN = 3.5  # of byte pairs, at least; 4.4 of GPT-2's in English
 
 # The tokenizer, the plan, the key of the last item that is done, and the counts up to it.
@@ -72,16 +71,13 @@ def prepare_folder(
             raise InputError(refusal)
         else:
             plan = {"stat": stat, "info": info, "shard_tokens": shard_tokens}
-
-            def begin() -> Begun:
-                return _begin(source, folder, spec, min_tokens, plan)
-
-            # A source that is refused at once leaves nothing behind, not even the lock.
-            begun = None if (folder / PROGRESS).exists() else begin()
+            begin = (source, folder, spec, min_tokens, plan)
+            # Before the lock: a source that is refused at once leaves nothing behind.
+            begun = None if (folder / PROGRESS).exists() else _begin(*begin)
             try:
                 with _alone(folder):
                     if not _is_done(folder, stat, info.get("sha256")):  # by another process
-                        begun = _resume(source, folder, plan) or begun or begin()
+                        begun = _resume(source, folder, plan) or begun or _begin(*begin)
                         _prepare(source, folder, min_tokens, *begun)
             except OSError as error:
                 raise unwritable(folder, error) from None
@@ -100,8 +96,9 @@ def unwritable(path: Path, error: OSError) -> InputError:
 def _is_done(folder: Path, stat: str, sha256: str | None = None) -> bool:
     """Return whether a folder has all tokens of a source, which may have been touched or copied."""
     meta = read_meta(folder)
+    same_stat = stat in (meta.get("source_stat"), meta.get("source"))  # the latter of the Hub's
     same_text = sha256 is not None and meta.get("source_sha256") == sha256
-    return (meta.get("source_stat") == stat or same_text) and shards.are_complete(folder, meta)
+    return (same_stat or same_text) and shards.are_complete(folder, meta)
 
 
 def _identity(source: Source) -> dict:
@@ -121,20 +118,15 @@ def _check_length(
 
 
 @contextlib.contextmanager
-def _progress(source: Source, what: str, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show a bar; yield a function (done, note) that moves it to `done` of the source's bytes."""
+def _progress(source: Source, what: str, done: int = 0) -> Iterator[Callable[[float], object]]:
+    """Show a bar; yield the function that moves it to how many of the source's bytes are done."""
     from tqdm import tqdm
 
     with tqdm(
         desc=what, total=source.size, initial=done, unit="B", unit_scale=True, dynamic_ncols=True,
         disable=None, leave=False, delay=1,
     ) as bar:  # fmt: skip
-
-        def advance(done: float, note: str = "") -> None:
-            bar.set_postfix_str(note, refresh=False)
-            bar.update(int(done) - bar.n)
-
-        yield advance
+        yield lambda done: bar.update(int(done) - bar.n)
 
 
 @contextlib.contextmanager
@@ -170,8 +162,10 @@ def _prepare(
     """Tokenize a source after the item with a key, and join all parts."""
     if counts.done:
         print(f"resuming {folder} from {counts.train + counts.val:,} tokens")
+    items = source.items(plan["info"], tokenizer.can_cut, key)
+    batches = grouped(items, lambda item: sum(len(text or "") for text in item.texts), BATCH_CHARS)
     with _progress(source, str(folder), counts.done) as advance:
-        for batch in _read_ahead(_in_batches(source.items(plan["info"], tokenizer.can_cut, key))):
+        for batch in _read_ahead(batches):
             ids = _encode(batch, source, plan, tokenizer, counts)
             if key == START:
                 # Only now: a source that cannot be read leaves an older corpus as it was.
@@ -179,7 +173,7 @@ def _prepare(
                 save_tokenizer(tokenizer, folder)
             key = batch[-1].key
             shards.write_part(folder, key, counts, ids)
-            advance(counts.done, f"{counts.train + counts.val:,} tokens")
+            advance(counts.done)
     try:
         if source.stat() != plan["stat"] and not _identity(source).items() <= plan["info"].items():
             raise InputError(
@@ -240,11 +234,6 @@ def _first_texts(source: Source, info: dict, max_chars: int) -> Iterator[str]:
             n_chars += len(text)
             if n_chars >= max_chars:
                 return
-
-
-def _in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Yield consecutive items in batches, each with enough text for all cores."""
-    return grouped(items, lambda item: sum(len(text or "") for text in item.texts), BATCH_CHARS)
 
 
 def _read_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
@@ -346,8 +335,6 @@ def _check_space(source: Source, folder: Path, tokenizer: Tokenizer, id_bytes: i
     free_bytes = shutil.disk_usage(files.check_place(folder, "data_dir")).free
     free_bytes += sum(path.stat().st_size for path in shards.written(folder))  # will be replaced
     n_tokens = source.text_bytes / (1 if isinstance(tokenizer, CharTokenizer) else BYTES_PER_TOKEN)
-    if tokenizer.vocab_size == GPT2_VOCAB_SIZE:
-        n_tokens = getattr(source, "gpt2_tokens", n_tokens)
     need = (
         f"the tokens of {source.name} need about {n_tokens * id_bytes / 1e9:,.2f} GB in {folder}, "
         f"where {free_bytes / 1e9:,.2f} GB are free"

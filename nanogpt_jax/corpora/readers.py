@@ -85,11 +85,9 @@ def read_items(path: Path, can_cut: CanCut, after: Key, text_key: str) -> Iterat
         opener = next((name for magic, name in COMPRESSIONS.items() if re.match(magic, head)), None)
         raw: Any = import_extra(opener).open(file) if opener else file
         stream = io.BufferedReader(raw)
-        if kind == TEXT:
-            items = _text_items(stream, str(path), can_cut)
-        else:
-            items = _json_items(stream, str(path), text_key, after)
-        for item in items:
+        is_text = kind == TEXT
+        text_items = _text_items(stream, str(path), can_cut)
+        for item in text_items if is_text else _json_items(stream, str(path), text_key, after):
             if item.key > after:
                 yield item._replace(done=file.tell() / n_bytes)
 
@@ -100,9 +98,8 @@ def _text_items(stream: BinaryIO, name: str, can_cut: CanCut) -> Iterator[Item]:
         text = rest + block
         tail = max(0, len(text) - PIECE_CHARS)
         cut = last_cut(text[tail:], can_cut)
-        end = (
-            tail + cut if cut else len(text) - 1
-        )  # so that the last item is empty only if the file is
+        # Without a good place one character stays, so that the last item has the end of the text.
+        end = tail + cut if cut else len(text) - 1
         yield Item((0, number), [text[:end]], is_end=False)
         rest = text[end:]
     yield Item((0, number + 1), [rest])
@@ -161,27 +158,21 @@ def _elements(stream: BinaryIO) -> Iterator[tuple[int, Any, int]]:
 
 def _text_of(document: Any, place: str, text_key: str) -> str | None:
     """Return the text of a line or element of JSON; None if it is null."""
-    shown = document if isinstance(document, bytes) else json.dumps(document).encode()
+    shown = str(document[:60], "utf-8", "replace") if isinstance(document, bytes) else document
     required = f'must be like {{"{text_key}": "..."}}'
     try:
         if isinstance(document, bytes):
             document = json.loads(document)
+        if (text := document[text_key]) is not None:
+            text.encode()  # fails for what is no text, and for a lone surrogate, half a character
+        return text
+    except UnicodeEncodeError:
+        required += " without lone surrogates"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         if isinstance(document, dict) and text_key not in document:
             keys = ", ".join(document) or "none"
-            raise InputError(f"{place}: {required}, but has {keys}: name the key with --text_key")
-        text = document[text_key]
-        if text is None:
-            return None
-        if not isinstance(text, str):
-            raise TypeError
-        text.encode()  # fails for a lone surrogate, one half of a character
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = " without lone surrogates" if isinstance(error, UnicodeEncodeError) else ""
-        short = shown[:60].decode("utf-8", "replace").strip()
-        raise InputError(f"{place}: {required}{what}, but is {short}: correct it") from None
-    return text
+            required += f": name the right key with --text_key, it has {keys}"
+    raise InputError(f"{place}: {required}, but is {str(shown).strip():.60}: correct it")
 
 
 def parquet_items(file: BinaryIO, name: str, after: Key, text_key: str) -> Iterator[Item]:

@@ -18,6 +18,7 @@ from nanogpt_jax.corpora.readers import (
     TEXT,
     Item,
     Key,
+    import_extra,
     kind_of,
     parquet_items,
     read_items,
@@ -182,30 +183,26 @@ class Hub:
     files: str  # a pattern of their names
     gpt2_tokens: int
     text_bytes: int
-    download_bytes: int
-    folder_stat: str  # of its prepared folders
+    size: int  # bytes of its files
     is_split: bool = False  # whether it has validation files; otherwise every 2000th document
 
     every, max_val_chars = 2000, float("inf")  # nanoGPT's 0.0005
     is_cut, has_separators, left_out = False, True, ""
 
     @property
-    def size(self) -> int:
-        return self.download_bytes
-
-    @property
     def split_in_words(self) -> str:
         return "its own" if self.is_split else "every 2000th document is for validation"
 
     def stat(self) -> str:
-        """Return what identifies it; the Hub is not asked for a newer revision."""
-        return self.folder_stat
+        """Return its name: the Hub is not asked for a newer revision."""
+        return self.name
 
     def identify(self, advance: Callable[[float], object]) -> dict:
         """Return the newest `revision` and its `files`: every item comes from these."""
         import huggingface_hub
 
         del advance
+        import_extra("pyarrow.parquet")  # before anything is downloaded
         for library in ("huggingface_hub", "fsspec", "httpx", "httpx2"):
             logging.getLogger(library).setLevel(logging.CRITICAL)  # its error is one line here
         try:
@@ -257,8 +254,7 @@ OPENWEBTEXT = Hub(
     r"plain_text/train-.*\.parquet",
     gpt2_tokens=9_040_000_000,
     text_bytes=38_000_000_000,
-    download_bytes=24_000_000_000,
-    folder_stat='["Skylion007/openwebtext", {"revision": "refs/convert/parquet"}]',
+    size=24_000_000_000,
 )
 FINEWEB_EDU = Hub(
     "fineweb-edu",
@@ -266,8 +262,7 @@ FINEWEB_EDU = Hub(
     r"sample/10BT/.*\.parquet",
     gpt2_tokens=10_000_000_000,
     text_bytes=45_000_000_000,
-    download_bytes=27_000_000_000,
-    folder_stat='["HuggingFaceFW/fineweb-edu", {"name": "sample-10BT"}]',
+    size=27_000_000_000,
 )
 TINYSTORIES = Hub(
     "tinystories",
@@ -275,8 +270,7 @@ TINYSTORIES = Hub(
     r"data/(train|validation)-.*\.parquet",
     gpt2_tokens=470_000_000,
     text_bytes=1_930_000_000,
-    download_bytes=1_000_000_000,
-    folder_stat='["roneneldan/TinyStories"]',
+    size=1_000_000_000,
     is_split=True,
 )
 HUB = {corpus.name: corpus for corpus in (OPENWEBTEXT, FINEWEB_EDU, TINYSTORIES)}

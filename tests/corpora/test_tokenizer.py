@@ -267,22 +267,20 @@ def test_a_file_with_padding_and_truncation_encodes_whole_texts(bpe, tmp_path):
 
 
 def in_a_sequence(part: dict) -> dict:
-    return {"type": "Sequence", "pretokenizers": [part, {"type": "ByteLevel"}]}
+    return {"type": "Sequence", "pretokenizers": [part, BYTE_LEVEL]}
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model": {"type": "WordPiece", "vocab": {}}}, "not byte-level BPE"),
-        ({"pre_tokenizer": None}, "not byte-level BPE"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "must be like"),
         ({"model": {"type": "BPE"}}, "must be like"),
         ({"model": 3}, "neither characters nor"),
         (
-            {
-                "normalizer": {"type": "NFC"},
-                "model": {"type": "BPE", "vocab": {"日": 0}, "merges": []},
-                "added_tokens": [],
-            },
+            {"model": {"type": "BPE", "vocab": {"日": 0}, "merges": []}, "added_tokens": []},
             "the character '日' in its tokens stands for no byte",
         ),
         (
@@ -290,31 +288,59 @@ def in_a_sequence(part: dict) -> dict:
             "not have all 256 bytes",
         ),
         ({"model": {"type": "WordLevel", "vocab": {"ab": 0}, "unk_token": "a"}}, "not characters"),
-        (
-            {"normalizer": {"type": "Prepend", "prepend": ""}},
-            "its normalizer has Prepend; only NFC",
-        ),
-        (
-            {"normalizer": {"type": "Replace", "normalizers": [], "pattern": {"Regex": ""}}},
-            "its normalizer has Replace; only NFC",
-        ),
-        (
-            {"pre_tokenizer": in_a_sequence({"type": "FixedLength", "length": 0})},
-            "its pre_tokenizer has FixedLength; only ByteLevel",
-        ),
-        ({"model": {"type": "BPE", "dropout": 0.5}}, "its dropout is 0.5"),
-        (
-            {"model": {"type": "BPE", "continuing_subword_prefix": "##"}},
-            "continuing_subword_prefix",
+        # A panic of the library is an answer too.
+        ({"pre_tokenizer": in_a_sequence({"type": "FixedLength", "length": 0})}, "must be like"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "must be like"),
+        *(
+            (change, "it turns .* into ")
+            for change in (
+                {"pre_tokenizer": None},
+                {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
+                {"pre_tokenizer": in_a_sequence({"type": "Punctuation", "behavior": "Removed"})},
+                {"normalizer": {"type": "Lowercase"}},
+                {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+                {"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "x"}},
+            )
         ),
     ],
 )
-def test_other_kinds_of_tokenizers_are_refused(bpe, tmp_path, change, complaint):
+def test_a_tokenizer_that_changes_a_text_or_is_of_another_kind_is_refused(
+    bpe, tmp_path, change, complaint
+):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(bpe.to_json()) | change))
     with pytest.raises(InputError, match=complaint) as error:
         corpora.load_tokenizer(tmp_path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("dropout", 0.5, "its dropout is 0.5"),
+        ("continuing_subword_prefix", "##", "must be like"),
+        ("end_of_word_suffix", "</w>", "it turns"),
+    ],
+)
+def test_fields_of_other_models_are_refused(bpe, tmp_path, field, value, complaint):
+    content = json.loads(bpe.to_json())
+    content["model"][field] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=complaint):
+        corpora.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")])
+def test_gpt2s_older_files_are_a_tokenizer_too(bpe, tmp_path, names):
+    model = json.loads(bpe.to_json())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / names[0]).write_text(json.dumps(model["vocab"]))
+    (tmp_path / names[1]).write_text("\n".join(["#version: 0.2", *merges, ""]))
+    loaded = corpora.load_tokenizer(tmp_path)
+    assert tokenizer_hash(loaded) == tokenizer_hash(bpe)
+    assert loaded.separator == END_OF_TEXT
+    (tmp_path / names[1]).unlink()
+    assert corpora.load_tokenizer(tmp_path) is None
 
 
 def test_a_vocabulary_with_gaps_is_refused(bpe, tmp_path):

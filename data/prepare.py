@@ -1,12 +1,13 @@
 """Prepare a dataset: python data/prepare.py DATASET [--flag value ...]
 
-DATASET is shakespeare_char, shakespeare (GPT-2 tokens), pydocs, openwebtext, fineweb-edu, or the
-path of a text file, a JSONL or parquet file with a text in each line or row, or a folder of them.
+DATASET is shakespeare_char, shakespeare (GPT-2 tokens), pydocs, tinystories, openwebtext,
+fineweb-edu, or the path of a text file, a JSON or Parquet file with documents, or a folder of them.
 
 train.py prepares small datasets by itself. Prepare large ones first, or on a machine with a network
 for one without. If it is interrupted, run the same command again to continue.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from nanogpt_jax.errors import InputError, run_command
 class Flags:
     """How to prepare it."""
 
-    #: char, gpt2, bpe (trained on your text) or a tokenizer.json; None: char for text, gpt2 for
-    #: shakespeare, the large corpora, JSONL and parquet
+    #: char, gpt2, bpe (trained on your text), a tokenizer.json or the folder of one; None: char for
+    #: text, gpt2 for shakespeare, the large corpora, JSON and Parquet
     tokenizer: str | None = None
     vocab_size: int | None = None  # with bpe, the number of tokens; None: 4096
+    text_key: str = "text"  # the key or column of the text in JSON and Parquet files
     shard_tokens: int = corpora.SHARD_TOKENS  # tokens in one file, at most
-    data_dir: str = str(Path(__file__).parent)  # folder of prepared datasets
+    data_dir: str = "data"  # folder of prepared datasets, as train.py's
 
     def __post_init__(self):
         check_fields(self)
@@ -46,14 +48,17 @@ def main(argv: list[str]) -> None:
     folder = corpora.prepare(
         datasets[0],
         Path(flags.data_dir),
-        1,
-        flags.tokenizer,
-        flags.vocab_size,
-        flags.shard_tokens,
+        tokenizer=flags.tokenizer,
+        vocab_size=flags.vocab_size,
+        shard_tokens=flags.shard_tokens,
+        text_key=flags.text_key,
     )
     corpus = corpora.open_corpus(folder, min_tokens=1)
     sizes = ", ".join(f"{len(ids):,} {split} tokens" for split, ids in corpus.splits.items())
-    print(f"{folder}: {sizes}, vocabulary of {corpus.vocab_size}")
+    print(
+        f"{folder.resolve()}: {sizes}, vocabulary of {corpus.vocab_size}. To train on it:\n"
+        f"  python train.py --dataset {shlex.quote(str(folder.resolve()))}"
+    )
 
 
 if __name__ == "__main__":

@@ -84,34 +84,39 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, if_taken: Callable[[], None]) -> Iterator[None]:
-    """Make a folder and keep other processes out of it; afterwards remove it if it is empty.
+def locked(folder: Path, if_taken: Callable[[], None], is_beside: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made; afterwards remove it if it is empty.
 
     If another process has the lock, call `if_taken` and, unless that raises, wait. The system frees
     the lock of a process that dies. On a file system without locks, only make the folder.
+
+    Args:
+        is_beside: the lock is next to the folder, which need not exist, and stays there.
     """
     import filelock  # with asyncio: slow to import
 
-    lock, wait = filelock.FileLock(folder / LOCK), False
+    path = folder.with_name(f".{folder.name}.lock") if is_beside else folder / LOCK
+    lock, wait = filelock.FileLock(path), False
     try:
         while not lock.is_locked:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire(blocking=wait)
             except filelock.Timeout:
                 if_taken()
                 wait = True
             except (FileExistsError, FileNotFoundError):  # not a folder, or removed just now
-                check_place(folder, "the path")
+                check_place(path.parent, "the path")
             except (OSError, NotImplementedError):
-                if not folder.is_dir():
+                if not path.parent.is_dir():
                     raise
                 break  # no locks here
         yield
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):  # on Windows, release() removes the file
-                (folder / LOCK).unlink()
+                if not is_beside:
+                    path.unlink()
             lock.release()
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -151,7 +156,7 @@ def check_place(folder: Path, name: str) -> Path:
     return existing
 
 
-def download_from_hub(repository: str, file: str, remedy: str, flag: str) -> Path:
+def download_from_hub(repository: str, revision: str, file: str, remedy: str, flag: str) -> Path:
     """Return the local path of a file of the Hugging Face Hub, downloading it unless it is cached.
 
     If that fails, the error names the remedy, like "save tokenizer.json", and the flag to pass.
@@ -159,13 +164,14 @@ def download_from_hub(repository: str, file: str, remedy: str, flag: str) -> Pat
     import huggingface_hub as hub  # slow to import
 
     try:
-        cached = hub.try_to_load_from_cache(repository, file)
+        cached = hub.try_to_load_from_cache(repository, file, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
         # The download alone would retry for half a minute; this asks once.
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=HUB_TIMEOUT_S)
+        url = hub.hf_hub_url(repository, file, revision=revision)
+        hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT_S)
         hub.utils.logging.set_verbosity_error()
-        return Path(hub.hf_hub_download(repository, file))
+        return Path(hub.hf_hub_download(repository, file, revision=revision))
     except Exception as error:  # the type depends on the versions of the library and its clients
         raise InputError(
             f"{file} could not be downloaded ({first_line(error).rstrip('.')}): {remedy} from "

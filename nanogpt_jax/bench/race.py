@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     # Prepare the dataset now, or the first run's time would include it.
     corpora.resolve(
         config.dataset, Path(config.data_dir), config.model.block_size + 1, config.tokenizer,
-        config.model.vocab_size,
+        config.model.vocab_size, config.text_key,
     )  # fmt: skip
     runs: dict[str, list[Lap]] = {name: [], f"{twin}, cold": [], f"{twin}, warm": []}
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ from nanogpt_jax.config.fields import (
     to_flat_dict,
 )
 from nanogpt_jax.config.presets import (
+    GPT2_REVISIONS,
     GPT2_SHAPES,
     LECTURE,
     MODERN,

@@ -51,6 +51,12 @@ GPT2_SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
+GPT2_REVISIONS = {  # of openai-community/NAME on the Hub
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
 # Newer than GPT-2, and better; nanogpt_jax/README.md says what each part contributes.
 # fmt: off
 MODERN: dict[str, Any] = {

@@ -23,6 +23,7 @@ from nanogpt_jax.corpora.tokenizer import (
     CharTokenizer,
     Tokenizer,
     bits_per_byte,
+    find_tokenizer,
     load_tokenizer,
     read_tokenizer,
     save_tokenizer,

@@ -4,6 +4,7 @@ A corpus is a name; a text, JSON or Parquet file or a folder of them; or a folde
 `train.bin` and `val.bin`, made by nanoGPT or by anything else.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -16,7 +17,7 @@ import numpy as np
 
 from nanogpt_jax import files
 from nanogpt_jax.config import ModelConfig, TrainConfig
-from nanogpt_jax.corpora import download, preparation, shards
+from nanogpt_jax.corpora import download, preparation, shards, tokens
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogpt
 from nanogpt_jax.corpora.readers import TEXT
 from nanogpt_jax.corpora.shards import SHARD_TOKENS
@@ -256,15 +257,11 @@ def known_val_tokens(
     vocab_size: int | None = None, text_key: str = "text",
 ) -> int | None:  # fmt: skip
     """Return the size of a dataset's validation split; None if it is not prepared here."""
-    try:
-        folder, *_ = _locate(
-            dataset or SHAKESPEARE, Path(data_dir), tokenizer, vocab_size, text_key
-        )
-    except InputError:
-        return None
-    if not shards.has_tokens(folder) or (folder / shards.PROGRESS).exists():
-        return None
-    meta = shards.read_meta(folder)
-    width = np.dtype(meta.get("dtype", "uint16")).itemsize
-    paths = filter(Path.exists, shards.files_of(folder, "val", meta))
-    return sum(path.stat().st_size for path in paths) // width
+    request = dataset or SHAKESPEARE, Path(data_dir).expanduser(), tokenizer, vocab_size, text_key
+    with contextlib.suppress(InputError):
+        folder, *_ = _locate(*request)
+        shards.check_finished(folder)
+        meta = shards.read_meta(folder)
+        paths = shards.files_of(folder, "val", meta)
+        return sum(tokens.check_size(path, meta.get("dtype", "uint16")) for path in paths)
+    return None

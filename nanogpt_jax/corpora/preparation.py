@@ -74,13 +74,17 @@ def prepare_folder(
             begin = (source, folder, spec, min_tokens, plan)
             # Before the lock: a source that is refused at once leaves nothing behind.
             begun = None if (folder / PROGRESS).exists() else _begin(*begin)
+            waiting = f"waiting for another process that prepares {folder}"
             try:
-                with _alone(folder):
+                with files.locked(folder, lambda: print(waiting, file=sys.stderr), is_beside=True):
                     if not _is_done(folder, stat, info.get("sha256")):  # by another process
                         begun = _resume(source, folder, plan) or begun or _begin(*begin)
                         _prepare(source, folder, min_tokens, *begun)
             except OSError as error:
                 raise unwritable(folder, error) from None
+            except KeyboardInterrupt:
+                print(f"\nstopped: the same command resumes {folder}", file=sys.stderr)
+                raise
     meta = read_meta(folder)
     _check_length(source, (meta["train_tokens"], meta["val_tokens"]), min_tokens)
     return folder
@@ -127,32 +131,6 @@ def _progress(source: Source, what: str, done: int = 0) -> Iterator[Callable[[fl
         disable=None, leave=False, delay=1,
     ) as bar:  # fmt: skip
         yield lambda done: bar.update(int(done) - bar.n)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, which need not exist; wait if one is in it.
-
-    The lock is next to the folder and never deleted, so that all processes mean the same file.
-    """
-    import filelock  # with asyncio: slow to import
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        print(f"waiting for another process that prepares {folder}", file=sys.stderr)
-        lock.acquire()
-    except NotImplementedError:  # a file system without locks
-        pass
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nstopped: the same command resumes {folder}", file=sys.stderr)
-        raise
-    finally:
-        lock.release()
 
 
 def _prepare(

@@ -4,7 +4,6 @@ A split that fits into one file is nanoGPT's `train.bin`; a larger one is `train
 `train_00001.bin`, ... Which file a token belongs to follows from its number in the split.
 """
 
-import contextlib
 import io
 import re
 import shutil
@@ -225,5 +224,3 @@ def delete(folder: Path) -> None:
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     for path in [*written(folder), folder / TOKENIZER_FILE, folder / PROGRESS]:
         path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it has files of the user's
-        folder.rmdir()

@@ -11,18 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, cast
 
-from nanogpt_jax.corpora.readers import (
-    COMPRESSED,
-    ENDINGS,
-    PARQUET,
-    TEXT,
-    Item,
-    Key,
-    import_extra,
-    kind_of,
-    parquet_items,
-    read_items,
-)
+from nanogpt_jax.corpora import readers
+from nanogpt_jax.corpora.readers import TEXT, Item, Key, kind_of
 from nanogpt_jax.corpora.text import CanCut
 from nanogpt_jax.errors import InputError, first_line, reading
 
@@ -53,23 +43,22 @@ class Files:
         if path.is_dir():
             self._files, self.left_out = _files_in(path)
         first, split = next(iter(self._files.items()))
-        self.kind, is_compressed = kind_of(first) or TEXT, first.suffix.lower() in COMPRESSED
+        self.kind, is_compressed = (
+            kind_of(first) or TEXT,
+            first.suffix.lower() in readers.COMPRESSED,
+        )
         self._begins = [0, *itertools.accumulate(stat.st_size for stat in self._stats())]
         self.size = self._begins[-1]
-        self.text_bytes = self.size * (3 if is_compressed else 2 if self.kind == PARQUET else 1)
+        self.text_bytes = self.size * (
+            3 if is_compressed else 2 if self.kind == readers.PARQUET else 1
+        )
         # Either one text, a part of it for validation, or documents, each for one of the splits.
         self.is_cut = self.kind == TEXT and split is None
         self.has_separators = self.kind != TEXT or path.is_dir()
+        which = "the last tenth" if self.is_cut else "every 10th document"
+        self.split_in_words = f"{which}, at most 10 million characters, is for validation"
         if split is not None:
-            self.split_in_words = "the files for training and validation, by their names"
-        elif self.is_cut:
-            self.split_in_words = (
-                "the last tenth of the characters, at most 10 million, is for validation"
-            )
-        else:
-            self.split_in_words = (
-                "every 10th document, until they have 10 million characters, is for validation"
-            )
+            self.split_in_words = "the names of the files say which are for validation"
 
     def _stats(self) -> Iterator[os.stat_result]:
         for path in self._files:
@@ -120,7 +109,7 @@ class Files:
             begin, size = self._begins[i], self._begins[i + 1] - self._begins[i]
             if i >= after[0]:
                 inner = after[1:] if i == after[0] else START[1:]
-                for item in read_items(path, can_cut, inner, self._text_key):
+                for item in readers.read_items(path, can_cut, inner, self._text_key):
                     done = begin + item.done * size
                     yield item._replace(key=(i, *item.key), split=split, done=done)
 
@@ -131,7 +120,7 @@ def _files_in(folder: Path) -> tuple[dict[Path, str | None], str]:
     kinds = Counter(filter(None, map(kind_of, found)))
     if not kinds:
         raise InputError(
-            f"{folder}: must have files that end in {', '.join(ENDINGS)}, or train.bin and "
+            f"{folder}: must have files that end in {', '.join(readers.ENDINGS)}, or train.bin and "
             "val.bin, but has none: pass another folder"
         )
     if len(kinds) > 1:
@@ -202,7 +191,7 @@ class Hub:
         import huggingface_hub
 
         del advance
-        import_extra("pyarrow.parquet")  # before anything is downloaded
+        readers.import_extra("pyarrow.parquet")  # before anything is downloaded
         for library in ("huggingface_hub", "fsspec", "httpx", "httpx2"):
             logging.getLogger(library).setLevel(logging.CRITICAL)  # its error is one line here
         try:
@@ -234,7 +223,9 @@ class Hub:
             split = _named_split(Path(names[i])) if self.is_split else None
             try:
                 with system.open(f"{root}/{names[i]}") as file:
-                    for item in parquet_items(cast(BinaryIO, file), names[i], inner, "text"):
+                    for item in readers.parquet_items(
+                        cast(BinaryIO, file), names[i], inner, "text"
+                    ):
                         done = (i + item.done) / len(names) * self.size
                         yield item._replace(key=(i, *item.key), split=split, done=done)
             except Exception as error:

@@ -65,16 +65,13 @@ def last_cut(text: str, can_cut: CanCut) -> int:
     GPT-2's pattern begins a new word there. Whether another tokenizer does is tried.
     """
     for mark in " \n":
-        at = len(text) - 1  # something must follow
-        for _ in range(TRIES):
-            at = text.rfind(mark, 1, max(1, at))
-            if at < 0:
-                break
-            is_single = not text[at - 1].isspace() and not text[at + 1].isspace()
-            if is_single and can_cut(
-                text[max(0, at - CONTEXT_CHARS) : at], text[at : at + CONTEXT_CHARS]
-            ):
-                return at
+        at, n_tries = len(text) - 1, TRIES  # something must follow
+        while n_tries and (at := text.rfind(mark, 1, max(1, at))) > 0:
+            if not text[at - 1].isspace() and not text[at + 1].isspace():
+                left, right = text[max(0, at - CONTEXT_CHARS) : at], text[at : at + CONTEXT_CHARS]
+                if can_cut(left, right):
+                    return at
+                n_tries -= 1
     return 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanogpt_jax import files
+from nanogpt_jax.config import GPT2_REVISIONS
 from nanogpt_jax.corpora.tokenizer import (
     TOKENIZER_FILE,
     BPETokenizer,
@@ -76,5 +77,5 @@ class TokenizerSpec:
 def _gpt2_tokenizer() -> Path:
     flag = "--tokenizer FOLDER/tokenizer.json; for your own text, --tokenizer bpe needs no download"
     return files.download_from_hub(
-        "openai-community/gpt2", TOKENIZER_FILE, "save tokenizer.json", flag
+        "openai-community/gpt2", GPT2_REVISIONS["gpt2"], TOKENIZER_FILE, "save tokenizer.json", flag
     )

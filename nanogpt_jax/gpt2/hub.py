@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from nanogpt_jax.config import GPT2_SHAPES
+from nanogpt_jax import corpora
+from nanogpt_jax.config import GPT2_REVISIONS, GPT2_SHAPES
 from nanogpt_jax.errors import InputError, did_you_mean
 from nanogpt_jax.files import download_from_hub
 
@@ -21,7 +22,8 @@ def find(source: str, file: str) -> Path:
     """Return the local path of a GPT-2's file, downloaded if the source is one of the four."""
     if is_name(source):
         repository = f"openai-community/{source}"
-        return download_from_hub(repository, file, f"save {FILES}", "--init_from FOLDER")
+        revision, remedy = GPT2_REVISIONS[source], f"save {FILES}"
+        return download_from_hub(repository, revision, file, remedy, "--init_from FOLDER")
     path = os.path.join(source, file)
     if os.path.isfile(path):  # False for a name that no file can have, where Path would raise
         return Path(path)
@@ -35,5 +37,4 @@ def find(source: str, file: str) -> Path:
 
 def find_tokenizer(source: str) -> Path | None:
     """Return the local path of a GPT-2's tokenizer as `find` does; None if a folder has none."""
-    has_one = is_name(source) or os.path.isfile(os.path.join(source, TOKENIZER))
-    return find(source, TOKENIZER) if has_one else None
+    return find(source, TOKENIZER) if is_name(source) else corpora.find_tokenizer(Path(source))

@@ -32,9 +32,10 @@ CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.pn
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 # What may change from one start of a run to the next: it does not affect the updates themselves.
 FREE_FIELDS = {
-    "config", "out_dir", "dataset", "data_dir", "tokenizer", "max_iters", "eval_interval",
-    "eval_first", "log_interval", "eval_only", "overwrite", "tensorboard", "wandb", "compile_cache",
-    "compile_for", "coordinator_address", "num_processes", "process_id", "heartbeat_timeout_s",
+    "config", "out_dir", "dataset", "data_dir", "tokenizer", "text_key", "max_iters",
+    "eval_interval", "eval_first", "log_interval", "eval_only", "overwrite", "tensorboard", "wandb",
+    "compile_cache", "compile_for", "coordinator_address", "num_processes", "process_id",
+    "heartbeat_timeout_s",
     *field_types(ComputeConfig),
     "known_tokens",  # a corpus may have got its tokenizer only now; the weights are the same
 }  # fmt: skip

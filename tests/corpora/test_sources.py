@@ -83,7 +83,7 @@ def test_links_are_followed_but_not_in_a_circle(folder, tmp_path):
 def test_a_split_that_files_are_named_for_is_taken(folder, names):
     source = Files(folder({names[0]: "to train", names[1]: "to validate"}))
     assert splits_of(source) == {"train": "to train", "val": "to validate"}
-    assert source.split_in_words == "the files for training and validation, by their names"
+    assert source.split_in_words == "the names of the files say which are for validation"
 
 
 def test_files_for_tests_are_left_out_if_there_are_some_for_validation(folder):

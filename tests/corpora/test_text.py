@@ -56,6 +56,7 @@ def test_pieces_have_the_tokens_of_the_whole(request, monkeypatch, which, length
     tokenizer = request.getfixturevalue(which)
     monkeypatch.setattr(texts, "PIECE_CHARS", length)
     text = "".join(make_text(3000, n_words=500)) + AWKWARD * 20 + "line,\nof.\nlines\n" * 50
+    text += ("if so:" + " " * 150 + "x\n" * 40) * 20
     pieces = list(cut_text(text, tokenizer.can_cut))
     assert len(pieces) > 10 or length == 1000
     assert "".join(pieces) == text

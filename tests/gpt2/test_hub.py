@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_jax.config import GPT2_SHAPES, PRESETS, ModelConfig
+from nanogpt_jax.config import GPT2_REVISIONS, GPT2_SHAPES, PRESETS, ModelConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import hub
 from nanogpt_jax.hardware import flops as counts
 
-COMMIT = 40 * "a"
+COMMIT = GPT2_REVISIONS["gpt2"]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def server():
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             requests.append((self.command, self.path))
-            found = self.path == "/openai-community/gpt2/resolve/main/config.json"
+            found = self.path == f"/openai-community/gpt2/resolve/{COMMIT}/config.json"
             self.send_response(200 if found else 503 if "gpt2-xl" in self.path else 404)
             self.send_header("Content-Length", "2" if found else "0")
             if found:

@@ -5,6 +5,7 @@ Both become settings first, a dict from field name to text: `--n_layer 6`, `--n-
 """
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from types import NoneType
@@ -69,6 +70,8 @@ def split_flags(argv: list[str], cls: type) -> dict[str, str]:
             value = "True"
         elif not equals:
             raise InputError(f"--{name} needs a value, like --{name}=...")
+        if value.startswith("~/") and name not in ("start", "stop"):
+            value = os.path.expanduser(value)  # which the shell does not do after --name=
         settings[name] = value
     return settings
 

@@ -57,6 +57,12 @@ def test_a_boolean_can_be_switched_off(argv):
     assert parse_train_config(["--decay_lr=False"]).optim.decay_lr is False
 
 
+def test_a_tilde_that_the_shell_left_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse_train_config(["--out_dir=~/run", "--dataset", "~/x.txt"], "")
+    assert (config.out_dir, config.dataset) == ("/home/me/run", "/home/me/x.txt")
+
+
 def test_values_keep_dashes_equals_signs_and_spaces():
     config = parse_sample_config(["--start", "a-b = c_d", "--stop=x=--y", "--max_new_tokens", "7"])
     assert (config.start, config.stop, config.max_new_tokens) == ("a-b = c_d", "x=--y", 7)

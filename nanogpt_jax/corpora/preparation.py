@@ -34,7 +34,8 @@ from nanogpt_jax.corpora.tokenizer import (
 from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError
 
-BATCH_CHARS = 2**21  # of the items whose tokens become a part
+PART_CHARS = 2**21  # of the items whose tokens become a part, at least
+BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
 BPE_CHARS = 100_000_000  # that BPE is trained on, at most
 LARGE_BYTES = 10**9  # of a source that train.py does not prepare by itself
 TRAIN_FRACTION = 0.9
@@ -138,10 +139,10 @@ def _prepare(
     tokenizer: Tokenizer, plan: dict, key: Key, counts: Counts,
 ) -> None:  # fmt: skip
     """Tokenize a source after the item with a key, and join all parts."""
-    if counts.done:
+    if key != START:
         print(f"resuming {folder} from {counts.train + counts.val:,} tokens")
     items = source.items(plan["info"], tokenizer.can_cut, key)
-    batches = grouped(items, lambda item: sum(len(text or "") for text in item.texts), BATCH_CHARS)
+    batches = grouped(items, lambda item: sum(len(text or "") for text in item.texts), PART_CHARS)
     with _progress(source, str(folder), counts.done) as advance:
         for batch in _read_ahead(batches):
             ids = _encode(batch, source, plan, tokenizer, counts)
@@ -252,7 +253,7 @@ def _encode(
                 pieces.append((pieces[-1][0], None))
     counts.done = int(items[-1].done)
     texts = (text for _, text in pieces if text is not None)
-    groups = grouped(texts, lambda text: len(text.encode()))  # the tokenizer needs memory
+    groups = grouped(texts, lambda text: len(text.encode()), BATCH_BYTES)
     encoded = (ids for group in groups for ids in tokenizer.encode_batch(group))
     dtype = np.dtype(plan["dtype"]).newbyteorder("<")
     parts = {split: [np.zeros(0, dtype)] for split in SPLITS}

@@ -309,7 +309,7 @@ def test_a_corpus_of_the_hub_is_streamed_once(data_dir, hub, bpe, monkeypatch, n
 def test_a_broken_stream_resumes_at_the_same_revision(data_dir, tmp_path, hub, bpe, monkeypatch):
     monkeypatch.setattr(tokenizer_spec, "_gpt2_tokenizer", lambda: bpe)
     monkeypatch.setattr(sources.Hub, "every", 20)
-    monkeypatch.setattr(preparation, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(preparation, "PART_CHARS", 1000)
     parts = {f"plain_text/train-{i}.parquet": parquet_of(some_documents(99 + i)) for i in range(3)}
     hub(parts)
     whole = prepare("openwebtext", tmp_path / "whole", shard_tokens=500)
@@ -459,7 +459,7 @@ def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, dat
 def test_interrupted_at_any_rename_or_removal_it_resumes_and_writes_the_same_bytes(
     tmp_path, data_dir, bpe, monkeypatch, capsys
 ):
-    monkeypatch.setattr(preparation, "BATCH_CHARS", 20_000)
+    monkeypatch.setattr(preparation, "PART_CHARS", 20_000)
     monkeypatch.setattr("nanogpt_jax.corpora.text.BLOCK_BYTES", 10_000)
     path = tmp_path / "text.txt"
     path.write_text("".join(make_text(200_000, n_words=3000)))

@@ -120,6 +120,7 @@ def hub(monkeypatch):
     """Put files on the Hub: hub({name: bytes, or an error}) -> what is asked for from then on."""
     import huggingface_hub
 
+    pytest.importorskip("pyarrow.parquet")
     asked, stored = [], {}
 
     class Api:

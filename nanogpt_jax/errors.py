@@ -73,6 +73,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
 
     An expected error is printed as one line. Only a bug shows a traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&- in a shell
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # UTF-8 also in a Windows pipe; line by line, so that a kill loses no output.

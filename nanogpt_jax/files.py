@@ -22,7 +22,7 @@ def read_text(path: Path, max_bytes: int) -> str:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise ValueError(f"it is larger than {max_bytes >> 20} MiB")
-    return content.decode("utf-8")
+    return content.decode("utf-8-sig")  # Notepad writes a byte order mark
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:

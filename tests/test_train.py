@@ -3,12 +3,16 @@
 import contextlib
 import io
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from runs import (
     N_STEPS,
     assert_same_run,
@@ -276,6 +280,37 @@ def test_overwrite_deletes_no_folder_that_is_not_a_run(dataset, tmp_path):
     with pytest.raises(InputError, match="must be empty or hold a run"):
         start(tmp_path, dataset, "--max_iters=2", "--overwrite")
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_overwrite_empties_checkpoints_that_are_on_another_disk(begun, dataset, tmp_path, capsys):
+    folder = copied(begun, tmp_path / "run")
+    (folder / "checkpoints").rename(tmp_path / "disk")
+    (folder / "checkpoints").symlink_to(tmp_path / "disk")
+    assert start(folder, dataset, "--max_iters=2", "--learning_rate=0.01", "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert f"emptying {tmp_path / 'disk'}, to which" in printed
+    assert "resuming" not in printed
+    assert (folder / "checkpoints").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["2"]
+
+
+def test_what_overwrite_cannot_delete_is_an_error(begun, dataset, tmp_path, monkeypatch):
+    folder = copied(begun, tmp_path / "run")
+
+    def fail(path, *args, **kwargs):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(InputError, match=r"--overwrite must delete .*checkpoints cannot be del"):
+        start(folder, dataset, "--max_iters=2", "--overwrite")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix")
+def test_it_trains_with_its_output_closed(dataset, tmp_path):
+    argv = [sys.executable, ROOT / "train.py", *command(tmp_path / "run", dataset, "--max_iters=2")]
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *map(str, argv)]
+    assert subprocess.run(closed, cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "run" / "loss.png").exists()
 
 
 def test_damaged_metrics_are_named_before_anything_is_written(begun, dataset, tmp_path):

@@ -124,10 +124,10 @@ def _files_in(folder: Path) -> tuple[dict[Path, str | None], str]:
             "val.bin, but has none: pass another folder"
         )
     if len(kinds) > 1:
-        counts = " and ".join(f"{n} of {kind}" for kind, n in kinds.items())
+        counts = " and ".join(f"{n} {kind}" for kind, n in kinds.items())
         raise InputError(
-            f"{folder}: must have files of one kind, but has {counts}: pass one file, or move a "
-            "kind"
+            f"{folder}: must have files of one kind, but has {counts} files: pass one file, or "
+            "move the others"
         )
     left_out = [f"{path.name} (its ending)" for path in found if not kind_of(path)]
     splits = {path: _named_split(path.relative_to(folder)) for path in found if kind_of(path)}
@@ -139,8 +139,8 @@ def _files_in(folder: Path) -> tuple[dict[Path, str | None], str]:
         splits = {path: split for path, split in splits.items() if split != "test"}
     else:  # what is for tests has to do for validation
         splits = {path: split if split == "train" else "val" for path, split in splits.items()}
-    shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-    return splits, f"{len(left_out)} files left out: {shown}" if left_out else ""
+    more = f", and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    return splits, f"not read: {', '.join(left_out[:5])}{more}" if left_out else ""
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -173,10 +173,27 @@ def delete(folder: Path) -> None:
     check_usable(folder)
     if (folder / CONFIG).exists():
         read_config(folder)  # other programs write a config.json too
-        for name in (CHECKPOINTS, TENSORBOARD, WANDB):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (METRICS, PICTURE, TOKENIZER_FILE, CONFIG):
-            (folder / name).unlink(missing_ok=True)
+        try:
+            for name in (CHECKPOINTS, TENSORBOARD, WANDB):
+                _delete_folder(folder / name)
+            for name in (METRICS, PICTURE, TOKENIZER_FILE, CONFIG):
+                (folder / name).unlink(missing_ok=True)
+        except OSError as error:  # a new run would resume what is left of the old one
+            raise InputError(
+                f"--overwrite must delete the old run, but {error.filename} cannot be deleted "
+                f"({error.strerror}): delete it yourself, or choose another --out_dir"
+            ) from None
+
+
+def _delete_folder(path: Path) -> None:
+    """Delete a folder if it exists; of one that is a link to another disk, what is in it."""
+    if not path.is_symlink():
+        if path.exists():
+            shutil.rmtree(path)
+        return
+    print(f"emptying {path.resolve()}, to which {path} is a link")
+    for inner in path.glob("*"):
+        shutil.rmtree(inner) if inner.is_dir() else inner.unlink()
 
 
 def newest() -> Path:

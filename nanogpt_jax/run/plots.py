@@ -6,6 +6,7 @@ run that holds the chip.
 
 import io
 import math
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ def save_figure(figure: "Figure", path: Path | io.BytesIO) -> None:
 
 def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     """Return a figure of width x height inches and its axes, in the style of all pictures."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, perhaps, which does not exist here
     # Slow to import. Not pyplot: there is nothing to show or to close.
     from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from nanogpt_jax import files
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import bits_per_byte
-from nanogpt_jax.errors import InputError, RunError
+from nanogpt_jax.errors import RunError, first_line
 from nanogpt_jax.hardware import train_flops_per_token
 from nanogpt_jax.run.folder import METRICS, PICTURE
 from nanogpt_jax.run.loggers import Logger, open_loggers
@@ -154,6 +154,9 @@ class Progress:
         speed = f", {self.tokens_per_s():,.0f} tokens/s" if self.steps_per_s else ""
         loss = describe_loss(val_loss, self.bytes_per_token)
         self.print(f"step {step:6d}: {train}{loss}{best}{speed}{self._skips()}")
+
+    def redraw(self) -> None:
+        """Draw the picture, unless that was done a moment ago."""
         if time.perf_counter() - self._drawn_s > REDRAW_S:
             self._draw()
             self._drawn_s = time.perf_counter()
@@ -192,8 +195,8 @@ class Progress:
             return
         try:
             draw(self.folder, self.config.config)
-        except (OSError, InputError) as error:  # a full disk, say: no reason to lose the run
-            self.print(f"{PICTURE} could not be drawn: {error}")
+        except Exception as error:  # a full disk, say, or a broken matplotlib
+            self.print(f"warning: {PICTURE} could not be drawn: {first_line(error)}")
 
     def _write_row(self, step: int, val_loss: float | None = None) -> None:
         row: dict[str, int | float] = {"step": step}

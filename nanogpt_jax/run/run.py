@@ -212,6 +212,7 @@ class Run:
             self.evaluated_steps.add(step)
             if step > 0:
                 self._save(step, state, val_loss)
+            self._progress.redraw()  # after what matters
 
     def stop_requested(self, step: int) -> bool:
         """Return whether a signal asks to stop before the next update.

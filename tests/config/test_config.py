@@ -63,6 +63,12 @@ def test_a_tilde_that_the_shell_left_is_expanded(monkeypatch):
     assert (config.out_dir, config.dataset) == ("/home/me/run", "/home/me/x.txt")
 
 
+def test_a_json_file_of_notepad_begins_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"config": "tiny", "max_iters": 3}', encoding="utf-8-sig")
+    assert parse_train_config([f"--config={path}"]).max_iters == 3
+
+
 def test_values_keep_dashes_equals_signs_and_spaces():
     config = parse_sample_config(["--start", "a-b = c_d", "--stop=x=--y", "--max_new_tokens", "7"])
     assert (config.start, config.stop, config.max_new_tokens) == ("a-b = c_d", "x=--y", 7)

@@ -220,7 +220,7 @@ def test_files_for_training_and_validation_are_the_splits(tmp_path, data_dir, ca
     decode = corpus.tokenizer.decode
     assert decode(corpus.splits["train"]) == "to train\n"
     assert decode(corpus.splits["val"]) == "to valid\n"
-    assert "left out: tales-test.txt (for tests)" in capsys.readouterr().out
+    assert "not read: tales-test.txt (for tests)" in capsys.readouterr().out
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_dropped(tmp_path, data_dir):

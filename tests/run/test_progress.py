@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from nanogpt_jax.config import ComputeConfig
 from nanogpt_jax.hardware import train_flops_per_token
@@ -237,6 +241,34 @@ def test_a_log_that_is_damaged_meanwhile_costs_the_picture_but_not_the_run(
         file.write("nonsense\n")
     progress.close()
     assert "loss.png could not be drawn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["garbage", "module://matplotlib_inline.backend_inline"])
+def test_a_backend_of_somebody_elses_does_not_matter_for_the_picture(tmp_path, backend):
+    """A notebook's cell hands MPLBACKEND down to the commands that it starts."""
+    script = (
+        "from nanogpt_jax.run.plots import new_figure, save_figure\n"
+        "import pathlib\n"
+        f"save_figure(new_figure(2, 2)[0], pathlib.Path({str(tmp_path / 'loss.png')!r}))\n"
+    )
+    environment = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_error_of_a_picture_ends_a_run(tmp_path, config, monkeypatch, capsys):
+    def fail(*args):
+        raise ValueError("'garbage' is not a valid value for backend\nand more")
+
+    monkeypatch.setattr(rooms, "draw", fail)
+    monkeypatch.setattr(rooms, "REDRAW_S", -1)
+    progress = Progress(tmp_path, config, None)
+    train(progress, 0, 10)
+    progress.redraw()
+    progress.close()
+    printed = capsys.readouterr().out
+    assert "warning: loss.png could not be drawn: 'garbage' is not a valid value" in printed
+    assert "and more" not in printed
 
 
 def test_a_run_draws_its_picture(tmp_path, config):

@@ -108,6 +108,11 @@ class OptimConfig:
 
     def __post_init__(self):
         check_fields(self)
+        if self.decay_lr and self.min_lr > self.learning_rate:  # the rate would rise above the peak
+            raise InputError(
+                f"min_lr must be at most learning_rate = {self.learning_rate:g}, got "
+                f"{self.min_lr:g}: add --min_lr {self.learning_rate / 10:g}"
+            )
 
 
 def mesh_sizes(text: str) -> tuple[int, int, int]:

@@ -69,6 +69,17 @@ def test_a_json_file_of_notepad_begins_with_a_byte_order_mark(tmp_path):
     assert parse_train_config([f"--config={path}"]).max_iters == 3
 
 
+def test_a_rate_that_would_rise_above_learning_rate_is_refused():
+    """As of someone who finetunes with a preset's min_lr."""
+    argv = ["--config=tiny", "--learning_rate=1e-4"]
+    with pytest.raises(
+        InputError, match=r"at most learning_rate = 0\.0001, .*: add --min_lr 1e-05"
+    ):
+        parse_train_config(argv)
+    assert parse_train_config([*argv, "--min_lr=1e-5"]).optim.min_lr == 1e-5
+    assert parse_train_config([*argv, "--decay_lr=False"]).optim.learning_rate == 1e-4
+
+
 def test_values_keep_dashes_equals_signs_and_spaces():
     config = parse_sample_config(["--start", "a-b = c_d", "--stop=x=--y", "--max_new_tokens", "7"])
     assert (config.start, config.stop, config.max_new_tokens) == ("a-b = c_d", "x=--y", 7)

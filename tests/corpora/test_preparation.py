@@ -468,8 +468,8 @@ def test_interrupted_at_any_rename_or_removal_it_resumes_and_writes_the_same_byt
 
     def sometimes(function):
         def call(path, *args, **kwargs):
-            left[0] -= path.suffix != ".lock"  # whose release must not be cut in two
-            if left[0] < 0:
+            left[0] -= 1
+            if left[0] < 0 and path.suffix != ".lock":  # or this process would keep the lock
                 raise KeyboardInterrupt
             return function(path, *args, **kwargs)
 

@@ -52,12 +52,13 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+def write_atomically(path: Path, content: bytes | memoryview | Iterator[bytes]) -> None:
     """Write a file under a temporary name and rename it, so that readers never see half of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            for piece in content if isinstance(content, Iterator) else [content]:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -115,11 +116,14 @@ def locked(folder: Path, if_taken: Callable[[], None], is_beside: bool = False) 
     finally:
         if lock.is_locked:
             with contextlib.suppress(OSError):  # on Windows, release() removes the file
-                if not is_beside:
+                if is_beside:
+                    folder.rmdir()  # the next process makes it again
+                else:
                     path.unlink()
             lock.release()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        if not is_beside:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def check_writable(folder: Path) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,10 +111,11 @@ def _how_to_prepare(
         "text_key": text_key if text_key != "text" else None,
         "data_dir": data_dir if data_dir != Path("data") else None,
     }
-    given = "".join(f" --{name} {value}" for name, value in flags.items() if value)
-    command = f"python data/prepare.py {source.name}{given}"
+    quoted = {name: shlex.quote(str(value)) for name, value in flags.items() if value}
+    given = "".join(f" --{name} {value}" for name, value in quoted.items())
+    command = f"python data/prepare.py {shlex.quote(source.name)}{given}"
     if not isinstance(source, Hub):
-        return f"{source.name} must be prepared before training, which takes long: {command}"
+        return f"{source.name} must be prepared before training, which takes a while: {command}"
     return (
         f"{source.name} must be prepared before training: {command}. This takes "
         f"{source.gpt2_tokens / 5e9:,.1f} hours or less, {source.gpt2_tokens / 5e8:,.0f} GB of "
@@ -142,7 +144,7 @@ def prepare(
         InputError: the name is unknown, or the text is unreadable, empty or too short.
         download.Unavailable: the dataset cannot be downloaded.
     """
-    data_dir = Path(data_dir).expanduser()  # which shells do not after --data_dir=
+    data_dir = Path(os.path.expanduser(data_dir))  # which shells do not after --data_dir=
     files.check_place(data_dir, "data_dir")
     folder, spec, source = _locate(dataset, data_dir, tokenizer, vocab_size, text_key)
     if source is None and (dataset not in NAMES or shards.is_foreign(folder)):
@@ -181,7 +183,7 @@ def _locate(
 
 def _existing(dataset: str, data_dir: Path) -> Path:
     """Return the path of a dataset that has no name of ours; refuse an unfinished one."""
-    for path in (data_dir / dataset, Path(dataset).expanduser()):
+    for path in (data_dir / dataset, Path(os.path.expanduser(dataset))):
         if path.exists():
             shards.check_finished(path)
             return path
@@ -257,7 +259,13 @@ def known_val_tokens(
     vocab_size: int | None = None, text_key: str = "text",
 ) -> int | None:  # fmt: skip
     """Return the size of a dataset's validation split; None if it is not prepared here."""
-    request = dataset or SHAKESPEARE, Path(data_dir).expanduser(), tokenizer, vocab_size, text_key
+    request = (
+        dataset or SHAKESPEARE,
+        Path(os.path.expanduser(data_dir)),
+        tokenizer,
+        vocab_size,
+        text_key,
+    )
     with contextlib.suppress(InputError):
         folder, *_ = _locate(*request)
         shards.check_finished(folder)

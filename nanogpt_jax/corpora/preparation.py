@@ -1,9 +1,9 @@
 """Tokenize a source into a folder; safe to interrupt and resume.
 
-The source is read in items. The tokens of some consecutive ones become a part, a file that is
-written atomically, so to resume is to continue after the last part. When all parts are there, they
-are joined to token files, and `meta.json` is written last. How far it has come is nowhere else, so
-the files are the same byte for byte however often it was killed.
+The source is read in items. The tokens of a few consecutive items form a part, a file that is
+written atomically; resuming continues after the last part. When all parts are there, they are
+joined to token files, and `meta.json` is written last. Progress is stored nowhere else, so the
+result is the same byte for byte however often it was killed.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ from nanogpt_jax.corpora.tokenizer import (
 from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError
 
-PART_CHARS = 2**21  # of the items whose tokens become a part, at least
+PART_CHARS = 2**21  # at least, in a part
 BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
 BPE_CHARS = 100_000_000  # that BPE is trained on, at most
-LARGE_BYTES = 10**9  # of a source that train.py does not prepare by itself
+LARGE_BYTES = 10**9  # train.py does not prepare a larger source by itself
 TRAIN_FRACTION = 0.9
-BYTES_PER_TOKEN = 3.5  # of byte pairs, at least; 4.4 of GPT-2's in English
+BYTES_PER_TOKEN = 3.5  # a low estimate for byte pairs; GPT-2's have 4.4 in English
 
 # The tokenizer, the plan, the key of the last item that is done, and the counts up to it.
 Begun: TypeAlias = tuple[Tokenizer, dict, Key, Counts]
@@ -75,7 +75,7 @@ def prepare_folder(
             begin = (source, folder, spec, min_tokens, plan)
             # Before the lock: a source that is refused at once leaves nothing behind.
             begun = None if (folder / PROGRESS).exists() else _begin(*begin)
-            waiting = f"waiting for another process that prepares {folder}"
+            waiting = f"waiting for another process to finish preparing {folder}"
             try:
                 with files.locked(folder, lambda: print(waiting, file=sys.stderr), is_beside=True):
                     if not _is_done(folder, stat, info.get("sha256")):  # by another process
@@ -167,7 +167,7 @@ def _prepare(
 
 
 def _resume(source: Source, folder: Path, new: dict) -> Begun | None:
-    """Return where an earlier process came to, or print why that cannot be used."""
+    """Return how far an earlier process got, or print why its work cannot be reused."""
     plan, part = shards.read_plan(folder), shards.last_part(folder)
     if part is None or not (folder / PROGRESS).exists():
         return None
@@ -180,7 +180,7 @@ def _resume(source: Source, folder: Path, new: dict) -> Begun | None:
         why = f"its {TOKENIZER_FILE} changed"
     else:
         return tokenizer, plan | {"stat": new["stat"]}, *part
-    print(f"{folder}: starting over, since {why}", file=sys.stderr)
+    print(f"{folder}: starting over because {why}", file=sys.stderr)
     return None
 
 
@@ -195,8 +195,8 @@ def _begin(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, n
     sample = "".join(_first_texts(source, info, 10_000))[:10_000]
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise InputError(
-            f"{source.name}: its tokens must decode to the text itself, but this tokenizer changes "
-            "it: pass another --tokenizer"
+            f"{source.name}: the tokenizer must decode its tokens back to the same text, but does "
+            "not: pass another --tokenizer"
         )
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     _check_space(source, folder, tokenizer, np.dtype(dtype).itemsize)
@@ -298,15 +298,15 @@ def _finish(source: Source, folder: Path, tokenizer: Tokenizer, plan: dict, coun
     shards.finish(folder, meta)
     is_char = isinstance(tokenizer, CharTokenizer)
     kind = "distinct" if is_char else f"tokens in the vocabulary ({plan['tokenizer']})"
-    what = f"{counts.documents:,} texts, " if source.has_separators else ""
-    skipped = f" ({counts.skipped:,} more are empty)" if counts.skipped else ""
+    skipped = f" (and {counts.skipped:,} empty ones)" if counts.skipped else ""
+    texts = f"{counts.documents:,} texts{skipped}, " if source.has_separators else ""
     print(
-        f"prepared {source.name}: {what}{counts.chars:,} characters{skipped}, "
+        f"prepared {source.name}: {texts}{counts.chars:,} characters, "
         f"{tokenizer.vocab_size:,} {kind}; {counts.train:,} tokens for training, "
-        f"{counts.val:,} for validation"
+        f"{counts.val:,} for validation ({source.split_in_words})"
     )
-    if source.left_out:
-        print(source.left_out)
+    if source.files_in_words:
+        print(source.files_in_words)
 
 
 def _check_space(source: Source, folder: Path, tokenizer: Tokenizer, id_bytes: int) -> None:

@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 from nanogpt_jax import files
-from nanogpt_jax.corpora.text import PIECE_CHARS, CanCut, check_encoding, last_cut, read_blocks
+from nanogpt_jax.corpora.text import (
+    LONGEST_CHARS,
+    PIECE_CHARS,
+    CanCut,
+    check_encoding,
+    last_cut,
+    read_blocks,
+)
 from nanogpt_jax.errors import InputError, reading
+from nanogpt_jax.files import MAX_JSON_BYTES
 
 ITEM_BYTES, MAX_ROWS = 2**20, 2**14
-MAX_DOCUMENT_BYTES = 2**26  # of a line or an array of JSON, to bound the memory
+MAX_DOCUMENT_BYTES = 2**26  # of a line of JSON, to bound the memory
 TEXT, JSON, PARQUET = "text", "JSON", "Parquet"
 ENDINGS = {
     **dict.fromkeys((".txt", ".md", ".rst"), TEXT),
@@ -67,19 +75,25 @@ def kind_of(path: Path) -> str | None:
     return ENDINGS.get(endings[-1]) if endings else None
 
 
+def content_kind(path: Path) -> str:
+    """Return the kind of an existing file: by its content and, if that says nothing, its name."""
+    with reading(path, "a file"), path.open("rb") as file:
+        return PARQUET if file.read(4) == b"PAR1" else kind_of(path) or TEXT
+
+
 def read_items(path: Path, can_cut: CanCut, after: Key, text_key: str) -> Iterator[Item]:
     """Yield the items of a local file that follow the one with the key `after`.
 
     Raises:
         InputError: the file or a document in it cannot be read.
     """
-    kind = kind_of(path) or TEXT
+    kind = content_kind(path)
     requirement = f"a complete {kind} file (if a download was cut off, repeat it)"
     with reading(path, requirement), path.open("rb") as file:
         head = file.read(16)
         n_bytes = max(1, file.seek(0, io.SEEK_END))
         file.seek(0)
-        if kind == PARQUET or head.startswith(b"PAR1"):
+        if kind == PARQUET:
             yield from parquet_items(file, str(path), after, text_key)
             return
         opener = next((name for magic, name in COMPRESSIONS.items() if re.match(magic, head)), None)
@@ -96,8 +110,10 @@ def _text_items(stream: BinaryIO, name: str, can_cut: CanCut) -> Iterator[Item]:
     rest, number = "", 0
     for number, block in enumerate(read_blocks(stream, name), 1):
         text = rest + block
-        tail = max(0, len(text) - PIECE_CHARS)
-        cut = last_cut(text[tail:], can_cut)
+        for length in (PIECE_CHARS, LONGEST_CHARS):
+            tail = max(0, len(text) - length)
+            if cut := last_cut(text[tail:], can_cut):
+                break
         # Without a good place one character stays, so that the last item has the end of the text.
         end = tail + cut if cut else len(text) - 1
         yield Item((0, number), [text[:end]], is_end=False)
@@ -148,9 +164,9 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes, int]]:
 
 def _elements(stream: BinaryIO) -> Iterator[tuple[int, Any, int]]:
     """Yield the number, value and an estimate of the size of each element of a JSON array."""
-    content = stream.read(MAX_DOCUMENT_BYTES + 1)
-    if len(content) > MAX_DOCUMENT_BYTES:
-        raise ValueError(f"an array of more than {MAX_DOCUMENT_BYTES >> 20} MiB; use JSON lines")
+    content = stream.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"an array of more than {MAX_JSON_BYTES >> 20} MiB: convert it to lines")
     elements = files.loads(content.decode("utf-8-sig"))
     for number, element in enumerate(elements, 1):
         yield number, element, len(content) // len(elements)
@@ -178,10 +194,10 @@ def _text_of(document: Any, place: str, text_key: str) -> str | None:
 def parquet_items(file: BinaryIO, name: str, after: Key, text_key: str) -> Iterator[Item]:
     """Yield the items after a key of a Parquet file, which may be remote; see `read_items`."""
     parquet = import_extra("pyarrow.parquet")
-    with parquet.ParquetFile(file) as table:
+    with parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as table:
         _check_column(table.schema_arrow, name, text_key)
         for group in range(after[0], table.num_row_groups):
-            batches = table.iter_batches(64, row_groups=[group], columns=[text_key])
+            batches = table.iter_batches(16, row_groups=[group], columns=[text_key])
             rows = (text for batch in batches for text in batch.column(0).to_pylist())
             for number, texts in enumerate(grouped(rows, lambda text: len(text or "")), 1):
                 if (group, number) > after:

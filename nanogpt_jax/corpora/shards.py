@@ -8,6 +8,7 @@ import io
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ _TOKEN_FILE = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
 
 @dataclass
 class Counts:
-    """How much a preparation has come across so far."""
+    """Running totals of a preparation."""
 
     train: int = 0  # tokens
     val: int = 0
@@ -135,9 +136,9 @@ def _size(path: Path) -> int | None:
 
 
 def begin(folder: Path, plan: dict) -> None:
-    """Mark a folder as incomplete and delete what it has: its next part is the first."""
-    shutil.rmtree(folder / PARTS, ignore_errors=True)  # first, as they are of the plan before
+    """Mark a folder as incomplete and delete its old files; the next part is the first."""
     folder.mkdir(parents=True, exist_ok=True)
+    _discard_parts(folder)  # first, as they are of the plan before
     write_json(folder / PROGRESS, plan)
     for path in [folder / "meta.json", *written(folder)]:
         path.unlink(missing_ok=True)
@@ -145,7 +146,7 @@ def begin(folder: Path, plan: dict) -> None:
 
 
 def read_plan(folder: Path) -> dict | None:
-    """Return what an unfinished preparation does; None if there is none or it is unreadable."""
+    """Return the plan of an unfinished preparation; None if there is none or it is unreadable."""
     try:
         plan = read_json(folder / PROGRESS)
         return plan if PLAN_FIELDS <= plan.keys() and isinstance(plan["info"], dict) else None
@@ -185,21 +186,14 @@ def join(folder: Path, split: str, plan: dict) -> dict:
     """
     parts = sorted((folder / PARTS).glob("*.npz"))
     ends = [getattr(_counts_of(path), split) for path in parts]
-    limit, dtype = plan["shard_tokens"], np.dtype(plan["dtype"]).newbyteorder("<")
+    limit, width = plan["shard_tokens"], np.dtype(plan["dtype"]).itemsize
     begins = range(0, max(1, ends[-1]), limit)
     entries, whole = [], 0
     for i, begin in enumerate(begins):
         path = folder / (f"{split}.bin" if len(begins) == 1 else f"{split}_{i:05d}.bin")
         n_tokens = min(limit, ends[-1] - begin)
-        if _size(path) != n_tokens * dtype.itemsize:  # otherwise it was joined before a kill
-            ids = np.empty(n_tokens, dtype)
-            for k, part in enumerate(parts):
-                if ends[k] > begin and (k == 0 or ends[k - 1] < begin + n_tokens):
-                    part_ids = _read_part(part, split)
-                    at = ends[k] - len(part_ids) - begin  # of its first id
-                    piece = part_ids[max(0, -at) : max(0, n_tokens - at)]
-                    ids[max(0, at) : max(0, at) + len(piece)] = piece
-            write_atomically(path, memoryview(ids).cast("B"))
+        if _size(path) != n_tokens * width:  # otherwise it was joined before a kill
+            write_atomically(path, _ids_between(begin, begin + n_tokens, parts, ends, split))
         while split == "train" and len(parts) > 1 and ends[0] <= begin + n_tokens:
             parts.pop(0).unlink()
             ends.pop(0)
@@ -211,16 +205,38 @@ def join(folder: Path, split: str, plan: dict) -> dict:
     return {"tokens": begins[-1] + n_tokens, "crc32": whole, "files": entries}
 
 
+def _ids_between(
+    begin: int, end: int, parts: list[Path], ends: list[int], split: str
+) -> Iterator[bytes]:
+    """Yield the ids of a split from one number to another, given where each part ends."""
+    for k, part in enumerate(parts):
+        if ends[k] > begin and (k == 0 or ends[k - 1] < end):
+            ids = _read_part(part, split)
+            first = ends[k] - len(ids)
+            if first != (ends[k - 1] if k else min(first, begin)):
+                raise InputError(f"{part}: the part before it is missing: delete {part.parent}")
+            yield ids[max(0, begin - first) : max(0, end - first)].tobytes()
+
+
 def finish(folder: Path, meta: dict) -> None:
     """Write meta.json, with which a folder is complete, and delete all that is left over."""
     write_json(folder / "meta.json", meta)
     (folder / PROGRESS).unlink()
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    _discard_parts(folder)
     delete_partials(folder)  # of a killed process
+
+
+def _discard_parts(folder: Path) -> None:
+    """Delete all parts at once, for whoever resumes: a kill must not leave some of them."""
+    discarded = folder / f"{PARTS}.old"
+    shutil.rmtree(discarded, ignore_errors=True)
+    if (folder / PARTS).exists():
+        (folder / PARTS).rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
 
 
 def delete(folder: Path) -> None:
     """Delete an unfinished preparation."""
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    _discard_parts(folder)
     for path in [*written(folder), folder / TOKENIZER_FILE, folder / PROGRESS]:
         path.unlink(missing_ok=True)

@@ -37,16 +37,14 @@ class Files:
     every, max_val_chars = 10, MAX_VAL_CHARS
 
     def __init__(self, path: Path, text_key: str = "text"):
-        self.name, self._text_key = str(path), text_key
+        self.name, self._path, self._text_key = str(path), path, text_key
         self._files: dict[Path, str | None] = {path: None}  # each with its split if it has a name
-        self.left_out = ""  # which files, and why
+        self.files_in_words = ""  # how many were read, which were not and why
         if path.is_dir():
-            self._files, self.left_out = _files_in(path)
+            self._files, self.files_in_words = _files_in(path)
         first, split = next(iter(self._files.items()))
-        self.kind, is_compressed = (
-            kind_of(first) or TEXT,
-            first.suffix.lower() in readers.COMPRESSED,
-        )
+        self.kind = readers.content_kind(first)
+        is_compressed = first.suffix.lower() in readers.COMPRESSED
         self._begins = [0, *itertools.accumulate(stat.st_size for stat in self._stats())]
         self.size = self._begins[-1]
         self.text_bytes = self.size * (
@@ -58,7 +56,7 @@ class Files:
         which = "the last tenth" if self.is_cut else "every 10th document"
         self.split_in_words = f"{which}, at most 10 million characters, is for validation"
         if split is not None:
-            self.split_in_words = "the names of the files say which are for validation"
+            self.split_in_words = "validation files chosen by name"
 
     def _stats(self) -> Iterator[os.stat_result]:
         for path in self._files:
@@ -69,16 +67,20 @@ class Files:
         """Return a hash of the files' names, sizes and times: if it is unchanged, so are they."""
         digest = hashlib.sha256()
         for path, stat in zip(self._files, self._stats(), strict=True):
-            digest.update(os.fsencode(path.name))
+            digest.update(self._named(path))
             digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
+
+    def _named(self, path: Path) -> bytes:
+        """Return the name of a file; of one in a folder, its path there, which can say a split."""
+        return os.fsencode(path.relative_to(self._path) if self._path != path else path.name)
 
     def identify(self, advance: Callable[[float], object]) -> dict:
         """Return the `sha256` of all content; call `advance` with the bytes read so far."""
         digest, done = hashlib.sha256(), 0
         for path, stat in zip(self._files, self._stats(), strict=True):
-            if len(self._files) > 1:  # the same bytes in other files are another text
-                digest.update(f"{path.name}\0{stat.st_size}\0".encode("utf-8", "surrogateescape"))
+            if path != self._path:  # the same bytes in other files are another text
+                digest.update(self._named(path) + b"\0%d\0" % stat.st_size)
             with reading(path, "a file"), path.open("rb") as file:
                 while content := file.read(2**20):
                     digest.update(content)
@@ -88,6 +90,11 @@ class Files:
 
     def survey(self, info: dict, wants_chars: bool, advance: Callable[[float], object]) -> dict:
         """Read everything once if need be: how many `characters` it has, and which (`chars`)."""
+        if self.kind != TEXT:  # refuse what can be refused before anything is written
+            for path in self._files:
+                next(
+                    readers.read_items(path, lambda left, right: True, (0, 0), self._text_key), None
+                )
         if not self.is_cut and not wants_chars:
             return {}
         n_chars, chars, is_empty = 0, {"\n"} if self.has_separators else set(), True
@@ -115,7 +122,7 @@ class Files:
 
 
 def _files_in(folder: Path) -> tuple[dict[Path, str | None], str]:
-    """Return a folder's files, with splits if all names have one, and what is left out in words."""
+    """Return a folder's files, with splits if all names have one, and a line on what is read."""
     found = sorted(_walk(folder))
     kinds = Counter(filter(None, map(kind_of, found)))
     if not kinds:
@@ -129,18 +136,19 @@ def _files_in(folder: Path) -> tuple[dict[Path, str | None], str]:
             f"{folder}: must have files of one kind, but has {counts} files: pass one file, or "
             "move the others"
         )
-    left_out = [f"{path.name} (its ending)" for path in found if not kind_of(path)]
+    left_out = [f"{path.name} (unknown ending)" for path in found if not kind_of(path)]
     splits = {path: _named_split(path.relative_to(folder)) for path in found if kind_of(path)}
     names = {*splits.values()}
     if None in names or not names > {"train"}:
         splits = dict.fromkeys(splits)
     elif "val" in names:
-        left_out += [f"{path.name} (for tests)" for path in splits if splits[path] == "test"]
+        left_out += [f"{path.name} (test split)" for path in splits if splits[path] == "test"]
         splits = {path: split for path, split in splits.items() if split != "test"}
     else:  # what is for tests has to do for validation
         splits = {path: split if split == "train" else "val" for path, split in splits.items()}
     more = f", and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-    return splits, f"not read: {', '.join(left_out[:5])}{more}" if left_out else ""
+    not_read = f"; not read: {', '.join(left_out[:5])}{more}" if left_out else ""
+    return splits, f"{len(splits)} of {len(found)} files read{not_read}"
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -152,7 +160,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
@@ -176,11 +184,15 @@ class Hub:
     is_split: bool = False  # whether it has validation files; otherwise every 2000th document
 
     every, max_val_chars = 2000, float("inf")  # nanoGPT's 0.0005
-    is_cut, has_separators, left_out = False, True, ""
+    is_cut, has_separators, files_in_words = False, True, ""
 
     @property
     def split_in_words(self) -> str:
-        return "its own" if self.is_split else "every 2000th document is for validation"
+        return (
+            "its own validation files"
+            if self.is_split
+            else "every 2000th document is for validation"
+        )
 
     def stat(self) -> str:
         """Return its name: the Hub is not asked for a newer revision."""

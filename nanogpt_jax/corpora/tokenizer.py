@@ -27,7 +27,7 @@ TOKENIZER_FILE = "tokenizer.json"
 OLD_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # of GPT-2
 MAX_FILE_BYTES = 2**26  # GPT-2's has 1.4 MB
 REQUIREMENT = 'like {"type": "char", "chars": "..."} or byte-level BPE of Hugging Face tokenizers'
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between two documents
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's token after each document
 ROUND_TRIP = "\n The Cat's\n\n  sat \t🎭 日本. "  # what a tokenizer must decode to itself
 MAX_WORD_CHARS = 256
 PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
@@ -55,7 +55,7 @@ class CharTokenizer:
 
     @property
     def separator(self) -> str:
-        """The text that separates two documents; "" if the vocabulary has none."""
+        """The text that follows each document; "" if the vocabulary has none."""
         return "\n" if "\n" in self.chars else ""
 
     @cached_property
@@ -153,7 +153,7 @@ class BPETokenizer:
             show_progress=sys.stderr.isatty(),
         )
         words = (part for text in texts for part in _without_long_words(text))
-        # In a thread, since this one must hear Ctrl-C.
+        # In a thread, so that this one can handle Ctrl-C.
         training = ThreadPoolExecutor(1).submit(tokenizer.train_from_iterator, words, trainer)
         while not training.done():
             wait([training], timeout=0.1)
@@ -269,7 +269,7 @@ def _without_long_words(text: str) -> Iterator[str]:
     spaces, such as a genome.
     """
     begin = 0
-    for match in re.finditer(rf"\S{{{MAX_WORD_CHARS}}}", text):
+    for match in re.finditer(rf"\S{{{MAX_WORD_CHARS}}}|\s{{{MAX_WORD_CHARS}}}", text):
         yield text[begin : match.end()]
         begin = match.end()
     yield text[begin:]

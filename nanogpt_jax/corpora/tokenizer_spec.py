@@ -1,5 +1,6 @@
 """Which tokenizer a corpus should have: char, gpt2, bpe or a file."""
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class TokenizerSpec:
             if size < 257:
                 raise InputError(f"vocab_size must be at least 257 for bpe, got {size}")
             return cls(f"bpe{size}", vocab_size=size)
-        path = Path(requested).expanduser()
+        path = Path(os.path.expanduser(requested))
         path = (find_tokenizer(path) or path / TOKENIZER_FILE) if path.is_dir() else path
         if not path.exists():
             hint = did_you_mean(requested, ("char", "gpt2", "bpe"))

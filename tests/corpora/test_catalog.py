@@ -220,7 +220,9 @@ def test_files_for_training_and_validation_are_the_splits(tmp_path, data_dir, ca
     decode = corpus.tokenizer.decode
     assert decode(corpus.splits["train"]) == "to train\n"
     assert decode(corpus.splits["val"]) == "to valid\n"
-    assert "not read: tales-test.txt (for tests)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not read: tales-test.txt (test split)" in printed
+    assert "(validation files chosen by name)" in printed
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_dropped(tmp_path, data_dir):
@@ -316,7 +318,7 @@ def test_a_file_name_that_is_not_utf_8_works(book, data_dir):
 def test_training_refuses_to_prepare_a_large_text(book, data_dir, monkeypatch):
     monkeypatch.setattr(preparation, "LARGE_BYTES", 1000)
     command = rf"data/prepare\.py {book} --tokenizer bpe --vocab_size 300 --data_dir {data_dir}"
-    with pytest.raises(InputError, match=f"takes long: python {command}$"):
+    with pytest.raises(InputError, match=f"takes a while: python {command}$"):
         resolve(str(book), data_dir, 9, "bpe", 300)
     assert not data_dir.exists()
     folder = prepare(str(book), data_dir, 9, "bpe", 300)

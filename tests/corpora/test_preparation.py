@@ -210,7 +210,7 @@ def test_every_tenth_document_is_for_validation_and_a_separator_follows_each(
     corpus = open_corpus(prepare(str(tmp_path / name), data_dir, tokenizer=str(bpe)), 9)
     assert decoded(corpus, "val") == "".join(text + END for text in texts[9::10])
     n_chars = sum(map(len, texts))
-    assert f"41 texts, {n_chars:,} characters (2 more are empty)" in capsys.readouterr().out
+    assert f"41 texts (and 2 empty ones), {n_chars:,} characters" in capsys.readouterr().out
     del texts[9::10]
     assert decoded(corpus, "train") == "".join(text + END for text in texts)
     (end,) = corpus.tokenizer.encode_prompt(END)
@@ -258,7 +258,7 @@ def test_a_text_that_the_tokenizer_changes_is_refused(tmp_path, data_dir, bpe):
     content = json.loads(bpe.read_text()) | {"normalizer": {"type": "NFC"}}
     (tmp_path / "nfc.json").write_text(json.dumps(content))
     (tmp_path / "text.txt").write_text("cafe\u0301 " * 50)
-    with pytest.raises(InputError, match="must decode to the text itself"):
+    with pytest.raises(InputError, match="must decode its tokens back"):
         prepare(str(tmp_path / "text.txt"), data_dir, tokenizer=str(tmp_path / "nfc.json"))
     assert not data_dir.exists()
 
@@ -277,6 +277,25 @@ def test_a_missing_library_is_one_line(tmp_path, data_dir, bpe, monkeypatch, nam
     (tmp_path / name).write_bytes(b"PAR1" if name == "t.parquet" else b"\x28\xb5\x2f\xfd")
     with pytest.raises(InputError, match=r"pip install -e '\.\[corpora\]'"):
         prepare(str(tmp_path / name), data_dir, tokenizer=str(bpe))
+
+
+def test_a_wrong_file_in_a_folder_is_refused_before_an_old_corpus_is_touched(
+    tmp_path, data_dir, bpe
+):
+    place = tmp_path / "tables"
+    place.mkdir()
+    (place / "a.parquet").write_bytes(parquet_of(some_documents(20)))
+    folder = prepare(str(place), data_dir, tokenizer=str(bpe))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (place / "b.parquet").write_bytes(parquet_of([["a list"]]))
+    with pytest.raises(InputError, match=r"b\.parquet: must have a column text of strings"):
+        prepare(str(place), data_dir, tokenizer=str(bpe))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_user_who_does_not_exist_has_no_home(data_dir):
+    with pytest.raises(InputError, match=r"there is no '~nobody-of-that-name/x\.txt'"):
+        prepare("~nobody-of-that-name/x.txt", data_dir)
 
 
 def test_a_tilde_that_the_shell_left_is_expanded(book, tmp_path, monkeypatch, bpe):
@@ -491,6 +510,53 @@ def test_interrupted_at_any_rename_or_removal_it_resumes_and_writes_the_same_byt
     )
 
 
+@pytest.mark.parametrize("what", ["another text", "too short a text"])
+def test_killed_while_parts_are_deleted_it_writes_the_same_bytes(
+    tmp_path, data_dir, bpe, monkeypatch, what
+):
+    """Otherwise the parts that are left would be resumed, with holes between them."""
+    monkeypatch.setattr(preparation, "PART_CHARS", 20_000)
+    monkeypatch.setattr("nanogpt_jax.corpora.text.BLOCK_BYTES", 10_000)
+    path, text = tmp_path / "text.txt", "".join(make_text(200_000, n_words=3000))
+    path.write_text(text)
+    whole = token_files(prepare(str(path), tmp_path / "whole", 1, str(bpe)))
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_finish", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(str(path), data_dir, 1, str(bpe))
+
+    def delete_some_and_die(folder, **kwargs):
+        if Path(folder).exists():
+            for part in sorted(Path(folder).iterdir())[:3]:
+                part.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", delete_some_and_die)
+        if what == "another text":
+            path.write_text(text[::-1])
+        with pytest.raises(KeyboardInterrupt):
+            prepare(str(path), data_dir, 1 if what == "another text" else 10**6, str(bpe))
+    path.write_text(text)
+    folder = prepare(str(path), data_dir, 1, str(bpe))
+    assert token_files(folder) == whole
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+
+
+def test_a_missing_part_is_an_error(book, data_dir, monkeypatch):
+    monkeypatch.setattr(preparation, "PART_CHARS", 1000)
+    monkeypatch.setattr("nanogpt_jax.corpora.text.BLOCK_BYTES", 1000)
+    join = shards.join
+
+    def lose_one_and_join(folder, *args):
+        sorted((folder / "parts").iterdir())[2].unlink(missing_ok=True)
+        return join(folder, *args)
+
+    monkeypatch.setattr(shards, "join", lose_one_and_join)
+    with pytest.raises(InputError, match="the part before it is missing"):
+        prepare(str(book), data_dir)
+
+
 @pytest.fixture
 def begun(book, data_dir, monkeypatch) -> Path:
     """A preparation of the book in 300 tokens, 1000 to a shard, that did not come to its end."""
@@ -538,7 +604,7 @@ def test_a_preparation_starts_over_if_anything_changed(
         (begun / "progress.json").write_text("[]" if what == "list" else "{")
     assert begun == prepare(str(book), data_dir, 1, "bpe", 300, 900)
     printed = capsys.readouterr()
-    assert f"{begun}: starting over" in printed.err
+    assert f"{begun}: starting over because" in printed.err
     assert why in printed.err
     assert "resuming" not in printed.out
     again = prepare(str(book), tmp_path / "again", 1, "bpe", 300, 900)
@@ -695,11 +761,12 @@ def test_memory_does_not_grow_with_the_text(tmp_path, bpe, kind):
 
 def test_a_text_without_spaces_trains_a_tokenizer_as_fast_as_one_with_line_breaks():
     text = "".join(random.Random(0).choices("ACGT", k=300_000))
+    text += "".join(random.Random(0).choices(" \t\n", k=300_000))
     begin_s = time.monotonic()
     tokenizer = BPETokenizer.train([text], 2000)
     assert time.monotonic() - begin_s < 10
     assert tokenizer.vocab_size == 2000
-    assert len(tokenizer.encode(text)) < 80_000
+    assert len(tokenizer.encode(text)) < 160_000
 
 
 # The command

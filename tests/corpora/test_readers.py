@@ -87,6 +87,14 @@ def test_a_text_is_read_in_items_of_which_any_can_be_skipped(tmp_path, monkeypat
         assert read(path, item.key) == items[i + 1 :]
 
 
+def test_an_item_ends_at_a_good_place_if_there_is_one_far_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(readers, "PIECE_CHARS", 100)
+    monkeypatch.setattr(readers, "LONGEST_CHARS", 400)
+    items = read(write(tmp_path / "a.txt", b"word " * 140 + b"x" * 350 + b" y" * 300))
+    assert items[0].texts[0] == "word " * 139 + "word"
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.parquet"])
 def test_a_text_that_is_null_or_empty_is_no_text(tmp_path, name):
     documents = ["first", None, "", "last"]
@@ -161,7 +169,8 @@ def test_a_huge_line_or_array_is_refused_not_read(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="line 2: must have at most 1 MiB: split this document"):
         read(path)
     path = write(tmp_path / "a.json", json.dumps([{"text": "x" * 2**20}]).encode())
-    with pytest.raises(InputError, match="more than 1 MiB; use JSON lines"):
+    monkeypatch.setattr(readers, "MAX_JSON_BYTES", 2**20)
+    with pytest.raises(InputError, match="more than 1 MiB: convert it to lines"):
         read(path)
 
 

@@ -44,21 +44,23 @@ def test_texts_of_all_endings_are_read_in_the_order_of_names(folder):
     files = {"b.TXT": "2", "a.txt": "1", "more/c.md": "3", "more/d.rst": "4", "e.txt.gz": "5"}
     source = Files(folder(files))
     assert texts_of(source) == "12534"
-    assert source.left_out == ""
+    assert source.files_in_words == "5 of 5 files read"
 
 
 def test_what_is_left_out_is_told_and_why(folder):
     files = {f"{i}.pdf": "no" for i in range(7)} | {"a.txt": "yes", "table.csv": "no"}
     source = Files(folder(files))
     assert texts_of(source) == "yes"
-    assert source.left_out.startswith("not read: 0.pdf (its ending), 1.pdf")
-    assert source.left_out.endswith(", and 3 more")
+    assert source.files_in_words.startswith(
+        "1 of 9 files read; not read: 0.pdf (unknown ending), 1"
+    )
+    assert source.files_in_words.endswith(", and 3 more")
 
 
 def test_hidden_files_and_folders_are_ignored(folder):
     files = {"a.txt": "yes", "._a.txt": "no", ".git/b.txt": "no", ".ipynb_checkpoints/a.txt": "no"}
     source = Files(folder(files))
-    assert (texts_of(source), source.left_out) == ("yes", "")
+    assert (texts_of(source), source.files_in_words) == ("yes", "1 of 1 files read")
 
 
 def test_links_are_followed_but_not_in_a_circle(folder, tmp_path):
@@ -83,14 +85,14 @@ def test_links_are_followed_but_not_in_a_circle(folder, tmp_path):
 def test_a_split_that_files_are_named_for_is_taken(folder, names):
     source = Files(folder({names[0]: "to train", names[1]: "to validate"}))
     assert splits_of(source) == {"train": "to train", "val": "to validate"}
-    assert source.split_in_words == "the names of the files say which are for validation"
+    assert source.split_in_words == "validation files chosen by name"
 
 
 def test_files_for_tests_are_left_out_if_there_are_some_for_validation(folder):
     names = {"a-train.txt": "1", "a-valid.txt": "2", "a-test.txt": "3"}
     source = Files(folder(names))
     assert splits_of(source) == {"train": "1", "val": "2"}
-    assert source.left_out == "not read: a-test.txt (for tests)"
+    assert source.files_in_words == "2 of 3 files read; not read: a-test.txt (test split)"
 
 
 @pytest.mark.parametrize("names", [("train.txt", "trains of thought.txt"), ("train.txt",)])
@@ -106,6 +108,25 @@ def test_a_folder_of_several_kinds_is_refused(folder):
 def test_a_folder_without_texts_is_refused(folder):
     with pytest.raises(InputError, match=r"must have files that end in \.txt, .*train\.bin"):
         Files(folder({"a.pdf": ""}))
+
+
+def test_names_that_say_another_split_make_another_corpus(folder):
+    place = folder({"a/x.txt": "first", "b/x.txt": "second"})
+    known = []
+    for names in (("a", "b"), ("train", "val"), ("val", "train")):
+        for old, new in zip(sorted(place.iterdir()), (f"{name}-" for name in names), strict=True):
+            old.rename(place / new)
+        for path in sorted(place.iterdir()):
+            path.rename(path.with_name(path.name.rstrip("-")))
+        source = Files(place)
+        known.append((source.stat(), source.identify(lambda done: None)["sha256"]))
+    assert len({stat for stat, _ in known}) == len({sha256 for _, sha256 in known}) == 3
+
+
+def test_parquet_under_the_name_of_a_text_has_documents(folder):
+    place = folder({"a.txt": parquet_of(["one", "two"])})
+    assert Files(place / "a.txt").has_separators
+    assert not Files(place / "a.txt").is_cut
 
 
 def test_the_content_of_files_is_what_they_are_known_by(folder):

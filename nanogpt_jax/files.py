@@ -115,11 +115,9 @@ def locked(folder: Path, if_taken: Callable[[], None], is_beside: bool = False) 
         yield
     finally:
         if lock.is_locked:
+            remove = folder.rmdir if is_beside else path.unlink  # before another has the lock
             with contextlib.suppress(OSError):  # on Windows, release() removes the file
-                if is_beside:
-                    folder.rmdir()  # the next process makes it again
-                else:
-                    path.unlink()
+                remove()
             lock.release()
         if not is_beside:
             with contextlib.suppress(OSError):

@@ -18,11 +18,13 @@ from nanogpt_jax.corpora.dataset import Corpus, open_corpus
 from nanogpt_jax.corpora.shards import SHARD_TOKENS
 from nanogpt_jax.corpora.tokenizer import (
     END_OF_TEXT,
-    TOKENIZER_FILE,
     BPETokenizer,
     CharTokenizer,
     Tokenizer,
     bits_per_byte,
+)
+from nanogpt_jax.corpora.tokenizer_files import (
+    TOKENIZER_FILE,
     find_tokenizer,
     load_tokenizer,
     read_tokenizer,

@@ -23,7 +23,7 @@ from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogp
 from nanogpt_jax.corpora.readers import TEXT
 from nanogpt_jax.corpora.shards import SHARD_TOKENS
 from nanogpt_jax.corpora.sources import HUB, Files, Hub, Source
-from nanogpt_jax.corpora.tokenizer import load_tokenizer, save_tokenizer
+from nanogpt_jax.corpora.tokenizer_files import load_tokenizer, save_tokenizer
 from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError, did_you_mean
 
@@ -210,11 +210,9 @@ def _named_source(name: str, data_dir: Path) -> Source:
             content = "\n\n".join(topics[key] for key in sorted(topics)).encode()
         else:
             content = download.tiny_shakespeare(path)
-        try:
+        with preparation.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_atomically(path, content)
-        except OSError as error:
-            raise preparation.unwritable(path, error) from None
         print(f"saved {'the manual' if name == PYDOCS else 'tiny Shakespeare'} as {path}")
     return Files(path)
 
@@ -248,10 +246,8 @@ def _add_tokenizer(folder: Path, requested: str, spec: TokenizerSpec) -> None:
             f"{path}: these files were made with a different tokenizer: {requested} has "
             f"{made.vocab_size} tokens, but an id there is {largest}; pass the original one"
         )
-    try:
+    with preparation.writing(folder):
         save_tokenizer(made, folder)
-    except OSError as error:
-        raise preparation.unwritable(folder, error) from None
 
 
 def known_val_tokens(

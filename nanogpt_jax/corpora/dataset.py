@@ -11,7 +11,8 @@ import numpy as np
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora import shards, tokens
 from nanogpt_jax.corpora.text import read_blocks
-from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer, load_tokenizer, token_lengths
+from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer, token_lengths
+from nanogpt_jax.corpora.tokenizer_files import load_tokenizer
 from nanogpt_jax.errors import InputError
 
 NANOGPT_VOCAB_SIZE = 50304  # GPT-2's, padded

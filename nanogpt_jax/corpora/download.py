@@ -54,13 +54,11 @@ def _get(url: str) -> bytes:
     from huggingface_hub.utils import get_session  # slow to import
 
     session: Any = get_session()
-    content = b""
-    stream = session.stream  # a setting in `requests`
-    is_requests = isinstance(stream, bool)
+    content, is_requests = b"", isinstance(session.stream, bool)  # there it is a setting
     if is_requests:
         context = session.get(url, timeout=TIMEOUT_S, stream=True)
     else:
-        context = stream("GET", url, timeout=TIMEOUT_S, follow_redirects=True)
+        context = session.stream("GET", url, timeout=TIMEOUT_S, follow_redirects=True)
     with context as answer:
         answer.raise_for_status()
         for chunk in answer.iter_content(2**16) if is_requests else answer.iter_bytes():

@@ -17,28 +17,19 @@ from typing import TypeAlias
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.config import SPLITS
-from nanogpt_jax.corpora import shards
+from nanogpt_jax.corpora import encoding, shards
 from nanogpt_jax.corpora.readers import Item, Key, grouped
 from nanogpt_jax.corpora.shards import PROGRESS, Counts, read_meta
-from nanogpt_jax.corpora.sources import MAX_VAL_CHARS, START, Source
-from nanogpt_jax.corpora.text import cut_text
-from nanogpt_jax.corpora.tokenizer import (
-    TOKENIZER_FILE,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_hash,
-)
+from nanogpt_jax.corpora.sources import START, Source
+from nanogpt_jax.corpora.text import anywhere
+from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer, tokenizer_hash
+from nanogpt_jax.corpora.tokenizer_files import TOKENIZER_FILE, load_tokenizer, save_tokenizer
 from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError
 
 PART_CHARS = 2**21  # at least, in a part
-BATCH_BYTES = 2**21  # tokenized at once, on all cores; the tokenizer needs some 200 MB for it
 BPE_CHARS = 100_000_000  # that BPE is trained on, at most
 LARGE_BYTES = 10**9  # train.py does not prepare a larger source by itself
-TRAIN_FRACTION = 0.9
 BYTES_PER_TOKEN = 3.5  # a low estimate for byte pairs; GPT-2's have 4.4 in English
 
 # The tokenizer, the plan, the key of the last item that is done, and the counts up to it.
@@ -77,12 +68,13 @@ def prepare_folder(
             begun = None if (folder / PROGRESS).exists() else _begin(*begin)
             waiting = f"waiting for another process to finish preparing {folder}"
             try:
-                with files.locked(folder, lambda: print(waiting, file=sys.stderr), is_beside=True):
+                with (
+                    writing(folder),
+                    files.locked(folder, lambda: print(waiting, file=sys.stderr), is_beside=True),
+                ):
                     if not _is_done(folder, stat, info.get("sha256")):  # by another process
                         begun = _resume(source, folder, plan) or begun or _begin(*begin)
                         _prepare(source, folder, min_tokens, *begun)
-            except OSError as error:
-                raise unwritable(folder, error) from None
             except KeyboardInterrupt:
                 print(f"\nstopped: the same command resumes {folder}", file=sys.stderr)
                 raise
@@ -91,11 +83,16 @@ def prepare_folder(
     return folder
 
 
-def unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{path}: must be writable, but: {error.strerror}; free some space or pass another folder "
-        "with --data_dir"
-    )
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of writing to a dataset's folder into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: must be writable, but: {error.strerror}; free some space or pass another "
+            "folder with --data_dir"
+        ) from None
 
 
 def _is_done(folder: Path, stat: str, sha256: str | None = None) -> bool:
@@ -145,7 +142,7 @@ def _prepare(
     batches = grouped(items, lambda item: sum(len(text or "") for text in item.texts), PART_CHARS)
     with _progress(source, str(folder), counts.done) as advance:
         for batch in _read_ahead(batches):
-            ids = _encode(batch, source, plan, tokenizer, counts)
+            ids = encoding.encode_items(batch, source, plan, tokenizer, counts)
             if key == START:
                 # Only now: a source that cannot be read leaves an older corpus as it was.
                 shards.begin(folder, plan)
@@ -189,7 +186,7 @@ def _begin(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, n
     with _progress(source, "reading") as advance:
         info = new["info"] | source.survey(new["info"], spec.label == "char", advance)
     if spec.label == "char" and source.is_cut:
-        n_train = train_characters(info["characters"])
+        n_train = encoding.train_characters(info["characters"])
         _check_length(source, (n_train, info["characters"] - n_train), min_tokens, "characters")
     tokenizer = spec.make(info.get("chars", ""), _first_texts(source, info, BPE_CHARS))
     sample = "".join(_first_texts(source, info, 10_000))[:10_000]
@@ -207,7 +204,7 @@ def _begin(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, n
 def _first_texts(source: Source, info: dict, max_chars: int) -> Iterator[str]:
     """Yield the first texts of a source, until they have max_chars characters."""
     n_chars = 0
-    for item in source.items(info, lambda left, right: True):
+    for item in source.items(info, anywhere):
         for text in filter(None, item.texts):
             yield text
             n_chars += len(text)
@@ -225,58 +222,6 @@ def _read_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
             yield batch
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def train_characters(n_chars: int) -> int:
-    """Return how many characters of a text are for training: nanoGPT's nine tenths, or more."""
-    return max(int(n_chars * TRAIN_FRACTION), n_chars - MAX_VAL_CHARS)
-
-
-def _encode(
-    items: list[Item], source: Source, plan: dict, tokenizer: Tokenizer, counts: Counts
-) -> dict[str, np.ndarray]:
-    """Return the ids of some items in each split, and add them to the counts."""
-    separator = np.zeros(0, np.int64)
-    if source.has_separators and tokenizer.separator:
-        separator = tokenizer.encode_prompt(tokenizer.separator)  # as a token, not as text
-    pieces: list[tuple[str, str | None]] = []  # each with its split; None: the separator
-    for item in items:
-        for i, text in enumerate(item.texts):
-            is_end = item.is_end or i < len(item.texts) - 1
-            if not text:
-                counts.skipped += is_end
-                continue
-            counts.documents += is_end
-            for split, part in _split(text, item.split, source, plan["info"], counts):
-                pieces += ((split, piece) for piece in cut_text(part, tokenizer.can_cut))
-            if is_end:
-                pieces.append((pieces[-1][0], None))
-    counts.done = int(items[-1].done)
-    texts = (text for _, text in pieces if text is not None)
-    groups = grouped(texts, lambda text: len(text.encode()), BATCH_BYTES)
-    encoded = (ids for group in groups for ids in tokenizer.encode_batch(group))
-    dtype = np.dtype(plan["dtype"]).newbyteorder("<")
-    parts = {split: [np.zeros(0, dtype)] for split in SPLITS}
-    for split, text in pieces:
-        parts[split].append((separator if text is None else next(encoded)).astype(dtype))
-    ids = {split: np.concatenate(parts[split]) for split in SPLITS}
-    counts.train, counts.val = counts.train + len(ids["train"]), counts.val + len(ids["val"])
-    return ids
-
-
-def _split(
-    text: str, split: str | None, source: Source, info: dict, counts: Counts
-) -> list[tuple[str, str]]:
-    """Return the parts of a text with their splits, and add its characters to the counts."""
-    if split is None and source.is_cut:
-        n_train = max(0, train_characters(info["characters"]) - counts.chars)
-        parts = [("train", text[:n_train]), ("val", text[n_train:])]
-    else:
-        is_val = counts.documents % source.every == 0 and counts.val_chars < source.max_val_chars
-        parts = [(split or ("val" if is_val else "train"), text)]
-    counts.chars += len(text)
-    counts.val_chars += sum(len(part) for split, part in parts if split == "val")
-    return [(split, part) for split, part in parts if part]
 
 
 def _finish(source: Source, folder: Path, tokenizer: Tokenizer, plan: dict, counts: Counts) -> None:

@@ -99,9 +99,11 @@ def read_items(path: Path, can_cut: CanCut, after: Key, text_key: str) -> Iterat
         opener = next((name for magic, name in COMPRESSIONS.items() if re.match(magic, head)), None)
         raw: Any = import_extra(opener).open(file) if opener else file
         stream = io.BufferedReader(raw)
-        is_text = kind == TEXT
-        text_items = _text_items(stream, str(path), can_cut)
-        for item in text_items if is_text else _json_items(stream, str(path), text_key, after):
+        if kind == TEXT:
+            items = _text_items(stream, str(path), can_cut)
+        else:
+            items = _json_items(stream, str(path), text_key, after)
+        for item in items:
             if item.key > after:
                 yield item._replace(done=file.tell() / n_bytes)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.corpora.readers import Key
-from nanogpt_jax.corpora.tokenizer import TOKENIZER_FILE
+from nanogpt_jax.corpora.tokenizer_files import TOKENIZER_FILE
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import delete_partials, read_json, write_atomically, write_json
 

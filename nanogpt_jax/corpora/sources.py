@@ -13,11 +13,11 @@ from typing import BinaryIO, TypeAlias, cast
 
 from nanogpt_jax.corpora import readers
 from nanogpt_jax.corpora.readers import TEXT, Item, Key, kind_of
-from nanogpt_jax.corpora.text import CanCut
+from nanogpt_jax.corpora.text import CanCut, anywhere
 from nanogpt_jax.errors import InputError, first_line, reading
+from nanogpt_jax.files import HUB_TIMEOUT_S
 
 START = (0, 0, 0)  # before the key of any item: the number of its file, then its key there
-TIMEOUT_S = 10
 MAX_VAL_CHARS = 10_000_000  # enough to know a loss to 0.001, and evaluated in a minute
 # Words that name a split in the names of files.
 SPLIT_WORDS = {
@@ -92,13 +92,11 @@ class Files:
         """Read everything once if need be: how many `characters` it has, and which (`chars`)."""
         if self.kind != TEXT:  # refuse what can be refused before anything is written
             for path in self._files:
-                next(
-                    readers.read_items(path, lambda left, right: True, (0, 0), self._text_key), None
-                )
+                next(readers.read_items(path, anywhere, (0, 0), self._text_key), None)
         if not self.is_cut and not wants_chars:
             return {}
         n_chars, chars, is_empty = 0, {"\n"} if self.has_separators else set(), True
-        for item in self.items(info, lambda left, right: True):
+        for item in self.items(info, anywhere):
             for text in filter(None, item.texts):
                 n_chars += len(text)
                 is_empty = is_empty and not text.strip()
@@ -111,7 +109,6 @@ class Files:
 
     def items(self, info: dict, can_cut: CanCut, after: Key = START) -> Iterator[Item]:
         """Yield the items after the one with a key."""
-        del info
         for i, (path, split) in enumerate(self._files.items()):
             begin, size = self._begins[i], self._begins[i + 1] - self._begins[i]
             if i >= after[0]:
@@ -202,12 +199,11 @@ class Hub:
         """Return the newest `revision` and its `files`: every item comes from these."""
         import huggingface_hub
 
-        del advance
         readers.import_extra("pyarrow.parquet")  # before anything is downloaded
         for library in ("huggingface_hub", "fsspec", "httpx", "httpx2"):
             logging.getLogger(library).setLevel(logging.CRITICAL)  # its error is one line here
         try:
-            found = huggingface_hub.HfApi().dataset_info(self.repository, timeout=TIMEOUT_S)
+            found = huggingface_hub.HfApi().dataset_info(self.repository, timeout=HUB_TIMEOUT_S)
             names = sorted(each.rfilename for each in found.siblings or ())
             if names := [name for name in names if re.fullmatch(self.files, name)]:
                 return {"revision": found.sha, "files": names}
@@ -216,7 +212,6 @@ class Hub:
             raise self._unreadable(error) from None
 
     def survey(self, info: dict, wants_chars: bool, advance: Callable[[float], object]) -> dict:
-        del info, advance
         if wants_chars:
             raise InputError(
                 f"{self.name} must have a byte-pair tokenizer, but char was requested: pass "
@@ -227,7 +222,6 @@ class Hub:
     def items(self, info: dict, can_cut: CanCut, after: Key = START) -> Iterator[Item]:
         import huggingface_hub
 
-        del can_cut
         names, root = info["files"], f"datasets/{self.repository}@{info['revision']}"
         system = huggingface_hub.HfFileSystem()
         for i in range(after[0], len(names)):
@@ -252,29 +246,16 @@ class Hub:
 
 
 OPENWEBTEXT = Hub(
-    "openwebtext",
-    "Skylion007/openwebtext",
-    r"plain_text/train-.*\.parquet",
-    gpt2_tokens=9_040_000_000,
-    text_bytes=38_000_000_000,
-    size=24_000_000_000,
-)
+    "openwebtext", "Skylion007/openwebtext", r"plain_text/train-.*\.parquet",
+    gpt2_tokens=9_040_000_000, text_bytes=38_000_000_000, size=24_000_000_000,
+)  # fmt: skip
 FINEWEB_EDU = Hub(
-    "fineweb-edu",
-    "HuggingFaceFW/fineweb-edu",
-    r"sample/10BT/.*\.parquet",
-    gpt2_tokens=10_000_000_000,
-    text_bytes=45_000_000_000,
-    size=27_000_000_000,
-)
+    "fineweb-edu", "HuggingFaceFW/fineweb-edu", r"sample/10BT/.*\.parquet",
+    gpt2_tokens=10_000_000_000, text_bytes=45_000_000_000, size=27_000_000_000,
+)  # fmt: skip
 TINYSTORIES = Hub(
-    "tinystories",
-    "roneneldan/TinyStories",
-    r"data/(train|validation)-.*\.parquet",
-    gpt2_tokens=470_000_000,
-    text_bytes=1_930_000_000,
-    size=1_000_000_000,
-    is_split=True,
-)
+    "tinystories", "roneneldan/TinyStories", r"data/(train|validation)-.*\.parquet",
+    gpt2_tokens=470_000_000, text_bytes=1_930_000_000, size=1_000_000_000, is_split=True,
+)  # fmt: skip
 HUB = {corpus.name: corpus for corpus in (OPENWEBTEXT, FINEWEB_EDU, TINYSTORIES)}
 Source: TypeAlias = Files | Hub

@@ -1,9 +1,4 @@
-"""Text to token ids and back.
-
-A tokenizer is defined by its `tokenizer.json`: `{"type": "char", "chars": "..."}` for characters,
-the file of Hugging Face's `tokenizers` for byte-pair encoding. Each prepared corpus and each run
-has a copy, so a run can be sampled anywhere.
-"""
+"""Text to token ids and back: one token per character, or byte-pair encoding."""
 
 import codecs
 import hashlib
@@ -15,18 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from nanogpt_jax import files
+from nanogpt_jax.corpora.text import anywhere
 from nanogpt_jax.errors import InputError, reading
 
-TOKENIZER_FILE = "tokenizer.json"
-OLD_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # of GPT-2
-MAX_FILE_BYTES = 2**26  # GPT-2's has 1.4 MB
-REQUIREMENT = 'like {"type": "char", "chars": "..."} or byte-level BPE of Hugging Face tokenizers'
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token after each document
 ROUND_TRIP = "\n The Cat's\n\n  sat \t🎭 日本. "  # what a tokenizer must decode to itself
 MAX_WORD_CHARS = 256
@@ -89,10 +79,7 @@ class CharTokenizer:
         """Return the text of token ids; an id past the vocabulary becomes U+FFFD."""
         return "".join(self.chars[i] if i < self.vocab_size else "\ufffd" for i in ids)
 
-    def can_cut(self, left: str, right: str) -> bool:
-        """Return whether a text may be cut between two parts of it; see `text.CanCut`."""
-        del left, right
-        return True
+    can_cut = staticmethod(anywhere)
 
     def stream_decoder(self) -> Callable[..., str]:
         return lambda ids, final=False: self.decode(ids)
@@ -141,11 +128,9 @@ class BPETokenizer:
 
         The vocabulary includes 256 bytes and END_OF_TEXT; it is smaller if the pairs are too few.
         """
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from tokenizers import models, pre_tokenizers, trainers
 
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
@@ -262,6 +247,16 @@ def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
+def byte_level(model) -> Any:
+    """Return a tokenizer of the library that cuts a text into words as GPT-2's does."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def _without_long_words(text: str) -> Iterator[str]:
     """Yield a text in parts that end within words of more than MAX_WORD_CHARS characters.
 
@@ -287,65 +282,3 @@ def _byte_characters() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def tokenizer_from_json(content: str) -> Tokenizer:
-    """Return the tokenizer that a `tokenizer.json` describes; raise ValueError for any other."""
-    try:
-        loaded = files.loads(content)
-        if loaded.get("type") == "char":
-            chars = loaded["chars"]
-            if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
-                raise ValueError("its chars are not text, sorted, each once")
-            return CharTokenizer(chars)
-        if loaded["model"]["type"] == "WordLevel":  # what an export of a character model has
-            chars = sorted(loaded["model"]["vocab"], key=loaded["model"]["vocab"].get)
-            if chars != sorted(chars) or any(len(char) != 1 for char in chars):
-                raise ValueError("its words are not characters")
-            return CharTokenizer("".join(chars))
-        return BPETokenizer(content)
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError("it is neither characters nor byte-level BPE") from None
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer.json into a folder."""
-    files.write_atomically(Path(folder, TOKENIZER_FILE), (tokenizer.to_json() + "\n").encode())
-
-
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Read a folder's tokenizer; return None if there is none."""
-    path = find_tokenizer(folder)
-    return path and read_tokenizer(path)
-
-
-def find_tokenizer(folder: Path) -> Path | None:
-    """Return a folder's tokenizer.json, or its vocabulary if it has GPT-2's older files."""
-    for pair in ((TOKENIZER_FILE, TOKENIZER_FILE), *OLD_FILES.items()):
-        path, merges = (Path(folder, name) for name in pair)
-        if path.exists() and merges.exists():
-            return path
-    return None
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer's file, or a vocabulary with the merges next to it, or raise InputError."""
-    with reading(path, REQUIREMENT):
-        content = files.read_text(path, MAX_FILE_BYTES)
-        if path.name in OLD_FILES:
-            merges = files.read_text(path.with_name(OLD_FILES[path.name]), MAX_FILE_BYTES)
-            content = _from_old_files(files.loads(content), merges)
-        return tokenizer_from_json(content)
-
-
-def _from_old_files(vocab: dict[str, int], merges: str) -> str:
-    """Return the tokenizer.json of GPT-2's vocab.json and merges.txt."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    lines = (line for line in merges.splitlines() if not line.startswith("#version"))
-    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines) if left]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return tokenizer.to_str()

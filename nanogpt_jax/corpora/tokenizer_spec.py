@@ -8,15 +8,8 @@ from pathlib import Path
 
 from nanogpt_jax import files
 from nanogpt_jax.config import GPT2_REVISIONS
-from nanogpt_jax.corpora.tokenizer import (
-    TOKENIZER_FILE,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    find_tokenizer,
-    read_tokenizer,
-    tokenizer_hash,
-)
+from nanogpt_jax.corpora.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_hash
+from nanogpt_jax.corpora.tokenizer_files import TOKENIZER_FILE, find_tokenizer, read_tokenizer
 from nanogpt_jax.errors import InputError, did_you_mean
 
 GPT2_HASH = "5c81a021"  # `tokenizer_hash` of GPT-2's, from OpenAI's encoder.json and vocab.bpe

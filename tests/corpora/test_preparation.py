@@ -22,6 +22,7 @@ from make_text import make_text
 from nanogpt_jax import corpora
 from nanogpt_jax.corpora import (
     catalog,
+    encoding,
     open_corpus,
     preparation,
     prepare,
@@ -644,26 +645,26 @@ def test_replaced_files_count_as_free_space(book, data_dir, monkeypatch):
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(book, data_dir, monkeypatch):
-    encode = preparation._encode
+    encode = encoding.encode_items
 
     def encode_and_change(*args):
         book.write_text("another text " * 50)
         return encode(*args)
 
-    monkeypatch.setattr(preparation, "_encode", encode_and_change)
+    monkeypatch.setattr(encoding, "encode_items", encode_and_change)
     with pytest.raises(InputError, match="must not change while it is read"):
         prepare(str(book), data_dir)
     assert seen(data_dir) == []
 
 
 def test_a_source_may_be_touched_while_it_is_read(book, data_dir, monkeypatch):
-    encode = preparation._encode
+    encode = encoding.encode_items
 
     def encode_and_touch(*args):
         os.utime(book, (1, 1))
         return encode(*args)
 
-    monkeypatch.setattr(preparation, "_encode", encode_and_touch)
+    monkeypatch.setattr(encoding, "encode_items", encode_and_touch)
     folder = prepare(str(book), data_dir)
     assert decoded(open_corpus(folder, 9), "val") == book.read_text()[5400:]
 

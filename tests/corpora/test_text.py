@@ -11,7 +11,7 @@ from make_text import make_text
 from nanogpt_jax.corpora import BPETokenizer, CharTokenizer
 from nanogpt_jax.corpora import text as texts
 from nanogpt_jax.corpora.text import cut_text, read_blocks
-from nanogpt_jax.corpora.tokenizer import tokenizer_from_json
+from nanogpt_jax.corpora.tokenizer_files import tokenizer_from_json
 from nanogpt_jax.errors import InputError
 
 AWKWARD = (

@@ -152,10 +152,6 @@ def generate(
         prompt: None: a line break, which is left out of the text.
         settings: see `Settings`; sample n of a seed is the same text however many are drawn.
     """
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     from nanogpt_jax import decoding, hardware
     from nanogpt_jax.config import SampleConfig
 
@@ -163,19 +159,16 @@ def generate(
     tokenizer, tokens = run.encode(prompt)
     n_rows = 1 if config.exact_window else num_samples  # of the cache
     hardware.check_sampling_memory(run.config, n_rows, "fewer --num_samples, or a smaller model")
-    static = "model", "n_tokens", "sampling", "exact_window"
-    tokens_BN = jax.jit(decoding.generate, static_argnames=static)(
+    tokens_BN = decoding.generate(
         run.model,
         run.params,
-        *decoding.start_window(tokens, num_samples, run.config.block_size),
+        tokens[None].repeat(num_samples, axis=0),
         decoding.row_keys(config.seed, range(num_samples)),
-        n_tokens=config.max_new_tokens,
-        sampling=decoding.Sampling(config.temperature, config.top_k, config.top_p),
-        exact_window=config.exact_window,
+        config.max_new_tokens,
+        decoding.Sampling(config.temperature, config.top_k, config.top_p),
+        config.exact_window,
     )
-    if not tokens_BN.is_fully_addressable:  # training on several hosts shows a sample
-        tokens_BN = multihost_utils.process_allgather(tokens_BN, tiled=True)
-    new_texts = map(tokenizer.decode, np.asarray(tokens_BN))
+    new_texts = map(tokenizer.decode, tokens_BN)
     texts = [(prompt or "") + "".join(until(config.stop, [text])) for text in new_texts]
     return texts if num_samples > 1 else texts[0]
 
@@ -192,8 +185,6 @@ def stream(
             with the random numbers that follow theirs.
         settings: see `Settings`; with max_new_tokens=-1 the text never ends.
     """
-    import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from nanogpt_jax import decoding
@@ -202,22 +193,16 @@ def stream(
     config = SampleConfig(stream=True, **settings)
     tokenizer, tokens = run.encode(prompt)
     sampling = decoding.Sampling(config.temperature, config.top_k, config.top_p)
-    prefill = jax.jit(decoding.prefill, static_argnames=("model", "exact_window"))
-    # Two functions, so that another temperature compiles a few operations and not the model.
-    draw = jax.jit(decoding.draw, static_argnames="sampling")
-    read = jax.jit(decoding.read, static_argnames="model", donate_argnames="state")
 
     def pieces() -> Iterator[str]:
         keys_B = decoding.row_keys(config.seed, range(sample, sample + 1))
-        window_BS, length = decoding.start_window(tokens, 1, run.config.block_size)
-        state = prefill(run.model, run.params, window_BS, length, exact_window=config.exact_window)
-        state = state._replace(n_generated=jnp.int32(n_generated))
+        new_tokens = decoding.write(
+            run.model, run.params, tokens[None], keys_B, sampling, config.exact_window, n_generated
+        )
         decode, n_left = tokenizer.stream_decoder(), config.max_new_tokens
         while n_left:  # from -1 it never comes to 0
             n_left -= 1
-            tokens_B = draw(state, keys_B, sampling=sampling)
-            state = read(run.model, run.params, state, tokens_B)
-            yield decode(np.asarray(tokens_B), final=n_left == 0)
+            yield decode(np.asarray(next(new_tokens))[:, 0], final=n_left == 0)
 
     return until(config.stop, pieces())
 

@@ -5,18 +5,25 @@ kept and read again in one prefill, then decoding continues: one prefill per blo
 With rotary positions nothing is read again: only distances count, so the newest token overwrites
 the oldest one in the cache. nanoGPT instead reads the last block_size tokens again for each token
 (`exact_window`). All three give the same text until the window is first full.
+
+What comes next is decided on the host, which knows all lengths: a compiled program that branched on
+them would make a GPU wait for the host at every token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 
 from nanogpt_jax.attention import KVCache, init_cache
 from nanogpt_jax.model import Model
+
+AT_ONCE = 32  # tokens of one compiled call, where nobody waits for each
 
 
 class Sampling(NamedTuple):
@@ -27,30 +34,30 @@ class Sampling(NamedTuple):
     top_p: float = 1.0  # 1: all tokens
 
 
-class DecodeState(NamedTuple):
-    """The state of generation between two tokens; arrays only."""
-
-    window_BS: jax.Array  # int32, the tokens that the model sees: the first `length` of block_size
-    length: jax.Array  # int32 scalar, 1 to S; with a sliding cache, it stays the prompt's
-    n_generated: jax.Array  # int32 scalar: new tokens so far, the step of the random stream
-    logits_BV: jax.Array  # of the next token
-    cache: KVCache | None  # None: every step reads the whole window (exact_window)
-
-
 def row_keys(seed: int, rows: range) -> jax.Array:
     """Return one key per row: row n of a seed is the same text however many rows there are."""
     key = jax.random.key(seed)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.array(rows))
 
 
-def sample_token(logits_BV, keys_B, sampling: Sampling):
+def noise(keys_B, n_generated, V: int):
+    """Return gumbel_BV, the noise of one token of each row; the likeliest token with it is drawn.
+
+    Args:
+        n_generated: new tokens before this one, the step of the random stream.
+    """
+    token_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, n_generated)
+    return jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(token_keys_B)
+
+
+def sample_token(logits_BV, gumbel_BV, sampling: Sampling):
     """Draw one token for each row: tokens_B.
 
     Ties with the last token that top_k or top_p keeps are kept too, as in nanoGPT.
     Source of top_p: Holtzman et al., "The curious case of neural text degeneration", 2020.
     """
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1)
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # Shifted, so that no logit overflows however small the temperature.
     logits_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
     logits_BV = logits_BV / max(sampling.temperature, 1e-30)
@@ -64,108 +71,148 @@ def sample_token(logits_BV, keys_B, sampling: Sampling):
         kept_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf)
         least_B1 = kept_BV.min(axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV)
+    return jnp.argmax(logits_BV + gumbel_BV, axis=-1).astype(jnp.int32)
 
 
-def start_window(tokens: Sequence[int] | np.ndarray, n_rows: int, block_size: int):
-    """Return (window_BS, length) of a prompt, the same in each row, padded to block_size.
-
-    A longer prompt is truncated to its last block_size tokens.
-    """
-    tokens = tokens[-block_size:]
-    window_BS = np.zeros((n_rows, block_size), np.int32)
-    window_BS[:, : len(tokens)] = tokens
-    return window_BS, np.int32(len(tokens))
+def start_window(tokens_BN: np.ndarray, T: int) -> tuple[np.ndarray, int]:
+    """Return (window_BT, length): the last T tokens of each row, padded to T if there are fewer."""
+    tokens_BN = tokens_BN[:, -T:]
+    B, length = tokens_BN.shape
+    window_BT = np.zeros((B, T), np.int32)
+    window_BT[:, :length] = tokens_BN
+    return window_BT, length
 
 
-def prefill(model: Model, params, window_BS, length, exact_window: bool = False) -> DecodeState:
-    """Read a prompt and return the state from which `decode` continues.
+def prefill(
+    model: Model, params, window_BT, length, exact_window: bool = False
+) -> tuple[jax.Array, KVCache | None]:
+    """Read a prompt: (logits_BV of the next token, cache; None with exact_window).
 
     Args:
-        window_BS: int32, the prompt padded to block_size with any ids: one compilation for all.
-        length: tokens of the prompt, 1 to block_size.
+        window_BT: int32, the prompt padded to T with any ids: one compilation for all prompts.
+        length: tokens of the prompt, 1 to T.
     """
-    B = window_BS.shape[0]
-    exact_window |= model.config.architecture != "gpt"  # the lecture's models have no cache
+    B = window_BT.shape[0]
     cache = None if exact_window else init_cache(model.config, B, model.compute.dtype)
     variables = {"params": params}
-    x_BSD, cache = model.apply(variables, window_BS, cache, method="hidden_states")
+    x_BTD, cache = model.apply(variables, window_BT, cache, method="hidden_states")
     if cache is not None:  # what the padding left in it is overwritten before it is seen
         cache = cache._replace(length=jnp.int32(length))
-    x_B1D = lax.dynamic_slice_in_dim(x_BSD, length - 1, 1, axis=1)  # only that one's logits
-    logits_BV = model.apply(variables, x_B1D, method="head")[:, 0]
-    return DecodeState(window_BS, jnp.int32(length), jnp.int32(0), logits_BV, cache)
+    x_B1D = lax.dynamic_slice_in_dim(x_BTD, length - 1, 1, axis=1)  # only that one's logits
+    return model.apply(variables, x_B1D, method="head")[:, 0], cache
 
 
-def draw(state: DecodeState, keys_B, sampling: Sampling):
-    """Draw the next token of each row: tokens_B."""
-    token_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, state.n_generated)
-    return sample_token(state.logits_BV, token_keys_B, sampling).astype(jnp.int32)
+def read(model: Model, params, cache: KVCache, tokens_B) -> tuple[jax.Array, KVCache]:
+    """Read one token of each row: (logits_BV of the next one, cache)."""
+    logits_B1V, cache = model.apply({"params": params}, tokens_B[:, None], cache)
+    return logits_B1V[:, 0], cache
 
 
-def read(model: Model, params, state: DecodeState, tokens_B) -> DecodeState:
-    """Append a token to each row, so that `draw` can draw the next one."""
-    window_BS, length, n_generated, _, cache = state
-    S = model.config.block_size
-    tokens_B1 = tokens_B[:, None]
-    if cache is not None and model.config.positions == "rotary":  # the cache slides by itself
-        logits_B1V, cache = model.apply({"params": params}, tokens_B1, cache)
-        return state._replace(n_generated=n_generated + 1, logits_BV=logits_B1V[:, 0], cache=cache)
-
-    def append(window_BS):
-        return lax.dynamic_update_slice_in_dim(window_BS, tokens_B1, length, axis=1)
-
-    def slide(keep):  # move the last `keep` tokens, including the new one, to the front
-        kept_BS = jnp.concatenate([window_BS[:, S - keep + 1 :], tokens_B1], axis=1)
-        return jnp.pad(kept_BS, ((0, 0), (0, S - keep)))
-
-    if cache is None:
-        full = length == S
-        window_BS = lax.cond(full, lambda: slide(S), lambda: append(window_BS))
-        state = prefill(model, params, window_BS, jnp.minimum(length + 1, S), True)
-        return state._replace(n_generated=n_generated + 1)
-
-    def read_one():
-        logits_B1V, new_cache = model.apply({"params": params}, tokens_B1, cache)
-        logits_BV = logits_B1V[:, 0]
-        return DecodeState(append(window_BS), length + 1, n_generated + 1, logits_BV, new_cache)
-
-    def read_half():
-        half = max(1, S // 2)
-        state = prefill(model, params, slide(half), half)
-        return state._replace(n_generated=n_generated + 1)
-
-    return lax.cond(length == S, read_half, read_one)
+def draw(logits_BV, keys_B, n_generated, sampling: Sampling):
+    """Draw the next token of each row: tokens_B. n_generated: see `noise`."""
+    return sample_token(logits_BV, noise(keys_B, n_generated, logits_BV.shape[-1]), sampling)
 
 
 def decode(
-    model: Model, params, state: DecodeState, keys_B, sampling: Sampling
-) -> tuple[DecodeState, jax.Array]:
-    """Draw the next token of each row and read it: (state, tokens_B)."""
-    tokens_B = draw(state, keys_B, sampling)
-    return read(model, params, state, tokens_B), tokens_B
+    model: Model, params, cache: KVCache, tokens_B, keys_B, n_generated, n_tokens: int,
+    sampling: Sampling,
+) -> tuple[KVCache, jax.Array]:  # fmt: skip
+    """Read a token of each row and draw the next one, n_tokens times: (cache, tokens_BN).
+
+    Args:
+        tokens_B: the newest token of each row, which is not in the cache.
+        n_generated: see `noise`.
+    """
+
+    def step(carry, gumbel_BV):
+        cache, tokens_B = carry
+        logits_BV, cache = read(model, params, cache, tokens_B)
+        tokens_B = sample_token(logits_BV, gumbel_BV, sampling)
+        return (cache, tokens_B), tokens_B
+
+    # All noise at once: one by one it takes a quarter of the time of `small`'s tokens on a CPU.
+    noise_of = partial(noise, keys_B, V=model.config.vocab_size)
+    gumbel_NBV = jax.vmap(noise_of)(n_generated + jnp.arange(n_tokens))
+    (cache, _), tokens_NB = lax.scan(step, (cache, tokens_B), gumbel_NBV)
+    return cache, tokens_NB.T
+
+
+def cast(params, dtype):
+    """Return parameters whose matrices have the type of the products, cast once for all tokens."""
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim >= 2 else x, params)
+
+
+_cast = jax.jit(cast, static_argnames="dtype")
+_prefill = jax.jit(prefill, static_argnames=("model", "exact_window"))
+_read = jax.jit(read, static_argnames="model", donate_argnames="cache")
+_draw = jax.jit(draw, static_argnames="sampling")
+_decode = jax.jit(
+    decode, static_argnames=("model", "n_tokens", "sampling"), donate_argnames="cache"
+)
+
+
+def write(
+    model: Model, params, prompt_BT: np.ndarray, keys_B, sampling: Sampling,
+    exact_window: bool = False, n_generated: int = 0, at_once: int = 1,
+) -> Iterator[jax.Array]:  # fmt: skip
+    """Yield new tokens after the prompt of each row, without end: tokens_BN, with N up to at_once.
+
+    Args:
+        keys_B: of the random streams, see `row_keys`.
+        n_generated: tokens at the prompt's end that were generated before, see `noise`.
+        at_once: tokens of one compiled call. With 1, another `sampling` compiles a few operations
+            and not the model.
+    """
+    S = model.config.block_size
+    exact_window |= model.config.architecture != "gpt"  # the lecture's models have no cache
+    slides = model.config.positions == "rotary" and not exact_window
+    at_once = min(at_once, max(1, S // 2))
+    if model.compute.dtype != jnp.float32:
+        params = _cast(params, dtype=model.compute.dtype)
+    window_BN, n_kept = prompt_BT, max(1, S // 2)
+    n_padded = S  # only a prompt is padded: what is kept afterwards is always as long
+    while True:
+        window_BT, length = start_window(window_BN, n_padded)
+        logits_BV, cache = _prefill(model, params, window_BT, length, exact_window)
+        made = [_draw(logits_BV, keys_B, n_generated, sampling)[:, None]]
+        yield made[0]
+        n_made, n_room = 1, 0 if cache is None else S - length  # tokens that can still be read
+        while cache is not None and (n_room > 0 or slides):
+            newest_B, index = made[-1][:, -1], n_generated + n_made
+            if at_once == 1:
+                logits_BV, cache = _read(model, params, cache, newest_B)
+                tokens_BN = _draw(logits_BV, keys_B, index, sampling)[:, None]
+            else:
+                cache, tokens_BN = _decode(
+                    model, params, cache, newest_B, keys_B, index, at_once, sampling
+                )
+            if not slides:  # those past the window's end are wrong
+                tokens_BN = tokens_BN[:, :n_room]
+            yield tokens_BN
+            made = [tokens_BN] if slides else [*made, tokens_BN]
+            n_made, n_room = n_made + tokens_BN.shape[1], n_room - tokens_BN.shape[1]
+        n_generated += n_made
+        window_BN = np.concatenate([window_BN, *map(to_host, made)], axis=1)
+        if not exact_window:
+            window_BN, n_padded = window_BN[:, -n_kept:], n_kept
 
 
 def generate(
-    model: Model,
-    params,
-    window_BS,
-    length,
-    keys_B,
-    n_tokens: int,
-    sampling: Sampling,
-    exact_window: bool = False,
-):
-    """Generate n_tokens after the prompt of each row, all in one compiled function: tokens_BN.
+    model: Model, params, prompt_BT: np.ndarray, keys_B, n_tokens: int,
+    sampling: Sampling, exact_window: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """Return the first n_tokens that `write` yields: tokens_BN."""
+    pieces, n_made = [], 0
+    for tokens_BN in write(model, params, prompt_BT, keys_B, sampling, exact_window, 0, AT_ONCE):
+        pieces.append(tokens_BN)
+        n_made += tokens_BN.shape[1]
+        if n_made >= n_tokens:
+            return np.concatenate([to_host(piece) for piece in pieces], axis=1)[:, :n_tokens]
+    raise AssertionError("write never ends")
 
-    Args:
-        window_BS, length: the prompt, see `prefill`.
-        keys_B: of the random streams, see `row_keys`.
-    """
 
-    def step(state, _):
-        return decode(model, params, state, keys_B, sampling)
-
-    state = prefill(model, params, window_BS, length, exact_window)
-    _, tokens_NB = lax.scan(step, state, None, length=n_tokens)
-    return tokens_NB.T
+def to_host(array: jax.Array) -> np.ndarray:
+    """Return an array's values, on each of several hosts if they share it."""
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

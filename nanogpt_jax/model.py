@@ -28,6 +28,7 @@ from nanogpt_jax.attention import (
     attention,
     attention_weights,
     drop,
+    float32_einsum,
     fused_attention,
     rotate,
 )
@@ -78,6 +79,12 @@ def flat_dot_general(lhs, rhs, dimension_numbers, precision=None, **kwargs):
     """
     del dimension_numbers  # Dense always asks for just this contraction
     out = lax.dot(lhs.reshape(-1, lhs.shape[-1]), rhs, precision=precision, **kwargs)
+    return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+
+
+def float32_dot_general(lhs, rhs, dimension_numbers=None, precision=None):
+    """Return what `flat_dot_general` does, in float32 whatever the operands' type."""
+    out = float32_einsum("ND,DV->NV", lhs.reshape(-1, lhs.shape[-1]), rhs)
     return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
 
 
@@ -132,7 +139,7 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cache, deterministic: bool):
-        """Return (y_BTD, (k_BSHK, v_BSHK)); cache is (length, k_BSHK, v_BSHK) or None."""
+        """Return (y_BTD, (k_BHKS, v_BHKS)); cache is (length, k_BHKS, v_BHKS) or None."""
         config, compute = self.config, self.compute
         B, T, D = x_BTD.shape
         heads = (B, T, config.n_head, D // config.n_head)
@@ -148,17 +155,21 @@ class CausalSelfAttention(nn.Module):
             y_BTHK = fused_attention(q_BTHK, k_BSHK, v_BSHK, compute.attention, compute.mesh)
         else:
             if cache is not None:
-                _, cached_k_BSHK, cached_v_BSHK = cache
                 slot = start % config.block_size  # a full cache drops its oldest token
-                k_BSHK = lax.dynamic_update_slice_in_dim(cached_k_BSHK, k_BSHK, slot, axis=1)
-                v_BSHK = lax.dynamic_update_slice_in_dim(cached_v_BSHK, v_BSHK, slot, axis=1)
+                new = (x_BSHK.transpose(0, 2, 3, 1) for x_BSHK in (k_BSHK, v_BSHK))
+                cache = [
+                    lax.dynamic_update_slice_in_dim(cached_BHKS, new_BHKT, slot, axis=3)
+                    for cached_BHKS, new_BHKT in zip(cache[1:], new, strict=True)
+                ]
+                cache = lax.optimization_barrier(cache)
+                k_BSHK, v_BSHK = (x_BHKS.transpose(0, 3, 1, 2) for x_BHKS in cache)
             drops = config.dropout > 0 and not deterministic
             key = self.make_rng("dropout") if drops else None
             y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, config.dropout, key)
             if self.is_mutable_collection(WEIGHTS):  # the page shows them
                 self.sow(WEIGHTS, "weights_BHTS", attention_weights(q_BTHK, k_BSHK, start))
         y_BTD = _projection(config, compute.dtype, "c_proj")(y_BTHK.reshape(B, T, D))
-        return Dropout(config.dropout)(y_BTD, deterministic), (k_BSHK, v_BSHK)
+        return Dropout(config.dropout)(y_BTD, deterministic), cache
 
 
 class MLP(nn.Module):
@@ -181,7 +192,9 @@ class MLP(nn.Module):
         elif config.activation == "relu2":
             x_BTF = jnp.square(jax.nn.relu(x_BTF))
         else:
-            x_BTF = jax.nn.gelu(x_BTF, approximate=config.activation == "gelu_tanh")
+            gelu = partial(jax.nn.gelu, approximate=config.activation == "gelu_tanh")
+            # GPUs and TPUs, which compute in 16 bits, recompute faster than they read and write.
+            x_BTF = gelu(x_BTF) if dtype == jnp.float32 else jax.checkpoint(gelu)(x_BTF)
         y_BTD = _projection(config, dtype, "c_proj")(x_BTF)
         return Dropout(config.dropout)(y_BTD, deterministic)
 
@@ -227,7 +240,7 @@ class GPT(nn.Module):
                 use_bias=False,
                 dtype=dtype,
                 kernel_init=nn.initializers.zeros if config.zero_init else init,
-                dot_general=partial(flat_dot_general, preferred_element_type=jnp.float32),
+                dot_general=float32_dot_general,
             )
 
     def __call__(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
@@ -257,7 +270,7 @@ class GPT(nn.Module):
         x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
         new_kv = []
         for i, block in enumerate(self.h):
-            layer_cache = None if cache is None else (start, cache.k_BSHK[i], cache.v_BSHK[i])
+            layer_cache = None if cache is None else (start, cache.k_BHKS[i], cache.v_BHKS[i])
             x_BTD = shard_activations(x_BTD, self.compute.mesh)
             x_BTD, kv = block(x_BTD, layer_cache, deterministic)
             new_kv.append(kv)
@@ -274,9 +287,7 @@ class GPT(nn.Module):
         """
         if self.config.tied_head:
             embedding_VD = self.wte.embedding.astype(x_BTD.dtype)
-            logits_BTV = flat_dot_general(
-                x_BTD, embedding_VD.T, None, preferred_element_type=jnp.float32
-            )
+            logits_BTV = float32_dot_general(x_BTD, embedding_VD.T)
         else:
             logits_BTV = self.lm_head(x_BTD)
         if cap := self.config.logit_cap:

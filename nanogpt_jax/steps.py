@@ -70,6 +70,29 @@ def new_state(model: Model, tx: Optimizer, key) -> TrainState:
     return init_state(tx, init_params(model, key))
 
 
+@jax.custom_vjp
+def pick(logits_BTV, targets_BT):
+    """Return logits_BT, those of the targets.
+
+    Its gradient compares instead of scattering, which takes two more passes over all logits: a
+    tenth of the time of a step of `gpt2` on a GPU.
+    """
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def _pick_fwd(logits_BTV, targets_BT):
+    return pick(logits_BTV, targets_BT), (targets_BT, jnp.arange(logits_BTV.shape[-1])[None, None])
+
+
+def _pick_bwd(residuals, gradient_BT):
+    targets_BT, tokens_11V = residuals
+    is_target_BTV = tokens_11V == targets_BT[..., None]
+    return jnp.where(is_target_BTV, gradient_BT[..., None], 0), None
+
+
+pick.defvjp(_pick_fwd, _pick_bwd)
+
+
 def token_losses(model: Model, params, batch_BT1, dropout_key=None):
     """Return loss_BT: the cross-entropy of each next token, in nats.
 
@@ -91,7 +114,9 @@ def token_losses(model: Model, params, batch_BT1, dropout_key=None):
 
     def losses(x_BTD, targets_BT):
         logits_BTV = model.apply(variables, x_BTD, method="head")
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+        if model.compute.dtype == jnp.float32:  # a CPU scatters as fast as it compares
+            return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+        return jax.nn.logsumexp(logits_BTV, axis=-1) - pick(logits_BTV, targets_BT)
 
     n_chunks = model.compute.loss_chunks
     if n_chunks == 1:

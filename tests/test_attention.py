@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from nanogpt_jax.attention import attention, fused_attention, init_cache, rotate
+from nanogpt_jax.attention import (
+    attention,
+    drop,
+    float32_einsum,
+    fused_attention,
+    init_cache,
+    random_bits,
+    rotate,
+)
 from nanogpt_jax.sharding import make_mesh
 
 
@@ -100,6 +108,64 @@ def test_dropout_keeps_the_expectation():
     np.testing.assert_allclose(mean_TS, attention_weights(4, 4), atol=0.05)
 
 
+def standardized_masks(n_keys, rate=0.2, shape=(4, 2, 64, 256)):
+    """What dropout keeps, for successive keys, with mean 0 and variance 1 if it is independent."""
+    keys = jax.random.split(jax.random.key(3), n_keys)
+    kept = np.stack([drop(jnp.ones(shape), rate, key) > 0 for key in keys])
+    return (kept - (1 - rate)) / np.sqrt(rate * (1 - rate))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.5])
+def test_dropout_has_the_rate_that_was_asked_for(rate):
+    mask = standardized_masks(60, rate)
+    assert abs(mask.mean()) * np.sqrt(mask.size) < 4  # standard errors, of 1e-4
+    assert mask.size > 7e6
+
+
+def test_dropped_elements_are_independent():
+    """Of their neighbours on each axis, of the other half of a hash, of other keys."""
+    mask_NBHTS = standardized_masks(30)
+    pairs = {
+        axis: np.take(mask_NBHTS, range(1, n), axis) for axis, n in enumerate(mask_NBHTS.shape)
+    }
+    for axis, later in pairs.items():
+        earlier = np.take(mask_NBHTS, range(mask_NBHTS.shape[axis] - 1), axis)
+        assert abs((earlier * later).mean()) * np.sqrt(later.size) < 4, axis
+    halves = mask_NBHTS[..., :128] * mask_NBHTS[..., 128:]
+    assert abs(halves.mean()) * np.sqrt(halves.size) < 4
+    for axis in (-1, -2):  # sums of rows and of columns vary as those of independent elements
+        sums = mask_NBHTS.sum(axis)
+        variance = (sums**2).mean() / mask_NBHTS.shape[axis]
+        assert abs(variance - 1) * np.sqrt(sums.size / 2) < 4
+
+
+def test_random_bits_of_an_odd_length_and_of_another_generators_key():
+    for key in (jax.random.key(0), jax.random.key(0, impl="rbg")):
+        bits = np.asarray(random_bits(key, (50, 21)))
+        assert bits.shape == (50, 21)
+        assert 60_000 < bits.max() < 2**16
+        assert len(np.unique(bits)) > 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_float32_product_sums_in_float32_and_has_the_gradient_of_its_operands_type(dtype):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((40, 300), (300, 50)))
+    upstream = rng.normal(size=(40, 50)).astype(np.float32)
+    out, transpose = jax.vjp(partial(float32_einsum, "ND,DV->NV"), x, y)
+    assert out.dtype == jnp.float32
+    exact_x, exact_y = (np.asarray(array, np.float64) for array in (x, y))
+    np.testing.assert_allclose(out, exact_x @ exact_y, atol=1e-4)
+    gradients = transpose(upstream)
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    for gradient, expected in zip(
+        gradients, (upstream @ exact_y.T, exact_x.T @ upstream), strict=True
+    ):
+        assert gradient.dtype == dtype
+        error = np.linalg.norm(np.asarray(gradient, np.float64) - expected)
+        assert error < tolerance * np.linalg.norm(expected)
+
+
 def test_dropout_is_off_without_a_key_or_without_a_rate():
     whole_TS = attention_weights(4, 4)
     np.testing.assert_array_equal(attention_weights(4, 4, dropout_rate=0.5), whole_TS)
@@ -109,8 +175,8 @@ def test_dropout_is_off_without_a_key_or_without_a_rate():
 def test_an_empty_cache_has_room_for_the_block_in_every_layer(model_config):
     cache = init_cache(model_config, batch_size=3)
     assert cache.length == 0
-    assert [k_BSHK.shape for k_BSHK in cache.k_BSHK] == 2 * [(3, 8, 2, 6)]
-    assert [v_BSHK.shape for v_BSHK in cache.v_BSHK] == 2 * [(3, 8, 2, 6)]
+    assert [k_BHKS.shape for k_BHKS in cache.k_BHKS] == 2 * [(3, 2, 6, 8)]
+    assert [v_BHKS.shape for v_BHKS in cache.v_BHKS] == 2 * [(3, 2, 6, 8)]
 
 
 # Rotary positions

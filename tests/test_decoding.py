@@ -33,20 +33,6 @@ def model_and_params(block_size=8, kind="learned"):
     return model, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), abstract)
 
 
-@cache
-def jitted_generate(block_size, n_tokens, sampling, exact_window, kind="learned"):
-    model, _ = model_and_params(block_size, kind)
-    return jax.jit(
-        partial(
-            decoding.generate,
-            model,
-            n_tokens=n_tokens,
-            sampling=sampling,
-            exact_window=exact_window,
-        )
-    )
-
-
 def write(
     start,
     n_tokens,
@@ -59,9 +45,9 @@ def write(
 ):
     """New tokens after a prompt, for the given rows of a seed."""
     keys_B = decoding.row_keys(seed, range(*rows))
-    window_BS, length = decoding.start_window(CHARS.encode(start), len(keys_B), block_size)
-    run = jitted_generate(block_size, n_tokens, sampling, exact_window, kind)
-    return np.asarray(run(model_and_params(block_size, kind)[1], window_BS, length, keys_B))
+    model, params = model_and_params(block_size, kind)
+    prompt_BT = CHARS.encode(start)[None].repeat(len(keys_B), 0)
+    return decoding.generate(model, params, prompt_BT, keys_B, n_tokens, sampling, exact_window)
 
 
 @cache
@@ -75,9 +61,6 @@ def fresh_logits(window, block_size=8):
     return jitted_apply(block_size)(params, np.array([window]))[0][0, -1]
 
 
-sample_token = jax.jit(decoding.sample_token, static_argnames="sampling")
-
-
 def naive(start, n_tokens, sampling=GREEDY, row=0, seed=0, block_size=8, keep=None):
     """One token after another, each from a new forward pass over what the model sees.
 
@@ -87,8 +70,7 @@ def naive(start, n_tokens, sampling=GREEDY, row=0, seed=0, block_size=8, keep=No
     window, new = CHARS.encode(start)[-block_size:].tolist(), []
     for n_generated in range(n_tokens):
         logits_BV = fresh_logits(window, block_size)[None]
-        token_keys_B = jax.random.fold_in(key, n_generated)[None]
-        new.append(int(sample_token(logits_BV, token_keys_B, sampling)[0]))
+        new.append(int(decoding._draw(logits_BV, key[None], n_generated, sampling)[0]))
         window.append(new[-1])
         if len(window) > block_size:
             window = window[-(keep or block_size) :]
@@ -132,29 +114,49 @@ def test_small_blocks_work_past_the_window(block_size, keep):
         np.testing.assert_array_equal(made, expected)
 
 
+def one_by_one(start, n_tokens, kind="learned", exact_window=False, **spied):
+    """Two rows of new tokens as they are streamed, and the logits from which each was drawn."""
+    model, params = model_and_params(8, kind)
+    keys_B, logits_NBV = decoding.row_keys(0, range(2)), []
+    draw = decoding._draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_draw", lambda *args: (logits_NBV.append(args[0]), draw(*args))[1])
+        prompt_BT = CHARS.encode(start)[None].repeat(2, 0)
+        tokens = decoding.write(model, params, prompt_BT, keys_B, SAMPLING, exact_window)
+        made = [np.asarray(next(tokens)) for _ in range(n_tokens)]
+    return np.concatenate(made, axis=1), np.stack(logits_NBV)
+
+
 @pytest.mark.parametrize("exact_window", [False, True])
 def test_streaming_gives_the_same_text_and_the_logits_of_a_fresh_pass(exact_window):
-    model, params = model_and_params()
-    sampling = SAMPLING
-    keys_B = decoding.row_keys(0, range(2))
-    window_BS, length = decoding.start_window(CHARS.encode("abc"), 2, 8)
-    prefill = jax.jit(partial(decoding.prefill, model, exact_window=exact_window))
-    state = prefill(params, window_BS, length)
-    decode = jax.jit(partial(decoding.decode, model, sampling=sampling))
-    streamed_NB, windows, window = [], [], CHARS.encode("abc").tolist()
-    for _ in range(30):
-        state, tokens_B = decode(params, state, keys_B)
-        streamed_NB.append(tokens_B)
-        window.append(int(tokens_B[0]))
+    streamed_BN, logits_NBV = one_by_one("abc", 30, exact_window=exact_window)
+    window = CHARS.encode("abc").tolist()
+    for token, logits_BV in zip(streamed_BN[0], logits_NBV, strict=True):
+        np.testing.assert_allclose(logits_BV[0], fresh_logits(window), atol=1e-3)
+        window.append(int(token))
         if len(window) > 8:
             window = window[-8 if exact_window else -4 :]
-        windows.append(len(window))
-        assert state.length == len(window)
-        np.testing.assert_array_equal(state.window_BS[0, : len(window)], window)
-        np.testing.assert_allclose(state.logits_BV[0], fresh_logits(window), atol=1e-3)
-    together_BN = write("abc", 30, sampling, rows=(0, 2), exact_window=exact_window)
-    np.testing.assert_array_equal(np.transpose(streamed_NB), together_BN)
-    assert decode._cache_size() == 1
+    together_BN = write("abc", 30, SAMPLING, rows=(0, 2), exact_window=exact_window)
+    np.testing.assert_array_equal(streamed_BN, together_BN)
+
+
+def test_one_compilation_serves_all_prompts_and_another_temperature_needs_no_model():
+    model, params = model_and_params()
+    keys_B = decoding.row_keys(0, range(2))
+    compiled = decoding._prefill, decoding._read, decoding._decode
+
+    def sizes(start, sampling, at_once):
+        prompt_BT = CHARS.encode(start)[None].repeat(2, 0)
+        tokens = decoding.write(model, params, prompt_BT, keys_B, sampling, at_once=at_once)
+        for _ in range(30):
+            next(tokens)
+        return [function._cache_size() for function in compiled]
+
+    for at_once in (1, 4):
+        first = sizes("a", SAMPLING, at_once)
+        assert sizes("abc abc", SAMPLING, at_once) == first
+    one_by_one = sizes("a", SAMPLING, 1)
+    assert sizes("a", Sampling(temperature=0.123), 1) == one_by_one
 
 
 # Rotary positions: the cache slides
@@ -208,53 +210,49 @@ def test_each_layer_of_a_sliding_cache_sees_the_last_block_of_keys(start, kind, 
 
 @pytest.mark.parametrize("kind", SLIDING)
 def test_streaming_with_a_sliding_cache_gives_the_same_text_and_the_banded_logits(kind):
-    model, params = model_and_params(8, kind)
-    sampling = SAMPLING
-    keys_B = decoding.row_keys(0, range(2))
-    window_BS, length = decoding.start_window(CHARS.encode("abc"), 2, 8)
-    state = jax.jit(partial(decoding.prefill, model))(params, window_BS, length)
-    decode = jax.jit(partial(decoding.decode, model, sampling=sampling))
-    streamed_NB, logits_NV = [], []
-    for _ in range(30):
-        logits_NV.append(state.logits_BV[0])
-        state, tokens_B = decode(params, state, keys_B)
-        streamed_NB.append(tokens_B)
-    assert state.cache.length == 33
-    assert decode._cache_size() == 1
-    streamed_BN = np.transpose(streamed_NB)
-    together_BN = write("abc", 30, sampling, rows=(0, 2), kind=kind)
+    streamed_BN, logits_NBV = one_by_one("abc", 30, kind)
+    together_BN = write("abc", 30, SAMPLING, rows=(0, 2), kind=kind)
     np.testing.assert_array_equal(streamed_BN, together_BN)
     expected_TV = banded_logits([*CHARS.encode("abc"), *streamed_BN[0]], 8, kind)
-    np.testing.assert_allclose(logits_NV, expected_TV[2:-1], atol=1e-3)
+    np.testing.assert_allclose(logits_NBV[:, 0], expected_TV[2:-1], atol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "slides"), [("learned", False), *((k, True) for k in SLIDING)])
 def test_a_sliding_cache_is_prefilled_once(kind, slides, monkeypatch):
+    prefill, lengths = decoding._prefill, []
+    monkeypatch.setattr(
+        decoding, "_prefill", lambda *args: (lengths.append(args[3]), prefill(*args))[1]
+    )
+    write("abc", 30, kind=kind)
+    # 6 tokens until the window is full, then 5 in each half of it
+    assert lengths == [3] if slides else lengths == [3, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_program_branches_or_loops_an_unknown_number_of_times(kind):
+    """On a GPU, each would wait for the host."""
     model, params = model_and_params(8, kind)
-    lengths = []
-    prefill = decoding.prefill
-
-    def spy(*args, **kwargs):
-        lengths.append(args[3])
-        return prefill(*args, **kwargs)
-
-    monkeypatch.setattr(decoding, "prefill", spy)
-    window_BS, length = decoding.start_window(CHARS.encode("abc"), 1, 8)
-    keys_B = decoding.row_keys(0, range(1))
-    program = partial(decoding.generate, model, n_tokens=30, sampling=GREEDY)
-    text = str(jax.make_jaxpr(program)(params, window_BS, length, keys_B))
-    assert (len(lengths) == 1) == slides
-    assert ("cond[" not in text) == slides
+    keys_B, window_BS = decoding.row_keys(0, range(2)), np.zeros((2, 8), np.int32)
+    _, cache = jax.eval_shape(partial(decoding.prefill, model), params, window_BS, 3)
+    decode = partial(decoding.decode, model, n_tokens=4, sampling=Sampling(0.8, 5, 0.9))
+    programs = [
+        jax.make_jaxpr(decode)(params, cache, window_BS[:, 0], keys_B, 3),
+        jax.make_jaxpr(partial(decoding.prefill, model))(params, window_BS, 3),
+    ]
+    for program in map(str, programs):
+        assert "cond[" not in program
+        assert "while[" not in program
 
 
 def test_padding_of_the_prompt_has_no_influence():
-    params = model_and_params()[1]
-    window_BS, length = decoding.start_window(CHARS.encode("abc"), 2, 8)
+    model, params = model_and_params()
+    window_BS, length = decoding.start_window(CHARS.encode("abc")[None], 8)
     other_BS = np.where(np.arange(8) < length, window_BS, 7)
-    run = jitted_generate(8, 30, GREEDY, False)
-    keys_B = decoding.row_keys(0, range(2))
-    made_BN, other_BN = (run(params, x_BS, length, keys_B) for x_BS in (window_BS, other_BS))
-    np.testing.assert_array_equal(made_BN, other_BN)
+    logits_BV, other_BV = (
+        decoding._prefill(model, params, x_BS, length)[0] for x_BS in (window_BS, other_BS)
+    )
+    np.testing.assert_array_equal(logits_BV, other_BV)
+    np.testing.assert_allclose(logits_BV[0], fresh_logits(CHARS.encode("abc")), atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_the_number_of_rows():
@@ -270,7 +268,7 @@ def draw(logits, sampling, n=4000, seed=0):
     """The share of each token among many draws."""
     keys_B = jax.random.split(jax.random.key(seed), n)
     logits_BV = jnp.tile(jnp.array(logits, jnp.float32), (n, 1))
-    tokens_B = jax.jit(partial(decoding.sample_token, sampling=sampling))(logits_BV, keys_B)
+    tokens_B = decoding._draw(logits_BV, keys_B, 0, sampling)
     return np.bincount(tokens_B, minlength=len(logits)) / n
 
 
@@ -334,9 +332,9 @@ def test_top_p_applies_after_temperature_and_top_k():
 
 
 def test_a_prompt_is_padded_or_truncated_to_its_last_tokens():
-    window_BS, length = decoding.start_window(CHARS.encode("abc"), 2, 5)
+    window_BT, length = decoding.start_window(CHARS.encode("abc")[None].repeat(2, 0), 5)
     assert length == 3
-    np.testing.assert_array_equal(window_BS[:, :3], [[2, 3, 4], [2, 3, 4]])
-    window_BS, length = decoding.start_window(CHARS.encode("abcdefg"), 1, 5)
+    np.testing.assert_array_equal(window_BT[:, :3], [[2, 3, 4], [2, 3, 4]])
+    window_BT, length = decoding.start_window(CHARS.encode("abcdefg")[None], 5)
     assert length == 5
-    np.testing.assert_array_equal(window_BS, [[4, 5, 6, 7, 8]])
+    np.testing.assert_array_equal(window_BT, [[4, 5, 6, 7, 8]])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanogpt_jax.attention import init_cache
+from nanogpt_jax.attention import drop, init_cache
 from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.model import GPT, Compute, flat_dot_general
 from nanogpt_jax.steps import init_params, token_losses
@@ -447,13 +447,13 @@ def test_dropout_is_where_gpt2_has_it(model_config, monkeypatch):
     model = GPT(dataclasses.replace(model_config, dropout=0.5))
     params, tokens_BT = {"params": rough_params(model)}, random_tokens(B, T)
     drawn = []
-    bernoulli = jax.random.bernoulli
 
-    def spy(key, p, shape):
-        drawn.append((float(p), tuple(shape)))
-        return bernoulli(key, p, shape)
+    def spy(array, rate, key):
+        drawn.append((rate, array.shape))
+        return drop(array, rate, key)
 
-    monkeypatch.setattr(jax.random, "bernoulli", spy)
+    monkeypatch.setattr("nanogpt_jax.attention.drop", spy)
+    monkeypatch.setattr("nanogpt_jax.model.drop", spy)
     rngs = {"dropout": jax.random.key(0)}
     jax.eval_shape(partial(model.apply, deterministic=False, rngs=rngs), params, tokens_BT)
     stream, weights = (0.5, (B, T, 12)), (0.5, (B, 2, T, T))

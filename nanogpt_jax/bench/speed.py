@@ -11,6 +11,7 @@ published peak (MFU). Times are medians; on a shared machine, compare only what 
 """
 
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -175,25 +176,23 @@ def sampling_figures(config: TrainConfig, compute: Compute) -> dict:
     model = steps.make_model(config.model, Compute(compute.dtype))
     params = jax.jit(partial(steps.init_params, model))(jax.random.key(0))
     sampling = decoding.Sampling(temperature=0.8, top_k=200)
-    generate = jax.jit(partial(decoding.generate, model, n_tokens=SAMPLE_TOKENS, sampling=sampling))
-    prefill = jax.jit(partial(decoding.prefill, model))
-    decode = jax.jit(partial(decoding.decode, model, sampling=sampling), donate_argnums=1)
 
-    def tokens_per_s(n_rows: int, write: Callable) -> float:
-        window_BS, length = decoding.start_window([0], n_rows, config.model.block_size)
+    def together(keys_B):
+        prompt_B1 = np.zeros((len(keys_B), 1), np.int32)
+        return decoding.generate(model, params, prompt_B1, keys_B, SAMPLE_TOKENS, sampling)
+
+    def one_by_one(keys_B):
+        tokens = decoding.write(model, params, np.zeros((1, 1), np.int32), keys_B, sampling)
+        return [np.asarray(tokens_B1) for tokens_B1 in itertools.islice(tokens, SAMPLE_TOKENS)]
+
+    def tokens_per_s(n_rows: int, generate: Callable) -> float:
         keys_B = decoding.row_keys(0, range(n_rows))
-        return n_rows * SAMPLE_TOKENS / median_s(lambda: write(params, window_BS, length, keys_B))
-
-    def stream(params, window_BS, length, keys_B):
-        state = prefill(params, window_BS, length)
-        for _ in range(SAMPLE_TOKENS):
-            state, tokens_B = decode(params, state, keys_B)
-            np.asarray(tokens_B)
+        return n_rows * SAMPLE_TOKENS / median_s(lambda: generate(keys_B))
 
     return {
-        "sample_tokens_per_s_1_stream": tokens_per_s(1, generate),
-        "sample_tokens_per_s_10_streams": tokens_per_s(10, generate),
-        "sample_tokens_per_s_streamed": tokens_per_s(1, stream),
+        "sample_tokens_per_s_1_stream": tokens_per_s(1, together),
+        "sample_tokens_per_s_10_streams": tokens_per_s(10, together),
+        "sample_tokens_per_s_streamed": tokens_per_s(1, one_by_one),
     }
 
 

@@ -95,7 +95,7 @@ class Session:
     def look(self, text: str) -> Insight:
         """Read the last block_size tokens of a text."""
         _, tokens = self.run.encode(text)
-        window_BS, length = decoding.start_window(tokens, 1, self.run.config.block_size)
+        window_BS, length = decoding.start_window(tokens[None], self.run.config.block_size)
         next_probs_SV, weights = self._read_text(self.run.params, window_BS[0])
         next_probs_TV = np.asarray(next_probs_SV)[:length]
         tokens_T = window_BS[0, :length]

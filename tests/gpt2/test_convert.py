@@ -68,14 +68,9 @@ def logits(model: GPT, params, batch_BT):
 
 def continuation(model: GPT, params, start_BT, n_tokens: int, **sampling):
     """Return start_BT with n_tokens more, the likeliest ones if nothing else is asked for."""
-    B, T = start_BT.shape
-    window_BS = np.zeros((B, model.config.block_size), np.int32)
-    window_BS[:, :T] = start_BT
-    write = jax.jit(partial(decoding.generate, model), static_argnames=("n_tokens", "sampling"))
-    made_BN = write(
-        params, window_BS, np.int32(T), decoding.row_keys(0, range(B)),
-        n_tokens=n_tokens, sampling=decoding.Sampling(**({"temperature": 0.0} | sampling)),
-    )  # fmt: skip
+    keys_B = decoding.row_keys(0, range(len(start_BT)))
+    sampling = decoding.Sampling(**({"temperature": 0.0} | sampling))
+    made_BN = decoding.generate(model, params, start_BT, keys_B, n_tokens, sampling)
     return np.concatenate([start_BT, made_BN], axis=1)
 
 
@@ -268,7 +263,7 @@ def test_padding_is_never_drawn(padded):
         decoding.Sampling(temperature=100.0, top_k=60),
         decoding.Sampling(temperature=100.0, top_p=0.9999),
     ):
-        tokens_B = decoding.sample_token(logits_BV, decoding.row_keys(0, range(1000)), sampling)
+        tokens_B = decoding._draw(logits_BV, decoding.row_keys(0, range(1000)), 0, sampling)
         assert tokens_B.max() < 23
         assert len(set(tokens_B.tolist())) == (23 if sampling.temperature > 1 else 1)
 

@@ -181,20 +181,12 @@ def test_a_model_generates_past_its_context(name):
     """It always reads the last block_size tokens, as the lecture's generate does."""
     model = make(name)
     params, n_tokens = random_params(model), 12
-    generate = jax.jit(decoding.generate, static_argnames=("model", "n_tokens", "sampling"))
-    generated = generate(
-        model,
-        params,
-        np.zeros((1, 8), np.int32),
-        jnp.int32(1),
-        decoding.row_keys(0, range(1)),
-        n_tokens=n_tokens,
-        sampling=decoding.Sampling(temperature=0),
-    )
+    greedy, keys_B = decoding.Sampling(temperature=0), decoding.row_keys(0, range(1))
+    generated = decoding.generate(model, params, np.zeros((1, 1), int), keys_B, n_tokens, greedy)
     text = [0]
     for _ in range(n_tokens):
         text.append(int(numpy_logits(name, params, np.array(text[-8:]))[-1].argmax()))
-    assert np.asarray(generated)[0].tolist() == text[1:]
+    assert generated[0].tolist() == text[1:]
 
 
 @pytest.mark.parametrize("flag", ["--dtype=bfloat16", "--attention=cudnn", "--remat=true"])

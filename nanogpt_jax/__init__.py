@@ -185,8 +185,6 @@ def stream(
             with the random numbers that follow theirs.
         settings: see `Settings`; with max_new_tokens=-1 the text never ends.
     """
-    import numpy as np
-
     from nanogpt_jax import decoding
     from nanogpt_jax.config import SampleConfig
 
@@ -202,7 +200,7 @@ def stream(
         decode, n_left = tokenizer.stream_decoder(), config.max_new_tokens
         while n_left:  # from -1 it never comes to 0
             n_left -= 1
-            yield decode(np.asarray(next(new_tokens))[:, 0], final=n_left == 0)
+            yield decode(next(new_tokens)[0], final=n_left == 0)
 
     return until(config.stop, pieces())
 

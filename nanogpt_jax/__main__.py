@@ -15,7 +15,7 @@ COMMANDS = {
     "export": ("gpt2.convert", "write a run as a Hugging Face GPT-2 for transformers"),
     "cost": ("bench.cost", "estimate a run's parameters, FLOPs, memory, hours and price"),
     "bench": ("bench.speed", "time a training step and sampling against what the chip can do"),
-    "race": ("bench.race", "time a preset and its fast twin to the same loss"),
+    "measure": ("bench.measure", "measure this machine: steps, training, sampling; write a report"),
     "shardings": ("bench.shardings", "print where each array of a run is stored on a mesh"),
 }
 

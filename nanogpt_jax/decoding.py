@@ -116,8 +116,8 @@ def draw(logits_BV, keys_B, n_generated, sampling: Sampling):
 def decode(
     model: Model, params, cache: KVCache, tokens_B, keys_B, n_generated, n_tokens: int,
     sampling: Sampling,
-) -> tuple[KVCache, jax.Array]:  # fmt: skip
-    """Read a token of each row and draw the next one, n_tokens times: (cache, tokens_BN).
+) -> tuple[tuple[KVCache, jax.Array], jax.Array]:  # fmt: skip
+    """Read a token of each row and draw the next, n_tokens times: ((cache, newest_B), tokens_BN).
 
     Args:
         tokens_B: the newest token of each row, which is not in the cache.
@@ -133,8 +133,8 @@ def decode(
     # All noise at once: one by one it takes a quarter of the time of `small`'s tokens on a CPU.
     noise_of = partial(noise, keys_B, V=model.config.vocab_size)
     gumbel_NBV = jax.vmap(noise_of)(n_generated + jnp.arange(n_tokens))
-    (cache, _), tokens_NB = lax.scan(step, (cache, tokens_B), gumbel_NBV)
-    return cache, tokens_NB.T
+    carry, tokens_NB = lax.scan(step, (cache, tokens_B), gumbel_NBV)
+    return carry, tokens_NB.T
 
 
 def cast(params, dtype):
@@ -154,7 +154,7 @@ _decode = jax.jit(
 def write(
     model: Model, params, prompt_BT: np.ndarray, keys_B, sampling: Sampling,
     exact_window: bool = False, n_generated: int = 0, at_once: int = 1,
-) -> Iterator[jax.Array]:  # fmt: skip
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield new tokens after the prompt of each row, without end: tokens_BN, with N up to at_once.
 
     Args:
@@ -174,25 +174,28 @@ def write(
     while True:
         window_BT, length = start_window(window_BN, n_padded)
         logits_BV, cache = _prefill(model, params, window_BT, length, exact_window)
-        made = [_draw(logits_BV, keys_B, n_generated, sampling)[:, None]]
+        newest_B = _draw(logits_BV, keys_B, n_generated, sampling)
+        made = [to_host(newest_B)[:, None]]
         yield made[0]
         n_made, n_room = 1, 0 if cache is None else S - length  # tokens that can still be read
         while cache is not None and (n_room > 0 or slides):
-            newest_B, index = made[-1][:, -1], n_generated + n_made
+            index = n_generated + n_made
             if at_once == 1:
                 logits_BV, cache = _read(model, params, cache, newest_B)
-                tokens_BN = _draw(logits_BV, keys_B, index, sampling)[:, None]
+                newest_B = _draw(logits_BV, keys_B, index, sampling)
+                tokens_BN = to_host(newest_B)[:, None]
             else:
-                cache, tokens_BN = _decode(
+                (cache, newest_B), tokens_BN = _decode(
                     model, params, cache, newest_B, keys_B, index, at_once, sampling
                 )
+                tokens_BN = to_host(tokens_BN)
             if not slides:  # those past the window's end are wrong
                 tokens_BN = tokens_BN[:, :n_room]
             yield tokens_BN
             made = [tokens_BN] if slides else [*made, tokens_BN]
             n_made, n_room = n_made + tokens_BN.shape[1], n_room - tokens_BN.shape[1]
         n_generated += n_made
-        window_BN = np.concatenate([window_BN, *map(to_host, made)], axis=1)
+        window_BN = np.concatenate([window_BN, *made], axis=1)
         if not exact_window:
             window_BN, n_padded = window_BN[:, -n_kept:], n_kept
 
@@ -207,7 +210,7 @@ def generate(
         pieces.append(tokens_BN)
         n_made += tokens_BN.shape[1]
         if n_made >= n_tokens:
-            return np.concatenate([to_host(piece) for piece in pieces], axis=1)[:, :n_tokens]
+            return np.concatenate(pieces, axis=1)[:, :n_tokens]
     raise AssertionError("write never ends")
 
 

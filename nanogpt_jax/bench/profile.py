@@ -2,14 +2,13 @@
 
 import collections
 import re
-import sys
 from pathlib import Path
 
 import jax
 
 
-def time_by_operation(folder: Path) -> dict[str, float]:
-    """Return the seconds of each kind of operation in a folder's newest trace, longest first.
+def time_by_operation(folder: Path, n_steps: int) -> dict[str, float]:
+    """Return the seconds a step of each kind of operation, longest first, from the newest trace.
 
     The number at the end of a name is dropped, so that the same operation of all layers is summed.
     On a CPU several threads work at once, so the sum can exceed the elapsed time.
@@ -33,15 +32,15 @@ def time_by_operation(folder: Path) -> dict[str, float]:
                     seconds[re.sub(r"[.\d]+$", "", event.name)] += 1e-9 * event.duration_ns
     for container in ("while", "call", "conditional"):  # their contents are counted already
         seconds.pop(container, None)
-    return dict(seconds.most_common())
+    return {name: total / n_steps for name, total in seconds.most_common()}
 
 
-def print_table(folder: Path, n_steps: int, n_rows: int = 15) -> None:
-    """Print what takes the most time of n_steps traced steps, on standard error."""
-    rows = [*time_by_operation(folder).items()]
-    total_s = sum(seconds for _, seconds in rows) or 1.0
+def table(operations: dict[str, float], n_rows: int = 15) -> list[str]:
+    """Return what takes the most time of a step, as lines to print."""
+    rows = [*operations.items()]
+    total_s = sum(operations.values()) or 1.0
     rest_s = sum(seconds for _, seconds in rows[n_rows:])
-    lines = [f"{'operation':40} {'ms a step':>10} {'share':>7}    (trace in {folder})"]
-    for name, seconds in [*rows[:n_rows], ("all others", rest_s)]:
-        lines.append(f"{name[:40]:40} {1e3 * seconds / n_steps:10.3f} {seconds / total_s:7.1%}")
-    print(*lines, sep="\n", file=sys.stderr)  # standard output may be JSON
+    return [f"{'operation':40} {'ms a step':>10} {'share':>7}"] + [
+        f"{name[:40]:40} {1e3 * seconds:10.3f} {seconds / total_s:7.1%}"
+        for name, seconds in [*rows[:n_rows], ("all others", rest_s)]
+    ]

@@ -9,6 +9,7 @@ from nanogpt_jax.config.fields import (
     check_fields,
     check_value,
     field_types,
+    replace_fields,
     to_flat_dict,
 )
 from nanogpt_jax.config.presets import (

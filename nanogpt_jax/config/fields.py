@@ -22,6 +22,7 @@ RANGES = {
     "seed": (0, 2**32 - 1), "port": (0, 2**16 - 1),
     "process_id": (-1, MAX_INT), "max_new_tokens": (-1, MAX_INT),
     **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
+    "loss_chunks": (0, MAX_INT),
 }  # fmt: skip
 BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
 FRACTIONS = {"cooldown", "top_p", "mfu"}

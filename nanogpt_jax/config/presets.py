@@ -9,7 +9,6 @@ from nanogpt_jax.config.fields import replace_fields
 from nanogpt_jax.config.schema import (
     SCRATCH,
     Architecture,
-    ComputeConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
@@ -108,7 +107,6 @@ GPT2 = [
         # GPT-2's vocabulary of 50257 is padded to a multiple of 64: faster on GPU and TPU.
         model=ModelConfig(vocab_size=50304, block_size=1024, **shape),
         optim=OptimConfig(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, beta2=0.95),
-        compute=ComputeConfig(loss_chunks=8),  # all logits of a micro-batch would take 3.3 GB
     )
     for name, shape in GPT2_SHAPES.items()
 ]
@@ -118,7 +116,6 @@ EVAL_GPT2 = [
         config=f"eval-{name}", init_from=name, dataset="openwebtext",
         batch_size=8, eval_iters=500, eval_only=True,
         model=ModelConfig(vocab_size=50304, bias=True, activation="gelu_tanh", **shape),
-        compute=ComputeConfig(loss_chunks=8),
     )
     for name, shape in GPT2_SHAPES.items()
 ]
@@ -129,7 +126,6 @@ FINETUNE_SHAKESPEARE = TrainConfig(
     batch_size=1, gradient_accumulation_steps=32,
     model=EVAL_GPT2[0].model,
     optim=OptimConfig(learning_rate=3e-5, min_lr=3e-5, decay_lr=False),  # the weights are good
-    compute=ComputeConfig(loss_chunks=8),
 )
 
 

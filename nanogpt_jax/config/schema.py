@@ -136,13 +136,16 @@ class ComputeConfig:
     """How the devices compute it. The results are the same up to rounding."""
 
     #: type of activations and matrix products; parameters, optimizer and loss stay in float32;
-    #: auto: bfloat16 if the chip supports it, else float32; float16 scales the loss by itself
+    #: auto: bfloat16 if the chip supports it, else float16 if it has units for that (a T4), else
+    #: float32; float16 scales the loss by itself
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     #: attention kernel: xla (any device), cudnn (NVIDIA), splash (TPU); auto: the fastest that the
     #: chip and the model allow
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     remat: bool = False  # recompute activations in the backward pass: slower, but far less memory
-    loss_chunks: int = 1  # compute logits in this many pieces: less memory; divides block_size
+    #: compute logits in this many pieces, a divisor of block_size: slower, but less memory; 0: as
+    #: few as fit
+    loss_chunks: int = 0
     #: devices along each axis, like data=-1,fsdp=1,tensor=1 (-1: all that remain); empty: data
     #: parallelism over as many devices as divide batch_size
     mesh: str = ""
@@ -184,7 +187,8 @@ class TrainConfig:
     wandb: bool = False  # also log to Weights & Biases; needs the extra wandb
     overwrite: bool = False  # delete the run in out_dir and start over
     compile_cache: str = ""  # folder for compiled functions; off: none; empty: your cache folder
-    #: compile for TPUs that are not attached, like v5e:4x4, report whether the run fits, and exit
+    #: compile for GPUs or TPUs that are not attached, like h100, 8xa100 or v5e:4x4, report whether
+    #: the run fits and what its program does, and exit
     compile_for: str = ""
     #: with several processes: HOST:PORT of the first one, or auto on a Cloud TPU pod; empty: a
     #: single process, or what Slurm says
@@ -201,7 +205,7 @@ class TrainConfig:
         product = "batch_size x gradient_accumulation_steps x block_size"
         if self.tokens_per_iter > MAX_INT:
             raise InputError(f"{product} must be at most {MAX_INT}, got {self.tokens_per_iter}")
-        divides = self.model.block_size % self.compute.loss_chunks == 0
+        divides = self.model.block_size % (self.compute.loss_chunks or 1) == 0
         divisor = f"a divisor of block_size={self.model.block_size}"
         require(divides, self.compute, "loss_chunks", divisor)
         ok = self.optim.optimizer == "adamw" or self.model.architecture == "gpt"
@@ -247,7 +251,7 @@ class SampleConfig:
     #: past block_size, recompute the last block_size tokens for every token, as nanoGPT does
     #: (slow); False: keep the last half of the window and continue from there
     exact_window: bool = False
-    #: as in training; auto: bfloat16 if the chip supports it, else float32
+    #: as in training; auto: bfloat16 or float16 if the chip has units for it, else float32
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile_cache: str = ""  # folder for compiled functions; off: none; empty: your cache folder
     #: open a web page instead: live text, next-token probabilities, attention, the loss curve

@@ -2,12 +2,13 @@
 
 # ruff: noqa: F401 (what other packages import)
 
-from nanogpt_jax.hardware.chips import chip_named, find_chip
+from nanogpt_jax.hardware.chips import Chip, Gpu, chip_named, find_chip
 from nanogpt_jax.hardware.devices import (
     Machine,
     check_sampling_memory,
     choose,
     choose_compute,
+    choose_training,
     describe,
     warn_of_unused_chip,
 )

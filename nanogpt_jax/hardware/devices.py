@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig
+from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig, replace_fields
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import chips, flops
 from nanogpt_jax.hardware.processes import ALONE, Processes, use_compile_cache
@@ -69,13 +69,14 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
         )
     n_devices, device = jax.device_count(), jax.local_devices()[0]
     mesh = make_mesh(choose_sizes(config, n_devices, use_all=processes.count > 1))
-    compute, reason = choose_compute(config.compute, config.model, device, mesh)
+    memory = memory_bytes(device)
+    compute, reason = choose_training(config, device, mesh, memory)
     if config.eval_only:
         needed = flops.least_sampling_bytes(config.model)
     else:
         needed = flops.checkpoint_bytes(config.model, config.optim.optimizer)
         needed += 4 * flops.n_params(config.model)  # gradients
-    memory, n_parts = memory_bytes(device), mesh.shape["fsdp"] * mesh.shape["tensor"]
+    n_parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     advice = "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1"
     flops.check_memory(config.model, needed, memory, n_parts, advice)
     description = f"jax {jax.__version__} on {describe(mesh)}: {reason}"
@@ -84,6 +85,20 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
         description += f"\n{idle} of {n_devices} devices are idle: {why}"
     chip = chips.find_chip(device.device_kind)
     return Machine(mesh, compute, describe(mesh), reason, description, memory, chip)
+
+
+def choose_training(
+    config: TrainConfig, device, mesh: "Mesh", memory: float | None
+) -> "tuple[Compute, str]":
+    """Return what `choose_compute` does, with the loss in as few pieces as fit into the memory."""
+    compute, reason = choose_compute(config.compute, config.model, device, mesh)
+    if config.compute.loss_chunks or memory is None:
+        return compute, reason
+    names = {"dtype": compute.dtype.name, "attention": compute.attention}
+    n_chunks = flops.fewest_loss_chunks(replace_fields(config, names), memory, mesh.shape)
+    if n_chunks > 1:
+        reason += f"; the loss in {n_chunks} pieces, to fit the memory"
+    return compute._replace(loss_chunks=n_chunks), reason
 
 
 def choose_compute(
@@ -103,10 +118,10 @@ def choose_compute(
                     f"lecture's models, got {requested}: leave --{name} out"
                 )
         reason = "float32, and attention written out, as in the lecture"
-        return Compute(loss_chunks=config.loss_chunks, mesh=mesh), reason
+        return Compute(loss_chunks=config.loss_chunks or 1, mesh=mesh), reason
     dtype, dtype_reason = _choose_dtype(config.dtype, device)
     attention, reason = _choose_attention(config.attention, model, dtype, device)
-    compute = Compute(np.dtype(dtype), attention, config.remat, config.loss_chunks, mesh)
+    compute = Compute(np.dtype(dtype), attention, config.remat, config.loss_chunks or 1, mesh)
     return compute, f"{dtype} ({dtype_reason}); attention by {attention} ({reason})"
 
 
@@ -122,7 +137,9 @@ def _choose_dtype(requested: str, device) -> tuple[str, str]:
     name = f"compute capability {capability}"
     if capability >= 8.0:
         return "bfloat16", f"{name} has it"
-    return "float32", f"{name} has no bfloat16; --dtype float16 is faster here"
+    if capability >= 7.0:
+        return "float16", f"{name} has no bfloat16; the loss is scaled"
+    return "float32", f"{name} has no units for 16-bit products"
 
 
 def _choose_attention(requested: str, model: ModelConfig, dtype: str, device) -> tuple[str, str]:

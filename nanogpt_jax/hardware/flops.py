@@ -1,9 +1,10 @@
 """Count parameters, FLOPs and bytes of a model from its configuration alone. No JAX."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from nanogpt_jax.config import ModelConfig, TrainConfig
+from nanogpt_jax.config import ModelConfig, TrainConfig, replace_fields
 from nanogpt_jax.errors import InputError
 
 SMALL_STEP_FLOPS = 2e10  # a tenth of a second of two CPU cores
@@ -140,7 +141,7 @@ def estimate_memory(config: TrainConfig) -> dict[str, int]:
     masks = 2 * D * has_dropout  # a byte per element
     block = 7 * stream + mlp + scores + masks  # two norms, q k v, attention, the stream
     layers = L * stream + (block if compute.remat else L * block)
-    logits = 2 * 4 * V // compute.loss_chunks  # and their gradient
+    logits = 2 * 4 * V // (compute.loss_chunks or 1)  # and their gradient
     weights = 4 * n_params(model)
     return {
         "weights": weights,
@@ -148,6 +149,18 @@ def estimate_memory(config: TrainConfig) -> dict[str, int]:
         "optimizer": optimizer_bytes(model, config.optim.optimizer),
         "activations": config.batch_size * T * (layers + logits + stream),
     }
+
+
+def fewest_loss_chunks(config: TrainConfig, memory: float, mesh: Mapping[str, int]) -> int:
+    """Return the fewest pieces of the loss with which a step fits, by estimate, or else 8."""
+    counts = [n for n in (1, 2, 4, 8) if config.model.block_size % n == 0]
+    for n in counts:
+        needed = estimate_memory(replace_fields(config, {"loss_chunks": n}))
+        activations = needed.pop("activations") / (mesh["data"] * mesh["fsdp"])
+        state = sum(needed.values()) / (mesh["fsdp"] * mesh["tensor"])
+        if state + activations <= memory:
+            return n
+    return counts[-1]
 
 
 def steps_per_call(config: TrainConfig, start_step: int = 0) -> int:

@@ -1,0 +1,263 @@
+"""Measure what this machine does with a GPT: python -m nanogpt_jax measure
+
+Writes report.md, a table ready to be published, with report.json and training.png beside it. It
+takes at most about eight minutes on a GPU. What a machine is too slow for is left out, and said so.
+Each line is one command of its own, so that nothing which fails stops the others; started again, it
+measures only what is missing. Training takes the text that train.py would take without --dataset.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nanogpt_jax import corpora, files
+from nanogpt_jax.config import PRESETS, check_fields, parse_args, with_vocab_size
+from nanogpt_jax.errors import InputError, RunError
+from nanogpt_jax.hardware import duration, run_flops, train_flops_per_token
+from nanogpt_jax.run import new_figure, read_metrics, running_mean, save_figure
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+# What nanoGPT reaches with the recipe, on the whole validation split of tiny Shakespeare.
+TARGETS = {"small": 1.898, "small-fast": 1.898, "shakespeare": 1.4697, "shakespeare-fast": 1.4697}
+BATCHES = {
+    "small": (12,),
+    "shakespeare": (64, 128, 256),
+    "gpt2": (16, 32, 64),
+}  # first: sampled too
+SHARE = 0.1  # of the fastest matrix product, to guess how long something not yet measured takes
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured, and where the report goes."""
+
+    out_dir: str = "out/measured"  # folder of the report; delete it to measure again
+    data_dir: str = "data"  # folder of prepared datasets
+    minutes: float = 8.0  # leave out what would probably end later
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+class Task(NamedTuple):
+    """One command whose figures are wanted."""
+
+    name: str
+    argv: list[str]  # after python
+    flops: float  # that it computes, about
+
+
+def main(argv: list[str]) -> int:
+    config = parse_args(MeasureConfig, argv, __doc__)
+    if not TRAIN.exists():  # installed without the repository
+        raise InputError(f"measuring needs the repository's {TRAIN}: run it in a clone")
+    folder, deadline = Path(config.out_dir), time.monotonic() + 60 * config.minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    dataset = corpora.resolve(None, Path(config.data_dir), 257).name
+    for task in tasks(config, dataset):
+        if "error" not in found.get(task.name, {"error": ""}):
+            print(f"{task.name}: measured before")
+            continue
+        peak = found.get("small", {}).get("matmul_peak_flops_per_s", math.inf)
+        own = found.get(task.name.removeprefix("train ").removesuffix("-fast"), {})
+        guess_s = task.flops / (own.get("share_of_matmul_peak", SHARE) * peak)
+        print(f"{task.name}: ", end="", flush=True)
+        if guess_s > deadline - time.monotonic():
+            found[task.name] = {"error": f"left out, it would take {duration(guess_s)}"}
+        else:
+            start_s = time.perf_counter()
+            found[task.name] = measure(task, folder) | {"command": " ".join(task.argv)}
+            found[task.name]["seconds"] = round(time.perf_counter() - start_s, 1)
+        print(found[task.name].get("error", f"{found[task.name].get('seconds')} s"), flush=True)
+        files.write_json(path, found)
+        report = "\n".join(lines(found, dataset)) + "\n"
+        files.write_atomically(folder / "report.md", report.encode())
+    curves = {name: row for name, row in found.items() if "val" in row}
+    if curves:
+        save_figure(picture(curves), folder / "training.png")
+    print(f"the report is {folder / 'report.md'}")
+    return 0 if any("error" not in row for row in found.values()) else 1
+
+
+def tasks(config: MeasureConfig, dataset: str) -> list[Task]:
+    """Return what to measure, what matters most first: presets, training, larger batches."""
+    presets, training, larger = [], [], []
+    for name, sizes in BATCHES.items():
+        preset = with_vocab_size(PRESETS[name])
+        for size in sizes:
+            is_preset = size == preset.batch_size
+            argv = ["-m", "nanogpt_jax", "bench", f"--config={name}"]
+            argv += [] if is_preset else [f"--batch_size={size}", "--sampling=False"]
+            argv += [] if name == "small" else ["--start=False"]
+            n_micro = min(4, preset.gradient_accumulation_steps)  # enough to hide the optimizer
+            argv += [] if n_micro == 1 else [f"--gradient_accumulation_steps={n_micro}"]
+            flops = 20 * n_micro * size * preset.model.block_size
+            flops *= train_flops_per_token(preset.model)
+            label = name if is_preset else f"{name}, batch {size}"
+            (presets if is_preset else larger).append(Task(label, argv, flops))
+    for name in TARGETS:
+        argv = ["train.py", f"--config={name}", f"--dataset={dataset}"]
+        argv.append(f"--data_dir={config.data_dir}")
+        flops = sum(run_flops(with_vocab_size(PRESETS[name]), corpora.SHAKESPEARE_VAL_TOKENS))
+        training.append(Task(f"train {name}", argv, flops))
+    return presets + training + larger
+
+
+def measure(task: Task, folder: Path) -> dict[str, Any]:
+    """Run a command and return its figures, or why there are none."""
+    try:
+        if task.argv[0] == "train.py":
+            out_dir = folder / task.name.replace("train ", "")
+            return trained(task.argv[1:], out_dir, folder / "compiled")
+        done = subprocess.run(
+            [sys.executable, *task.argv, "--json", "--profile"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            return {"error": f"failed: {(done.stderr.splitlines() or ['no reason'])[-1]}"}
+        return json.loads(done.stdout)
+    except RunError as error:
+        return {"error": f"failed: {error}"}
+
+
+def run_train(flags: Sequence[str], **environment: str) -> Generator[tuple[float, str]]:
+    """Run train.py; yield (seconds since the command, line) for each line that it prints."""
+    start_s = time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, str(TRAIN), *flags], env=os.environ | environment,
+            stdout=subprocess.PIPE, stderr=errors, text=True,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for text in process.stdout:
+                yield time.perf_counter() - start_s, text
+        except GeneratorExit:  # the caller has seen enough
+            process.kill()
+            raise
+        if process.wait():
+            errors.seek(0)
+            raise RunError(f"train.py failed: {(errors.read().splitlines() or ['no reason'])[-1]}")
+
+
+def trained(flags: list[str], out_dir: Path, cache: Path) -> dict[str, Any]:
+    """Train from scratch with an empty compile cache; return the losses with their seconds."""
+    printed_s, first_step_s, end_s = {}, None, 0.0
+    own = [f"--out_dir={out_dir}", f"--compile_cache={cache / out_dir.name}", "--overwrite"]
+    for end_s, text in run_train([*flags, *own]):
+        if found := re.match(r"step +(\d+): .*val loss", text):
+            printed_s[int(found[1])] = end_s
+        elif "first step done" in text:
+            first_step_s = end_s
+    rows = read_metrics(out_dir)
+    # The log's clock starts with training; both clocks know when the last evaluation was done.
+    before_s = printed_s[rows[-1]["step"]] - rows[-1]["elapsed_s"]
+    train = [(before_s + r["elapsed_s"], r["train_loss"]) for r in rows if "train_loss" in r]
+    val = [(printed_s[r["step"]], r["val_loss"]) for r in rows if "val_loss" in r]
+    return {"first_step_s": first_step_s, "whole_s": end_s, "train": train, "val": val}
+
+
+def reached_s(val: list[tuple[float, float]], target: float) -> float:
+    """Return when the validation loss first was at or below a target; inf: never."""
+    return next((seconds for seconds, loss in val if loss <= target), math.inf)
+
+
+def lines(found: dict[str, Any], dataset: str) -> list[str]:
+    """Return the report as lines of Markdown."""
+    first = next((row for row in found.values() if "device" in row), {})
+    table, missing = ["| what | measured | command |", "|---|---|---|"], []
+
+    def add(name: str, what: str, figure: str) -> None:
+        table.append(f"| {what} | {figure} | `python {found[name]['command']}` |")
+
+    for name, row in found.items():
+        if "error" in row:
+            missing.append(f"{name} ({row['error']})")
+        elif "val" in row:
+            best, target = min(loss for _, loss in row["val"]), TARGETS[name.split()[1]]
+            figure = f"best validation loss {best:.4f}; {row['whole_s']:.0f} s in all, cold; first "
+            figure += f"step after {row['first_step_s']:.1f} s"
+            if dataset == corpora.SHAKESPEARE:
+                seconds = reached_s(row["val"], target)
+                at = "never" if math.isinf(seconds) else f"after {seconds:.1f} s"
+                figure = f"{target} (nanoGPT's) {at}; {figure}"
+            add(name, f"{name}, on {dataset}", figure)
+        else:
+            share = f"{row['share_of_matmul_peak']:.1%} of the fastest matrix product"
+            mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
+            rate = f"{row['train_tokens_per_s']:,.0f} tokens/s"
+            memory = f"{row['train_compiled_bytes'] / 2**30:.2f} GiB"
+            figure = f"{row['step_ms']:.2f} ms, {rate}, {share}{mfu}; {memory}"
+            add(name, f"a step of {name}", figure)
+            if "sample_tokens_per_s_1_stream" in row:
+                kinds = ("1_stream", "10_streams", "streamed")
+                one, ten, each = (f"{row[f'sample_tokens_per_s_{kind}']:,.0f}" for kind in kinds)
+                figure = f"{one} tokens/s in one stream, {ten} in ten, {each} one by one"
+                add(name, f"sampling from {name}", figure)
+            if row.get("first_step_cold_s"):
+                cold, warm = row["first_step_cold_s"], row["first_step_warm_cache_s"]
+                add(name, f"first step of {name}", f"after {cold:.1f} s; {warm:.1f} s, cached")
+    peak = first.get("matmul_peak_flops_per_s", math.nan) / 1e12
+    report = [
+        f"# Measured on {first.get('device', 'this machine')}",
+        "",
+        f"jax {first.get('jax')}, Python {sys.version.split()[0]}, {first.get('cores')} cores; "
+        f"{first.get('compute')}. Fastest matrix product: {peak:,.4g} TFLOP/s. Each line is one "
+        "run; all of them: `python -m nanogpt_jax measure`.",
+        "",
+        *table,
+    ]
+    if missing:
+        report += ["", f"Not measured: {', '.join(missing)}."]
+    profiles = {name: row["operations"] for name, row in found.items() if row.get("operations")}
+    for name in ("shakespeare", "gpt2", "small"):
+        if name not in profiles:
+            continue
+        report += ["", f"Where the time of a step of {name} goes:", ""]
+        report += ["| operation | ms | share |", "|---|---|---|"]
+        total = sum(profiles[name].values())
+        top = [*profiles[name].items()][:10]
+        report += [f"| `{op}` | {1e3 * s:.3f} | {s / total:.1%} |" for op, s in top]
+    return report
+
+
+def picture(curves: dict[str, dict[str, Any]]):
+    """Return a matplotlib Figure: losses over wall time, of a run each."""
+    figure, axes = new_figure(9, 5)
+    for i, (name, row) in enumerate(curves.items()):
+        seconds, losses = np.array(row["train"]).T
+        last = np.append(np.diff(seconds) > 0, True)  # rows can share a time
+        thin = {"color": f"C{i}", "alpha": 0.5, "linewidth": 0.9}
+        axes.plot(seconds[last], running_mean(losses)[last], **thin)
+        label = name.removeprefix("train ")
+        axes.plot(*np.array(row["val"]).T, "o-", color=f"C{i}", markersize=4, label=label)
+    for target in sorted({TARGETS[name.removeprefix("train ")] for name in curves}):
+        axes.axhline(target, color="gray", linestyle="--", linewidth=1, label=f"nanoGPT: {target}")
+    lowest = min(loss for row in curves.values() for _, loss in row["val"])
+    axes.set(
+        xlabel="seconds since the command, start-up and compilation included",
+        ylabel="loss (nats per token)",
+        title="Loss over wall time: thin lines are batches, dots the whole validation split",
+        xscale="log",
+        ylim=(lowest - 0.2, lowest + 1.5),
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.legend(frameon=False, loc="upper right")
+    return figure

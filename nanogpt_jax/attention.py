@@ -10,9 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
-from nanogpt_jax.config import ROW_AXES, ModelConfig
+from nanogpt_jax.config import ModelConfig
 
 ROTARY_BASE = 10_000
 WEIGHTS = "attention_weights"  # the Flax collection in which a model leaves them, if asked to
@@ -22,9 +21,7 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far; goes into the model and comes out of it."""
 
     length: jax.Array  # int32 scalar: tokens seen; the next one is written there, modulo S
-    # One array a layer, in the order in which a product reads them; entries from `length` on are
-    # unused.
-    k_BHKS: tuple[jax.Array, ...]
+    k_BHKS: tuple[jax.Array, ...]  # one array a layer; entries from `length` on are unused
     v_BHKS: tuple[jax.Array, ...]
 
 
@@ -56,11 +53,10 @@ def rotate(x_BTHK, start=0):
 
 
 def random_bits(key, shape: tuple[int, ...]):
-    """Return bits_16 of a shape: uint32 from 0 to 65535, a function of key and position alone.
+    """Return 16 random bits an element, as uint32, a function of the key and the position alone.
 
-    Hashing the position takes 8 integer operations an element, threefry 100, with which half the
-    time of training with dropout goes into masks on a CPU. However the array is split over
-    devices, its bits are the same.
+    On a CPU, threefry would take half the time of training with dropout; this hash takes a tenth of
+    that. However the array is split over devices, its bits are the same.
 
     Source of the hash: Wellons, "Prospecting for hash functions", 2018 (lowbias32), used twice.
     """
@@ -85,9 +81,8 @@ def drop(array, rate: float, key):
 def float32_einsum(spec: str, x, y):
     """Return einsum(spec, x, y), summed up and returned in float32 whatever the operands' type.
 
-    Its gradient is rounded to the operands' type before it is multiplied, as in a layer whose
-    output has that type. Products with a float32 operand would be slower: 2 times on an A100, 8
-    times on a T4.
+    Its gradient is rounded to their type before it is multiplied: products with a float32 operand
+    are slower, twice on an A100, eight times on a T4.
     """
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
@@ -135,47 +130,3 @@ def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropou
     if dropout_key is not None and dropout_rate > 0:
         weights_BHTS = drop(weights_BHTS, dropout_rate, dropout_key)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(v_BSHK.dtype), v_BSHK)
-
-
-def fused_attention(
-    q_BTHK, k_BTHK, v_BTHK, kernel: str, mesh: Mesh | None = None, interpret: bool = False
-):
-    """Compute what `attention` does for whole sequences without dropout, in one fused kernel.
-
-    It never stores the scores, so it needs less memory and less time.
-
-    Args:
-        kernel: cudnn (NVIDIA) or splash (TPU).
-        mesh: splits rows and heads; the compiler cannot split a kernel by itself.
-        interpret: run splash without a TPU, slowly.
-    """
-    work = {"cudnn": _cudnn, "splash": partial(_splash, interpret=interpret)}[kernel]
-    if mesh is not None:
-        spec = PartitionSpec(ROW_AXES, None, "tensor")
-        # Pallas kernels do not say how their outputs vary over the mesh, so that is not checked.
-        work = jax.shard_map(work, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return work(q_BTHK, k_BTHK, v_BTHK)
-
-
-def _cudnn(q_BTHK, k_BTHK, v_BTHK):
-    return jax.nn.dot_product_attention(
-        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
-    )
-
-
-def _splash(q_BTHK, k_BTHK, v_BTHK, interpret: bool):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second
-
-    _, T, H, K = q_BTHK.shape
-    # Larger blocks repeat less work, but only whole blocks that are masked can be skipped.
-    size = next(size for size in (512, 384, 256, 128) if T % size == 0)
-    sizes = splash.BlockSizes(
-        **dict.fromkeys(("block_q", "block_kv", "block_kv_compute"), size),
-        **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), size),
-        **dict.fromkeys(("block_q_dq", "block_kv_dq"), size),
-    )
-    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
-    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    q_BHTK, k_BHTK, v_BHTK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    y_BHTK = jax.vmap(kernel)(q_BHTK * jnp.asarray(K**-0.5, q_BHTK.dtype), k_BHTK, v_BHTK)
-    return jnp.swapaxes(y_BHTK, 1, 2)  # pyright: ignore[reportArgumentType] (no residuals)

@@ -6,8 +6,8 @@ With rotary positions nothing is read again: only distances count, so the newest
 the oldest one in the cache. nanoGPT instead reads the last block_size tokens again for each token
 (`exact_window`). All three give the same text until the window is first full.
 
-What comes next is decided on the host, which knows all lengths: a compiled program that branched on
-them would make a GPU wait for the host at every token.
+The host decides what comes next: a compiled program that branched would make a GPU wait for it at
+every token.
 """
 
 from collections.abc import Iterator
@@ -109,7 +109,7 @@ def read(model: Model, params, cache: KVCache, tokens_B) -> tuple[jax.Array, KVC
 
 
 def draw(logits_BV, keys_B, n_generated, sampling: Sampling):
-    """Draw the next token of each row: tokens_B. n_generated: see `noise`."""
+    """Draw the next token of each row: tokens_B; n_generated as in `noise`."""
     return sample_token(logits_BV, noise(keys_B, n_generated, logits_BV.shape[-1]), sampling)
 
 
@@ -131,8 +131,9 @@ def decode(
         return (cache, tokens_B), tokens_B
 
     # All noise at once: one by one it takes a quarter of the time of `small`'s tokens on a CPU.
-    noise_of = partial(noise, keys_B, V=model.config.vocab_size)
-    gumbel_NBV = jax.vmap(noise_of)(n_generated + jnp.arange(n_tokens))
+    V = model.config.vocab_size
+    assert V is not None, "a trained model has a vocabulary"
+    gumbel_NBV = jax.vmap(partial(noise, keys_B, V=V))(n_generated + jnp.arange(n_tokens))
     carry, tokens_NB = lax.scan(step, (cache, tokens_B), gumbel_NBV)
     return carry, tokens_NB.T
 

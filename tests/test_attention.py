@@ -12,11 +12,11 @@ from nanogpt_jax.attention import (
     attention,
     drop,
     float32_einsum,
-    fused_attention,
     init_cache,
     random_bits,
     rotate,
 )
+from nanogpt_jax.hardware.fused import fused_attention
 from nanogpt_jax.sharding import make_mesh
 
 

@@ -40,7 +40,8 @@ def computed(script):
 def test_fused_attention_is_attention_forward_and_backward():
     errors = computed("""
 import jax.numpy as jnp
-from nanogpt_jax.attention import attention, fused_attention
+from nanogpt_jax.attention import attention
+from nanogpt_jax.hardware.fused import fused_attention
 qkv = [jax.random.normal(key, (2, 256, 4, 64)) for key in jax.random.split(jax.random.key(0), 3)]
 def loss(work, *qkv):
     return (work(*qkv).astype(jnp.float32) ** 2).sum()

@@ -19,6 +19,7 @@ ORDER += ("lecture", "web", "nanogpt_jax", "__main__")
 # Imports against that order: (module, what it imports, why it may).
 UPWARD = {
     ("steps", "lecture", "make_model makes the lecture's models too, and a GPT needs none of them"),
+    ("model", "hardware", "a fused kernel is a chip's, and most models run without"),
     ("run.run", "nanogpt_jax", "a run records __version__"),
     ("gpt2.convert", "nanogpt_jax", "the export is built on nanogpt_jax.load, as a user's code is"),
     ("lecture.climb", "nanogpt_jax", "a model's text is that of nanogpt_jax.generate"),
@@ -27,6 +28,7 @@ UPWARD = {
 }
 # Imports of another package's room in place of its face.
 ROOMS = {
+    ("model", "hardware.fused", "the kernels are JAX, which hardware's face does not import"),
     ("steps", "lecture.models", "the models are JAX, which the lecture's face does not import"),
 }
 WITHOUT_JAX = ("errors", "files", "config", "corpora")  # not even inside functions
@@ -160,7 +162,8 @@ def test_the_house_is_as_small_as_it_promises():
         "the reader's path": (sum(map(n_lines, READERS_PATH)), 1500),
         "train.py": (n_lines(ROOT / "train.py"), 170),
         "README.md": (n_lines(ROOT / "README.md"), 200),
-        "the package": (sum(map(n_lines, MODULES)), 9510),  # it was 10,059; the goal is 8,500
+        # It was 10,059 and 9,507; GPU programs and the report of a machine came; the goal is 8,500.
+        "the package": (sum(map(n_lines, MODULES)), 9980),
     }
     assert {name: size for name, size in sizes.items() if size[0] > size[1]} == {}
 

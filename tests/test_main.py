@@ -22,8 +22,8 @@ def test_without_a_command_every_command_is_listed_with_a_line(argv, capsys):
 
 
 def test_an_unknown_command_gets_the_near_match():
-    with pytest.raises(InputError, match=r"no command 'rase'. Did you mean race\? Commands: "):
-        main(["rase"])
+    with pytest.raises(InputError, match=r"no command 'measur'. Did you mean measure\? Commands: "):
+        main(["measur"])
 
 
 @pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])

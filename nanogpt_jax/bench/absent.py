@@ -21,7 +21,6 @@ from nanogpt_jax.config import TrainConfig, with_vocab_size
 from nanogpt_jax.errors import InputError, first_line
 from nanogpt_jax.hardware import (
     Chip,
-    Gpu,
     chip_named,
     find_chip,
     forward_flops_per_token,
@@ -42,6 +41,7 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # of XLA, which warns that there is no driver
     "CUDA_VISIBLE_DEVICES": "-1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # else jax 0.7 gives up without a driver
     "JAX_PLATFORMS": "cpu",
@@ -62,7 +62,7 @@ def compile_for(config: TrainConfig, target: str) -> int:
     devices = absent_devices(target)
     from nanogpt_jax import sharding
     from nanogpt_jax.bench.step import abstract_state, compile_step
-    from nanogpt_jax.hardware import choose_training, describe
+    from nanogpt_jax.hardware import choose_training, describe, memory_levers
 
     config = with_vocab_size(config)
     several_hosts = len({device.process_index for device in devices}) > 1
@@ -81,7 +81,7 @@ def compile_for(config: TrainConfig, target: str) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"does not fit: {first_line(error)}")
-        print("try --remat, a larger --loss_chunks, a smaller --batch_size, or --mesh fsdp=-1")
+        print(memory_levers(config, compute))
         return 1
     needed = needed_bytes(compiled)
     print(f"compiled in        {time.perf_counter() - start_s:10.1f} s")
@@ -90,6 +90,8 @@ def compile_for(config: TrainConfig, target: str) -> int:
         print(f"\n{devices[0].device_kind} is not in chips.py: without its rates, no roofline")
         return 0
     print(f" of {memory / 2**30:.0f} GiB: {'fits' if needed <= memory else 'does not fit'}")
+    if needed > memory:
+        print(memory_levers(config, compute))
     print_roofline(config, compute, mesh, chip)
     if chip.gpu:
         print_program(compiled)
@@ -111,10 +113,10 @@ def print_roofline(config: TrainConfig, compute: "Compute", mesh: "Mesh", chip: 
     moved_bytes = least_bytes(config, compute, mesh.shape)
     moved_s = moved_bytes / chip.bandwidth
     least_s = max(flops_s, moved_s)
-    print(f"FLOPs a step       {flops:10.3g} a device: {1e3 * flops_s:.1f} ms at its peak")
-    print(f"bytes at least     {moved_bytes:10.3g} a device: {1e3 * moved_s:.1f} ms at its peak")
+    print(f"FLOPs a step       {flops:10.3g} a device: {1e3 * flops_s:.3g} ms at its peak")
+    print(f"bytes at least     {moved_bytes:10.3g} a device: {1e3 * moved_s:.3g} ms at its peak")
     print(
-        f"roofline           {1e3 * least_s:10.1f} ms a step, "
+        f"roofline           {1e3 * least_s:10.3g} ms a step, "
         f"{config.tokens_per_iter / least_s:,.0f} tokens/s, without communication between chips"
     )
 
@@ -124,7 +126,7 @@ def print_program(compiled: "jax.stages.Compiled") -> None:
     if not (text := compiled.as_text()):
         print("its program cannot be read with this version of JAX; 0.10 shows it")
         return
-    for i, line in enumerate(program.product_lines(text)):
+    for i, line in enumerate(program.product_lines(text) or ["none: of one row, all are sums"]):
         print(f"{'' if i else 'matrix products':18} {line}")
     forward, backward = program.fused_attention_calls(text)
     print(f"fused attention    {forward} calls forward, {backward} backward")
@@ -156,25 +158,30 @@ def compile_decode(config: TrainConfig, compute: "Compute", mesh: "Mesh") -> "ja
 
 
 def absent_devices(target: str) -> list:
-    """Return the devices of "h100", "8xa100" or "v5e:4x4", from their compiler."""
+    """Return the devices of "h100", "8xa100" or "v5e:4x4", from their compiler.
+
+    Raises InputError if there is no such chip, or its compiler is not installed.
+    """
     os.environ.update(ENVIRONMENT)
     # A v4 runs as one device per chip, but compiles as two.
     if re.fullmatch(r"(?!v4)v\d+[a-z]?:\d+x\d+(x\d+)?", target):
         return _tpus(target)
     count, _, name = target.rpartition("x") if re.match(r"\d+x", target) else ("1", "", target)
     try:
-        gpu = chip_named(name).gpu
+        chip = chip_named(name)
     except KeyError:
-        gpu = None
-    if gpu is None or int(count) < 1:
+        chip = None
+    if chip is None or chip.gpu is None or int(count) < 1:
         raise InputError(
             "compile_for must be an NVIDIA GPU of hardware/chips.py, like h100 or 8xa100, or a TPU "
             f"topology, like v5e:4x4 or v5p:2x2x1 (any TPU but v4), got {target!r}"
         )
-    return _gpus(gpu, int(count))
+    return _gpus(chip, int(count))
 
 
-def _gpus(gpu: Gpu, count: int) -> list:
+def _gpus(chip: Chip, count: int) -> list:
+    gpu = chip.gpu
+    assert gpu is not None
     installed = {dist.metadata["Name"] for dist in metadata.distributions()}
     plugin = next((known for name, known in CUDA_PLUGINS.items() if name in installed), None)
     if plugin is None:
@@ -189,8 +196,6 @@ def _gpus(gpu: Gpu, count: int) -> list:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
     from jax.experimental import topologies
 
-    chip = find_chip(gpu.device_kind)
-    assert chip is not None, "its own name finds it"
     capability, shared = float(gpu.capability), gpu.shared_kib * 2**10
     major, minor = gpu.capability.split(".")
     # XLA's GpuTargetConfigProto, as text.
@@ -207,7 +212,7 @@ def _gpus(gpu: Gpu, count: int) -> list:
           memory_bandwidth: {chip.bandwidth:.0f} device_memory_size: {chip.memory_bytes:.0f}
           l2_cache_size: {gpu.l2_mib * 2**20} clock_rate_ghz: {gpu.ghz}
         }}
-        platform_name: "CUDA" device_description_str: "{gpu.device_kind}"
+        platform_name: "CUDA" device_description_str: "{chip.name}"
         dnn_version_info {{ major: {dnn[0]} minor: {dnn[1]} }}
         runtime_version {{ major: {runtime[0]} minor: {runtime[1]} patch: 0 }}
     """

@@ -50,11 +50,12 @@ def products(text: str) -> Iterator[Product]:
 def product_lines(text: str) -> list[str]:
     """Return the products by type, with their number and their share of the FLOPs."""
     found = [*products(text)]
-    shares: Counter[str] = Counter()
+    total, flops = sum(product.flops for product in found), dict[str, float]()
     for product in found:
-        shares[product.types] += product.flops / sum(product.flops for product in found)
+        flops[product.types] = flops.get(product.types, 0.0) + product.flops
     numbers = Counter(product.types for product in found)
-    return [f"{types}: {share:.1%} in {numbers[types]}" for types, share in shares.most_common()]
+    ranked = sorted(flops, key=lambda types: -flops[types])
+    return [f"{types}: {flops[types] / total:.1%} in {numbers[types]}" for types in ranked]
 
 
 def fused_attention_calls(text: str) -> tuple[int, int]:

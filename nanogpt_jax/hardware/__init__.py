@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 (what other packages import)
 
-from nanogpt_jax.hardware.chips import Chip, Gpu, chip_named, find_chip
+from nanogpt_jax.hardware.chips import Chip, chip_named, find_chip
 from nanogpt_jax.hardware.devices import (
     Machine,
     check_sampling_memory,
@@ -10,6 +10,7 @@ from nanogpt_jax.hardware.devices import (
     choose_compute,
     choose_training,
     describe,
+    memory_levers,
     warn_of_unused_chip,
 )
 from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line

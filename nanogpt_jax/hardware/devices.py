@@ -94,7 +94,7 @@ def choose_training(
     compute, reason = choose_compute(config.compute, config.model, device, mesh)
     if config.compute.loss_chunks or memory is None:
         return compute, reason
-    names = {"dtype": compute.dtype.name, "attention": compute.attention}
+    names = {"dtype": np.dtype(compute.dtype).name, "attention": compute.attention}
     n_chunks = flops.fewest_loss_chunks(replace_fields(config, names), memory, mesh.shape)
     if n_chunks > 1:
         reason += f"; the loss in {n_chunks} pieces, to fit the memory"

@@ -15,6 +15,9 @@ from nanogpt_jax.hardware import chip_named, forward_flops_per_token, n_params
 from nanogpt_jax.model import Compute
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+HAS_CUDA = any(
+    importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin")
+)
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="the tpu extra is not installed")
 
 
@@ -44,19 +47,25 @@ def test_without_the_compiler_the_error_says_what_to_install(environment):
         absent.compile_for(PRESETS["tiny"], "v5e:2x2")
 
 
-@pytest.mark.parametrize("topology", ["v5e:4", "h100:2x2", "v4:2x2x1"])
-def test_what_is_no_topology_is_answered_with_an_example(topology):
-    """So is a v4, whose cores the compiler takes apart."""
-    words = f"compile_for must look like v5e:4x4 .* for any TPU but v4, got '{topology}'"
+@pytest.mark.skipif(HAS_CUDA, reason="NVIDIA's compiler is installed")
+def test_without_nvidias_compiler_the_error_says_what_to_install(environment):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[cuda13\]', or cuda12 for"):
+        absent.compile_for(PRESETS["tiny"], "h100")
+
+
+@pytest.mark.parametrize("target", ["v5e:4", "h100:2x2", "v4:2x2x1", "mi300x", "0xh100", "", "x"])
+def test_what_is_no_chip_is_answered_with_examples(target, environment):
+    """So is a v4, whose cores the compiler takes apart, and what NVIDIA does not make."""
+    words = f"compile_for must be .*like h100 or 8xa100, .*like v5e:4x4 .*, got '{target}'"
     with pytest.raises(InputError, match=words):
-        absent.compile_for(PRESETS["tiny"], topology)
+        absent.compile_for(PRESETS["tiny"], target)
 
 
 def test_the_figures_of_a_step_on_devices_that_stand_in_for_tpus(environment, monkeypatch, capsys):
     """The path of --compile_for where no TPU compiler is: on four virtual CPU devices."""
-    monkeypatch.setattr(absent, "topology_devices", lambda _: jax.devices())
+    monkeypatch.setattr(absent, "absent_devices", lambda _: jax.devices())
     monkeypatch.setattr(absent, "find_chip", lambda _: chip_named("TPU v5e"))
-    config = PRESETS["tiny"]
+    config = dataclasses.replace(PRESETS["tiny"], batch_size=8)
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         assert absent.compile_for(config, "v5e:2x2") == 0

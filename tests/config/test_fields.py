@@ -50,6 +50,7 @@ MEANINGS = {
     "process_id": {-1, 0},  # found by JAX; the first
     "max_new_tokens": {-1},  # with --stream: no limit
     "top_k": {0},  # all
+    "loss_chunks": {0},  # as few as fit
     "seed": {0, 2**31, 2**32 - 1},
     "port": {0},  # a free one
 }

@@ -21,7 +21,12 @@ from nanogpt_jax.config import (
 )
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import devices
-from nanogpt_jax.hardware.devices import choose_compute, describe, memory_levers
+from nanogpt_jax.hardware.devices import (
+    choose_compute,
+    choose_training,
+    describe,
+    memory_levers,
+)
 from nanogpt_jax.model import Compute
 
 
@@ -40,6 +45,7 @@ def model(head_size=64, **fields):
     return ModelConfig(vocab_size=50304, n_embd=12 * head_size, **fields)
 
 
+P100, V100 = gpu("Tesla P100-PCIE-16GB", "6.0"), gpu("Tesla V100-SXM2-16GB", "7.0")
 T4 = gpu("Tesla T4", "7.5")
 A100 = gpu("NVIDIA A100-SXM4-40GB", "8.0")
 L4 = gpu("NVIDIA L4", "8.9")
@@ -60,17 +66,19 @@ def chosen(device, model=GPT2, **requested):
 
 
 def test_the_defaults_of_each_device():
-    """NVIDIA from Ampere on and TPUs compute in bfloat16, with a kernel of their own."""
+    """NVIDIA from Ampere on and TPUs compute in bfloat16, with a kernel of their own; the two
+    generations before have units for float16."""
     expected = {
         ("bfloat16", "cudnn"): [A100, L4, H100, H200],
         ("bfloat16", "splash"): map(tpu, ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite"]),
-        ("float32", "xla"): [T4, MI300X, CPU],
+        ("float16", "xla"): [V100, T4],
+        ("float32", "xla"): [P100, MI300X, CPU],
     }
     for way, devices_of_it in expected.items():
         for device in devices_of_it:
             assert chosen(device)[:2] == way, device
     assert "7.5" in chosen(T4)[2]
-    assert "--dtype float16 is faster" in chosen(T4)[2]
+    assert "the loss is scaled" in chosen(T4)[2]
 
 
 def test_a_kernel_that_does_not_fit_is_left_out_and_the_reason_says_why():
@@ -113,7 +121,7 @@ def test_a_kernel_requested_by_name_that_cannot_be_used_is_refused():
 
 def test_what_is_requested_by_name_and_possible_is_used():
     for device, requested, expected in [
-        (T4, {"dtype": "float16"}, ("float16", "xla")),
+        (T4, {"dtype": "float32"}, ("float32", "xla")),
         (CPU, {"dtype": "bfloat16"}, ("bfloat16", "xla")),
         (MI300X, {"dtype": "bfloat16"}, ("bfloat16", "xla")),
         (A100, {"attention": "cudnn", "dtype": "float16"}, ("float16", "cudnn")),
@@ -131,6 +139,24 @@ def test_the_rest_of_the_request_is_passed_on():
     mesh = sharding.make_mesh((4, 1, 1))
     compute, _ = choose_compute(ComputeConfig(remat=True, loss_chunks=8), GPT2, CPU, mesh)
     assert (compute.remat, compute.loss_chunks, compute.mesh) == (True, 8, mesh)
+
+
+def test_the_loss_is_computed_in_as_few_pieces_as_fit_the_memory():
+    """By estimate: of gpt2 in batches of 16, all logits take 6.6 GB, or 3.3 in two pieces."""
+    gpt2, mesh = PRESETS["gpt2"], sharding.make_mesh()
+    few, mid = (choose_training(gpt2, A100, mesh, gib * 2**30)[0] for gib in (40, 10))
+    assert (few.loss_chunks, mid.loss_chunks) == (1, 2)
+    compute, reason = choose_training(gpt2, A100, mesh, 7.5 * 2**30)
+    assert compute.loss_chunks == 8
+    assert "the loss in 8 pieces, to fit the memory" in reason
+    requested = replace(gpt2, compute=ComputeConfig(loss_chunks=2))
+    for memory in 40 * 2**30, None:
+        assert choose_training(requested, A100, mesh, memory)[0].loss_chunks == 2
+    assert choose_training(gpt2, A100, mesh, None)[0].loss_chunks == 1  # unknown
+    four = sharding.make_mesh((4, 1, 1))
+    assert choose_training(gpt2, A100, four, 8 * 2**30)[0].loss_chunks == 1
+    odd = replace(gpt2, model=replace(gpt2.model, block_size=1022))
+    assert choose_training(odd, A100, mesh, 1)[0].loss_chunks == 2  # 4 does not divide it
 
 
 def test_only_what_can_help_is_advised_against_too_little_memory():

@@ -121,6 +121,7 @@ def load(
     source = source if isinstance(source, Source) else find(source)
     name, folder, config = source.name, source.folder, source.config
     check_value("checkpoint", Literal["best", "latest"], checkpoint)
+    hardware.warn_of_unused_chip()
     requested = ComputeConfig(dtype=dtype, attention="xla")  # a cached token needs no kernel
     hardware.check_sampling_memory(config, 1, "a smaller model")
     compute, _ = hardware.choose_compute(requested, config, jax.local_devices()[0])

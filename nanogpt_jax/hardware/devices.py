@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nanogpt_jax.model import Compute
 
+CUDA_EXTRA, TPU_EXTRA = "'.[cuda12]' or '.[cuda13]'", "'.[tpu]'"
 SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 
 
@@ -230,22 +231,35 @@ def memory_levers(config: TrainConfig, compute: "Compute") -> str:
 
 
 def warn_of_unused_chip() -> None:
-    """Make JAX look for devices, and say what to do if it warns of a chip that it cannot use."""
+    """Make JAX look for devices, and say what to do if it warns of a chip that it cannot use.
+
+    Raises InputError if JAX_PLATFORMS requires one that it cannot use.
+    """
     import jax
 
     logging.getLogger("jax._src.xla_bridge").addFilter(_add_remedy)
-    jax.default_backend()
+    try:
+        jax.default_backend()
+    except (AssertionError, RuntimeError):  # the first if JAX knows CUDA and finds nothing of it
+        if not (requested := jax.config.jax_platforms):
+            raise
+        extra = {"cuda": CUDA_EXTRA, "gpu": CUDA_EXTRA, "tpu": TPU_EXTRA}.get(requested)
+        remedy = f"pip install -e {extra} for one" if extra else "JAX knows cpu, cuda and tpu"
+        raise InputError(
+            "JAX_PLATFORMS must name a device that JAX can use in this environment, got "
+            f"{requested}: {remedy}, or leave the variable out and JAX takes what it finds"
+        ) from None
 
 
 def _add_remedy(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     if "may be present" not in message and "failed to initialize" not in message:
         return True
-    extra = "'.[tpu]'"
+    extra = TPU_EXTRA
     if "TPU" not in message:
         if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden deliberately
             return False
-        extra = "'.[cuda12]' or '.[cuda13]', as its driver needs,"
+        extra = f"{CUDA_EXTRA}, as its driver needs,"
     record.args = None
     record.msg = (
         f"*** {message} pip install -e {extra} in this environment lets JAX use it; "

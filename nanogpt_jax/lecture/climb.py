@@ -23,7 +23,13 @@ from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.data import EvalLoader, TrainLoader
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import check_writable
-from nanogpt_jax.hardware import choose_compute, n_params, steps_per_call, use_compile_cache
+from nanogpt_jax.hardware import (
+    choose_compute,
+    n_params,
+    steps_per_call,
+    use_compile_cache,
+    warn_of_unused_chip,
+)
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import new_figure, save_figure
 from nanogpt_jax.sharding import make_mesh
@@ -75,6 +81,7 @@ def main(argv: list[str]) -> None:
     request = parse_args(LectureConfig, argv, __doc__ or "")
     check_writable(Path(request.out_dir))
     use_compile_cache(request.compile_cache)
+    warn_of_unused_chip()
     configs, skipped = [*LECTURE], ""
     if jax.default_backend() == "cpu":
         configs = [config for config in configs if config.config != "lecture-scaled"]

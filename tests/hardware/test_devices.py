@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -246,6 +247,25 @@ from nanogpt_jax.hardware import devices
 hardware_utils.has_visible_nvidia_gpu = lambda: True
 devices.warn_of_unused_chip()
 """
+
+
+@pytest.mark.parametrize(
+    ("requested", "words"),
+    [
+        ("cuda", r"'\.\[cuda12\]' or"),
+        ("tpu", r"'\.\[tpu\]' for"),
+        ("gpus", "JAX knows cpu, cuda and"),
+    ],
+)
+def test_a_device_that_is_required_and_not_there_is_one_line(run, tmp_path, requested, words, book):
+    """A container may set JAX_PLATFORMS for another image: JAX answers an AssertionError."""
+    flags = "--config=tiny", f"--dataset={book}", f"--out_dir={tmp_path / 'run'}"
+    result = run("train.py", *flags, env=os.environ | {"JAX_PLATFORMS": requested})
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert re.search(f"error: JAX_PLATFORMS must .* got {requested}: .*{words}", line)
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.slow

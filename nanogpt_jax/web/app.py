@@ -49,6 +49,7 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
+    from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
     from nanogpt_jax.web.session import Session
 
@@ -64,12 +65,16 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
         css_paths=Path(__file__).with_name("page.css"), footer_links=[], show_error=False,
         ssr_mode=False, max_file_size=1,  # nothing is uploaded
     )  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    address = ipaddress.ip_address(host)
+    if address.is_loopback:
+        # A site whose name is pointed at this machine afterwards still sends its own. "[" begins
+        # every IPv6 address, which is no name.
+        app = TrustedHostMiddleware(app, ["localhost", host, "["], www_redirect=False)
     options = uvicorn.Config(
         limit_requests(app), headers=[("content-security-policy", POLICY)], log_level="critical",
         timeout_graceful_shutdown=1,
     )  # fmt: skip
-    host, port = listener.getsockname()[:2]
-    address = ipaddress.ip_address(host)
     name = f"[{host}]" if address.version == 6 else host
     print(f"the page is at http://{name}:{port} (Ctrl-C stops it)", flush=True)
     if not address.is_loopback:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import http.client
 import math
 import os
 import re
@@ -468,6 +469,20 @@ class Controls:
 @pytest.fixture
 def controls(page):
     return Controls(page)
+
+
+@pytest.mark.slow
+def test_only_names_of_this_machine_are_answered(address):
+    """Or a site could point its own name at this machine, and read what the page writes."""
+    port = int(address.rpartition(":")[2].rstrip("/"))
+    expected = {f"localhost:{port}": 200, f"127.0.0.1:{port}": 200, "evil.example": 400}
+    for host, status in expected.items():
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/", headers={"Host": host})
+            response = connection.getresponse()
+            response.read()
+        assert response.status == status, host
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def load(
             gpt2-xl, downloaded once (a Path is always a folder); None: the newest run under out/.
             Or what `find` returned.
         checkpoint: of a run, the one with the lowest validation loss or the newest.
-        dtype: of matrix products; auto: bfloat16 if the device has it, otherwise float32.
+        dtype: of matrix products; auto: bfloat16 or float16 if the device has units for it.
     """
     import jax
 

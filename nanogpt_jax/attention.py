@@ -55,8 +55,8 @@ def rotate(x_BTHK, start=0):
 def random_bits(key, shape: tuple[int, ...]):
     """Return 16 random bits an element, as uint32, a function of the key and the position alone.
 
-    On a CPU, threefry would take half the time of training with dropout; this hash takes a tenth of
-    that. However the array is split over devices, its bits are the same.
+    On a CPU, threefry would take half the time of training with dropout; this hash takes a tenth as
+    long. However the array is split over devices, its bits are the same.
 
     Source of the hash: Wellons, "Prospecting for hash functions", 2018 (lowbias32), used twice.
     """

@@ -4,10 +4,9 @@ The model sees at most block_size tokens. When the cache is full, the last half 
 kept and read again in one prefill, then decoding continues: one prefill per block_size / 2 tokens.
 With rotary positions nothing is read again: only distances count, so the newest token overwrites
 the oldest one in the cache. nanoGPT instead reads the last block_size tokens again for each token
-(`exact_window`). All three give the same text until the window is first full.
+(`exact_window`). But for rounding, all three give the same text until the window is first full.
 
-The host decides what comes next: a compiled program that branched would make a GPU wait for it at
-every token.
+The host decides what comes next: compiled programs that branch make a GPU wait for every token.
 """
 
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from nanogpt_jax.attention import KVCache, init_cache
 from nanogpt_jax.model import Model
 
 AT_ONCE = 32  # tokens of one compiled call, where nobody waits for each
+MAX_NOISE = 2**26  # numbers drawn for them
 
 
 class Sampling(NamedTuple):
@@ -196,7 +196,7 @@ def write(
             made = [tokens_BN] if slides else [*made, tokens_BN]
             n_made, n_room = n_made + tokens_BN.shape[1], n_room - tokens_BN.shape[1]
         n_generated += n_made
-        window_BN = np.concatenate([window_BN, *made], axis=1)
+        window_BN = np.concatenate([window_BN, *made], axis=1)[:, -S:]
         if not exact_window:
             window_BN, n_padded = window_BN[:, -n_kept:], n_kept
 
@@ -207,7 +207,8 @@ def generate(
 ) -> np.ndarray:  # fmt: skip
     """Return the first n_tokens that `write` yields: tokens_BN."""
     pieces, n_made = [], 0
-    for tokens_BN in write(model, params, prompt_BT, keys_B, sampling, exact_window, 0, AT_ONCE):
+    at_once = max(1, min(AT_ONCE, MAX_NOISE // len(keys_B) // (model.config.vocab_size or 1)))
+    for tokens_BN in write(model, params, prompt_BT, keys_B, sampling, exact_window, 0, at_once):
         pieces.append(tokens_BN)
         n_made += tokens_BN.shape[1]
         if n_made >= n_tokens:

@@ -198,7 +198,7 @@ class MLP(nn.Module):
             x_BTF = jnp.square(jax.nn.relu(x_BTF))
         else:
             gelu = partial(jax.nn.gelu, approximate=config.activation == "gelu_tanh")
-            if dtype != jnp.float32:  # such chips recompute faster than they write and read
+            if dtype != jnp.float32:  # there, recomputing is cheaper than memory traffic
                 gelu = jax.checkpoint(exact_gelu if config.activation == "gelu" else gelu)
             x_BTF = gelu(x_BTF)
         y_BTD = _projection(config, dtype, "c_proj")(x_BTF)

@@ -72,7 +72,7 @@ def new_state(model: Model, tx: Optimizer, key) -> TrainState:
 
 @jax.custom_vjp
 def pick(logits_BTV, targets_BT):
-    """Return the targets' logits_BT; its gradient is no scatter, which takes two more passes."""
+    """Return the targets' logits_BT; its gradient avoids a scatter, which takes two more passes."""
     return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 

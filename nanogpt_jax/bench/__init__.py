@@ -1,3 +1,3 @@
-"""Command lines that measure or compute: speed, races, profiles, memory, price, placement."""
+"""Command lines that measure or compute: speed, reports, profiles, price, placement."""
 
 from nanogpt_jax.bench.absent import compile_for as compile_for

@@ -16,6 +16,8 @@ from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nanogpt_jax.bench import program
 from nanogpt_jax.config import TrainConfig, with_vocab_size
 from nanogpt_jax.errors import InputError, first_line
@@ -94,12 +96,12 @@ def compile_for(config: TrainConfig, target: str) -> int:
         print(memory_levers(config, compute))
     print_roofline(config, compute, mesh, chip)
     if chip.gpu:
-        print_program(compiled)
+        print_program(compiled, "no matrix products")
         if config.model.architecture == "gpt":  # the lecture's models have no cache
             start_s = time.perf_counter()
             decode = compile_decode(config, compute, mesh)
             print(f"sampling, compiled in {time.perf_counter() - start_s:7.1f} s")
-            print_program(decode)
+            print_program(decode, "none: with one row, all are sums")
     else:
         accessed = (compiled.cost_analysis() or {}).get("bytes accessed", math.nan)
         print(f"bytes accessed     {accessed:10.3g} as the compiler counts, see bench/absent.py")
@@ -121,12 +123,12 @@ def print_roofline(config: TrainConfig, compute: "Compute", mesh: "Mesh", chip: 
     )
 
 
-def print_program(compiled: "jax.stages.Compiled") -> None:
+def print_program(compiled: "jax.stages.Compiled", without_products: str) -> None:
     """Print what a GPU's program multiplies, and where it waits."""
     if not (text := compiled.as_text()):
         print("its program cannot be read with this version of JAX; 0.10 shows it")
         return
-    for i, line in enumerate(program.product_lines(text) or ["none: of one row, all are sums"]):
+    for i, line in enumerate(program.product_lines(text) or [without_products]):
         print(f"{'' if i else 'matrix products':18} {line}")
     forward, backward = program.fused_attention_calls(text)
     print(f"fused attention    {forward} calls forward, {backward} backward")
@@ -166,7 +168,7 @@ def absent_devices(target: str) -> list:
     # A v4 runs as one device per chip, but compiles as two.
     if re.fullmatch(r"(?!v4)v\d+[a-z]?:\d+x\d+(x\d+)?", target):
         return _tpus(target)
-    count, _, name = target.rpartition("x") if re.match(r"\d+x", target) else ("1", "", target)
+    count, _, name = target.partition("x") if re.match(r"\d+x", target) else ("1", "", target)
     try:
         chip = chip_named(name)
     except KeyError:
@@ -183,11 +185,13 @@ def _gpus(chip: Chip, count: int) -> list:
     gpu = chip.gpu
     assert gpu is not None
     installed = {dist.metadata["Name"] for dist in metadata.distributions()}
-    plugin = next((known for name, known in CUDA_PLUGINS.items() if name in installed), None)
+    is_old = float(gpu.capability) < 7.5  # CUDA 13 no longer compiles for them
+    plugins = {name: known for name, known in CUDA_PLUGINS.items() if not (is_old and "13" in name)}
+    plugin = next((known for name, known in plugins.items() if name in installed), None)
     if plugin is None:
+        extra = "cuda12" if is_old else "cuda13"
         raise InputError(
-            "compile_for needs NVIDIA's compiler: pip install -e '.[cuda13]', or cuda12 for GPUs "
-            "older than a T4 (no GPU needed)"
+            f"compile_for needs NVIDIA's compiler: pip install -e '.[{extra}]' (no GPU needed)"
         )
     cuda, *runtime = plugin
     cudnn = f"nvidia-cudnn-{cuda}"
@@ -198,15 +202,17 @@ def _gpus(chip: Chip, count: int) -> list:
 
     capability, shared = float(gpu.capability), gpu.shared_kib * 2**10
     major, minor = gpu.capability.split(".")
+    threads = {7.5: 1024, 8.6: 1536, 8.9: 1536, 12.0: 1536}.get(capability, 2048)
+    optin = 48 * 2**10 if capability < 7 else shared if capability < 8 else shared - 2**10
     # XLA's GpuTargetConfigProto, as text.
     config = f"""
         gpu_device_info {{
           cuda_compute_capability {{ major: {major} minor: {minor} }}
           threads_per_block_limit: 1024 threads_per_warp: 32
-          threads_per_core_limit: {1024 if capability == 7.5 else 2048}
+          threads_per_core_limit: {threads}
           core_count: {gpu.multiprocessors} fpus_per_core: {64 if capability <= 8 else 128}
           shared_memory_per_block: {48 * 2**10} shared_memory_per_core: {shared}
-          shared_memory_per_block_optin: {shared if capability < 8 else shared - 2**10}
+          shared_memory_per_block_optin: {optin}
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           memory_bandwidth: {chip.bandwidth:.0f} device_memory_size: {chip.memory_bytes:.0f}
@@ -246,7 +252,7 @@ def least_bytes(config: TrainConfig, compute: "Compute", mesh: Mapping[str, int]
     n_micro = config.gradient_accumulation_steps
     reads = 3 if compute.remat else 2  # forward, backward, and forward again
     tensor_part = n_params(config.model) / mesh["tensor"]
-    weights = reads * compute.dtype.itemsize * tensor_part
+    weights = reads * np.dtype(compute.dtype).itemsize * tensor_part
     own = tensor_part / mesh["fsdp"]
     sums = 2 * 4 * own if n_micro > 1 else 0  # each micro-batch reads and writes them
     return n_micro * (weights + sums) + ADAMW_BYTES * own

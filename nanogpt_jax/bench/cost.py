@@ -56,20 +56,24 @@ def cost_lines(config: CostConfig) -> list[str]:
     lines = [f"{'':27}{'parameters':>14}{'FLOPs a token, forward':>26}"]
     whole = "all", n_params(model), forward_flops_per_token(model)
     lines += [f"{name:27}{size:14,}{forward:26,}" for name, size, forward in (*parts(model), whole)]
-    if not train:
+    if not train + evaluate:
         return [*lines, "", "It has no matrix products, so there are no FLOPs to count."]
     in_float32 = is_float32(config)
     width = "float32:" if in_float32 else "16 bits (--dtype float32: more):"
     far_lower = "" if n_params(model) > 1e8 else ", far lower for a model as small as this"
     memory = estimate_memory(config)
     memory["all"] = sum(memory.values())
-    lines += [
-        "",
+    trained = [
         f"a token of training   {per_token:,} FLOPs, three times forward; 6 N = {six_n:,} "
         f"({six_n / per_token - 1:+.1%}) with N = {size_in_words(model)}",
         f"the run               {amount(train)} FLOPs: {config.max_iters:,} steps of "
         f"{config.tokens_per_iter:,} tokens",
-        f"its evaluations       {amount(evaluate)} FLOPs: {evaluated}",
+    ]
+    lines += [
+        "",
+        *(trained if train else []),
+        f"{'its evaluations' if train else 'the evaluation':22}{amount(evaluate)} FLOPs: "
+        f"{evaluated}",
         "",
         f"memory of a step on one device; activations are an estimate, in {width}",
         *(f"  {name:12}{size / 2**20:12,.1f} MiB" for name, size in memory.items()),

@@ -1,21 +1,24 @@
-"""Measure what this machine does with a GPT: python -m nanogpt_jax measure
+"""Measure how fast this machine trains and samples a GPT: python -m nanogpt_jax measure
 
 Writes report.md, a table ready to be published, with report.json and training.png beside it. It
-takes at most about eight minutes on a GPU. What a machine is too slow for is left out, and said so.
-Each line is one command of its own, so that nothing which fails stops the others; started again, it
+takes about eight minutes on a GPU. Whatever would take too long is left out, and the report says
+so. Each line comes from its own command, so one failure does not stop the rest; started again, it
 measures only what is missing. Training takes the text that train.py would take without --dataset.
 """
 
 import json
 import math
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,19 +26,21 @@ import numpy as np
 
 from nanogpt_jax import corpora, files
 from nanogpt_jax.config import PRESETS, check_fields, parse_args, with_vocab_size
-from nanogpt_jax.errors import InputError, RunError
+from nanogpt_jax.errors import InputError, RunError, UserError, first_line, reading
 from nanogpt_jax.hardware import duration, run_flops, train_flops_per_token
 from nanogpt_jax.run import new_figure, read_metrics, running_mean, save_figure
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-# What nanoGPT reaches with the recipe, on the whole validation split of tiny Shakespeare.
+# What nanoGPT reaches with the recipe: small's on the whole validation split, the other as its
+# README gives it, on random batches.
 TARGETS = {"small": 1.898, "small-fast": 1.898, "shakespeare": 1.4697, "shakespeare-fast": 1.4697}
 BATCHES = {
     "small": (12,),
     "shakespeare": (64, 128, 256),
     "gpt2": (16, 32, 64),
 }  # first: sampled too
-SHARE = 0.1  # of the fastest matrix product, to guess how long something not yet measured takes
+# To guess how long something takes: FLOP/s, and their share of the fastest matrix product.
+PEAK, SHARE, START_S = 1e11, 0.1, 20
 
 
 @dataclass(frozen=True)
@@ -63,26 +68,28 @@ def main(argv: list[str]) -> int:
     if not TRAIN.exists():  # installed without the repository
         raise InputError(f"measuring needs the repository's {TRAIN}: run it in a clone")
     folder, deadline = Path(config.out_dir), time.monotonic() + 60 * config.minutes
+    files.check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found = read_rows(path)
     dataset = corpora.resolve(None, Path(config.data_dir), 257).name
     for task in tasks(config, dataset):
         if "error" not in found.get(task.name, {"error": ""}):
             print(f"{task.name}: measured before")
             continue
-        peak = found.get("small", {}).get("matmul_peak_flops_per_s", math.inf)
-        own = found.get(task.name.removeprefix("train ").removesuffix("-fast"), {})
-        guess_s = task.flops / (own.get("share_of_matmul_peak", SHARE) * peak)
+        peak = max(row.get("matmul_peak_flops_per_s", PEAK) for row in [{}, *found.values()])
+        own = found.get(re.sub("^train |-fast$|,.*", "", task.name), {})
+        guess_s = START_S + task.flops / (own.get("share_of_matmul_peak", SHARE) * peak)
+        left_s = deadline - time.monotonic()
         print(f"{task.name}: ", end="", flush=True)
-        if guess_s > deadline - time.monotonic():
+        if guess_s > left_s:
             found[task.name] = {"error": f"left out, it would take {duration(guess_s)}"}
         else:
             start_s = time.perf_counter()
-            found[task.name] = measure(task, folder) | {"command": " ".join(task.argv)}
+            found[task.name] = measure(task, folder, left_s + 60) | {"command": " ".join(task.argv)}
             found[task.name]["seconds"] = round(time.perf_counter() - start_s, 1)
         print(found[task.name].get("error", f"{found[task.name].get('seconds')} s"), flush=True)
-        files.write_json(path, found)
+        files.write_json(path, {"machine": machine(), "rows": found})
         report = "\n".join(lines(found, dataset)) + "\n"
         files.write_atomically(folder / "report.md", report.encode())
     curves = {name: row for name, row in found.items() if "val" in row}
@@ -116,25 +123,57 @@ def tasks(config: MeasureConfig, dataset: str) -> list[Task]:
     return presets + training + larger
 
 
-def measure(task: Task, folder: Path) -> dict[str, Any]:
+def machine() -> dict[str, str]:
+    """Return what makes figures incomparable if it differs."""
+    return {"node": platform.node(), "jax": metadata.version("jax"), "python": sys.version}
+
+
+def read_rows(path: Path) -> dict[str, Any]:
+    """Return the rows of an earlier start on the same machine, by the names of their tasks."""
+    if not path.exists():
+        return {}
+    with reading(path, "a report of this command; delete it to measure again"):
+        report = files.read_json(path)
+        is_same, rows = report["machine"] == machine(), dict(report["rows"])
+    if not is_same:
+        print(f"{path} is of another machine or version: measuring again")
+    return rows if is_same else {}
+
+
+def measure(task: Task, folder: Path, timeout_s: float) -> dict[str, Any]:
     """Run a command and return its figures, or why there are none."""
     try:
         if task.argv[0] == "train.py":
             out_dir = folder / task.name.replace("train ", "")
-            return trained(task.argv[1:], out_dir, folder / "compiled")
+            return trained(task.argv[1:], out_dir, folder / "compiled" / out_dir.name, timeout_s)
         done = subprocess.run(
             [sys.executable, *task.argv, "--json", "--profile"],
-            capture_output=True, text=True, check=False,
+            capture_output=True, text=True, check=False, timeout=timeout_s,
         )  # fmt: skip
         if done.returncode:
-            return {"error": f"failed: {(done.stderr.splitlines() or ['no reason'])[-1]}"}
+            return {"error": f"failed: {reason(done.stderr, done.returncode)}"}
         return json.loads(done.stdout)
-    except RunError as error:
-        return {"error": f"failed: {error}"}
+    except subprocess.TimeoutExpired:
+        return {"error": "stopped, it took too long"}
+    except (UserError, ValueError, LookupError) as error:
+        return {"error": f"failed: {first_line(error)}"}
 
 
-def run_train(flags: Sequence[str], **environment: str) -> Generator[tuple[float, str]]:
-    """Run train.py; yield (seconds since the command, line) for each line that it prints."""
+def reason(stderr: str, returncode: int) -> str:
+    """Return why a command failed, from what it wrote on standard error."""
+    if returncode < 0:
+        return f"killed by signal {-returncode}"
+    errors = re.findall(r"^(?:error: .*|[\w.]+(?:Error|Exception)\b.*)", stderr, re.MULTILINE)
+    return (errors or stderr.splitlines() or ["no reason"])[-1]
+
+
+def run_train(
+    flags: Sequence[str], timeout_s: float = math.inf, **environment: str
+) -> Generator[tuple[float, str]]:
+    """Run train.py; yield (seconds since the command, line) for each line that it prints.
+
+    Raises RunError if it fails, or prints a line after timeout_s.
+    """
     start_s = time.perf_counter()
     with (
         tempfile.TemporaryFile("w+") as errors,
@@ -146,20 +185,24 @@ def run_train(flags: Sequence[str], **environment: str) -> Generator[tuple[float
         assert process.stdout is not None
         try:
             for text in process.stdout:
-                yield time.perf_counter() - start_s, text
-        except GeneratorExit:  # the caller has seen enough
+                seconds = time.perf_counter() - start_s
+                if seconds > timeout_s:
+                    raise RunError("it took too long")
+                yield seconds, text
+        except (GeneratorExit, RunError):  # the caller has seen enough
             process.kill()
             raise
-        if process.wait():
+        if code := process.wait():
             errors.seek(0)
-            raise RunError(f"train.py failed: {(errors.read().splitlines() or ['no reason'])[-1]}")
+            raise RunError(f"train.py failed: {reason(errors.read(), code)}")
 
 
-def trained(flags: list[str], out_dir: Path, cache: Path) -> dict[str, Any]:
+def trained(flags: list[str], out_dir: Path, cache: Path, timeout_s: float) -> dict[str, Any]:
     """Train from scratch with an empty compile cache; return the losses with their seconds."""
     printed_s, first_step_s, end_s = {}, None, 0.0
-    own = [f"--out_dir={out_dir}", f"--compile_cache={cache / out_dir.name}", "--overwrite"]
-    for end_s, text in run_train([*flags, *own]):
+    shutil.rmtree(cache, ignore_errors=True)
+    own = [f"--out_dir={out_dir}", f"--compile_cache={cache}", "--overwrite"]
+    for end_s, text in run_train([*flags, *own], timeout_s):
         if found := re.match(r"step +(\d+): .*val loss", text):
             printed_s[int(found[1])] = end_s
         elif "first step done" in text:
@@ -237,7 +280,7 @@ def lines(found: dict[str, Any], dataset: str) -> list[str]:
 
 
 def picture(curves: dict[str, dict[str, Any]]):
-    """Return a matplotlib Figure: losses over wall time, of a run each."""
+    """Return a matplotlib Figure of each run's losses over wall time."""
     figure, axes = new_figure(9, 5)
     for i, (name, row) in enumerate(curves.items()):
         seconds, losses = np.array(row["train"]).T

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """What NVIDIA's compiler needs to know of a GPU, to compile for one that is not there."""
+    """What NVIDIA's compiler must know about a GPU to compile for it without one."""
 
     capability: str
     multiprocessors: int
@@ -30,17 +30,18 @@ class Chip(NamedTuple):
 GB, GiB = 10**9, 2**30
 A100, HOPPER = Gpu("8.0", 108, 164, 40, 1.41), Gpu("9.0", 132, 228, 50, 1.98)
 H100_PCIE, BLACKWELL = Gpu("9.0", 114, 228, 50, 1.76), Gpu("10.0", 148, 228, 126, 1.97)
+GRACE_BLACKWELL = Gpu("10.0", 152, 228, 126, 2.06)
 ADA = Gpu("8.9", 128, 100, 72, 2.52)
 # Each pattern is anchored at the end: laptop chips and slices of a chip extend the chip's name and
 # are slower. Sources: NVIDIA's data sheets and architecture whitepapers (dense rates, without
 # sparsity; watts too), AMD's data sheet, cloud.google.com/tpu/docs. Of TPU v2, v3 and v7x a device
-# is half a chip. Dollars are on-demand list prices of one chip as of 2026, for orders of magnitude
-# only: Google Cloud for T4 and L4 (without their host) and TPUs, in the USA; GPU clouds (RunPod,
+# is half a chip; a P100 sums in 16 bits. Dollars are on-demand list prices of one chip as of 2026,
+# for orders of magnitude only: Google Cloud for T4 and L4 (without their host) and TPUs, in the USA; GPU clouds (RunPod,
 # Lambda), which differ by half, for the rest.
 # fmt: off
 CHIPS = (
-    Chip("P100", r"\bP100\b.*16GB$", 18.7e12, 16 * GB, 732e9, 250, Gpu("6.0", 56, 64, 4, 1.33)),
-    Chip("V100", r"\bV100-SXM2", 125e12, 16 * GB, 900e9, 300, Gpu("7.0", 80, 96, 6, 1.53)),
+    Chip("P100", r"\bP100-PCIE-16GB$", 18.7e12, 16 * GB, 732e9, 250, Gpu("6.0", 56, 64, 4, 1.33)),
+    Chip("V100", r"\bV100-SXM2-16GB$", 125e12, 16 * GB, 900e9, 300, Gpu("7.0", 80, 96, 6, 1.53)),
     Chip("T4", r"\bT4$", 65e12, 16 * GB, 320e9, 70, Gpu("7.5", 40, 64, 4, 1.59), 0.35),
     Chip("RTX 3060", r"RTX 3060$", 25.5e12, 12 * GB, 360e9, 170, Gpu("8.6", 28, 100, 3, 1.78)),
     Chip("RTX 3070 Ti", r"RTX 3070 Ti$", 43.5e12, 8 * GB, 608e9, 290, Gpu("8.6", 48, 100, 4, 1.77)),
@@ -59,7 +60,7 @@ CHIPS = (
     Chip("H100 PCIe", r"\bH100 PCIe$", 756e12, 80 * GB, 2000e9, 350, H100_PCIE, 2.80),
     Chip("H200", r"\bH200$", 989.4e12, 141 * GB, 4800e9, 700, HOPPER, 4.59),
     Chip("B200", r"NVIDIA B200$", 2250e12, 180 * GB, 8000e9, 1000, BLACKWELL),
-    Chip("GB200", r"NVIDIA GB200$", 2500e12, 186 * GB, 8000e9, 1200, BLACKWELL),
+    Chip("GB200", r"NVIDIA GB200$", 2500e12, 186 * GB, 8000e9, 1200, GRACE_BLACKWELL),
     Chip("MI300X", r"\bMI300X$", 1307.4e12, 192 * GB, 5300e9, 750),
     Chip("TPU v2", r"TPU v2$", 22.5e12, 8 * GiB, 350e9),
     Chip("TPU v3", r"TPU v3$", 61.5e12, 16 * GiB, 450e9),

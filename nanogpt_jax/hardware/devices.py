@@ -71,7 +71,7 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
     n_devices, device = jax.device_count(), jax.local_devices()[0]
     mesh = make_mesh(choose_sizes(config, n_devices, use_all=processes.count > 1))
     memory = memory_bytes(device)
-    compute, reason = choose_training(config, device, mesh, memory)
+    compute, reason = choose_training(config, device, mesh, memory, processes)
     if config.eval_only:
         needed = flops.least_sampling_bytes(config.model)
     else:
@@ -89,7 +89,11 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
 
 
 def choose_training(
-    config: TrainConfig, device, mesh: "Mesh", memory: float | None
+    config: TrainConfig,
+    device,
+    mesh: "Mesh",
+    memory: float | None,
+    processes: Processes = ALONE,
 ) -> "tuple[Compute, str]":
     """Return what `choose_compute` does, with the loss in as few pieces as fit into the memory."""
     compute, reason = choose_compute(config.compute, config.model, device, mesh)
@@ -97,8 +101,9 @@ def choose_training(
         return compute, reason
     names = {"dtype": np.dtype(compute.dtype).name, "attention": compute.attention}
     n_chunks = flops.fewest_loss_chunks(replace_fields(config, names), memory, mesh.shape)
+    n_chunks = processes.max(n_chunks)  # all must compile the same program
     if n_chunks > 1:
-        reason += f"; the loss in {n_chunks} pieces, to fit the memory"
+        reason += f"; the loss in {n_chunks} pieces, to save memory"
     return compute._replace(loss_chunks=n_chunks), reason
 
 
@@ -224,7 +229,7 @@ def memory_levers(config: TrainConfig, compute: "Compute") -> str:
         (config.batch_size > 1, "a smaller --batch_size with more --gradient_accumulation_steps"),
         (is_gpt and not compute.remat, "--remat"),
         (is_gpt and np.dtype(compute.dtype) == "float32", "--dtype bfloat16"),
-        (compute.loss_chunks == 1 < config.model.block_size, "--loss_chunks"),
+        (compute.loss_chunks < 8 <= config.model.block_size, "--loss_chunks 8"),
     ]
     texts = [f"{text}, " for applies, text in levers if applies]
     return f"try {''.join(texts)}{'or ' if texts else ''}a smaller model"

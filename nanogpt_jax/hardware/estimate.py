@@ -15,6 +15,8 @@ def run_flops(config: TrainConfig, val_tokens: int, start_step: int = 0) -> tupl
     n_evaluations -= start_step // config.eval_interval
     n_evaluations += start_step == 0 and config.eval_first
     train_tokens = (config.max_iters - start_step) * config.tokens_per_iter
+    if config.eval_only:
+        train_tokens, n_evaluations = 0, 1
     eval_tokens = n_evaluations * n_batches * batch_tokens
     forward = forward_flops_per_token(config.model)
     return train_tokens * train_flops_per_token(config.model), eval_tokens * forward

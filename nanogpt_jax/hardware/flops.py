@@ -145,20 +145,27 @@ def estimate_memory(config: TrainConfig) -> dict[str, int]:
     weights = 4 * n_params(model)
     return {
         "weights": weights,
-        "gradients": weights,
+        "gradients": weights * min(2, config.gradient_accumulation_steps),  # and their sum
         "optimizer": optimizer_bytes(model, config.optim.optimizer),
         "activations": config.batch_size * T * (layers + logits + stream),
     }
 
 
 def fewest_loss_chunks(config: TrainConfig, memory: float, mesh: Mapping[str, int]) -> int:
-    """Return the fewest pieces of the loss with which a step fits, by estimate, or else 8."""
+    """Return the fewest pieces of the loss, up to 8, with which a step fits by estimate.
+
+    A tenth of the memory is left to what the estimate does not know.
+    """
     counts = [n for n in (1, 2, 4, 8) if config.model.block_size % n == 0]
+    if config.eval_only:  # keeps no activations
+        config = replace_fields(config, {"remat": True})
     for n in counts:
         needed = estimate_memory(replace_fields(config, {"loss_chunks": n}))
+        if config.eval_only:
+            needed |= {"gradients": 0, "optimizer": 0}
         activations = needed.pop("activations") / (mesh["data"] * mesh["fsdp"])
         state = sum(needed.values()) / (mesh["fsdp"] * mesh["tensor"])
-        if state + activations <= memory:
+        if state + activations <= 0.9 * memory:
             return n
     return counts[-1]
 

@@ -1,5 +1,6 @@
 """What a run reports while it trains: the progress bar, metrics.jsonl, the picture of its loss."""
 
+import contextlib
 import json
 import math
 import os
@@ -37,6 +38,7 @@ class Progress:
     config: TrainConfig
     resumed_at: int | None  # step of the checkpoint that the run resumes from; None for a new run
     skipped: int = 0  # updates skipped so far
+    counts_skips: bool = False  # as float16 does, where they are normal
     learning_rate: float = 0.0  # of the last update, and before it of the first
     evaluates_first: bool = False  # an evaluation is due at the step that the run resumes from
     is_first: bool = True  # only one of several processes writes files and shows the bar
@@ -79,7 +81,8 @@ class Progress:
         )
 
     def print(self, line: str) -> None:
-        self._bar.write(line)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self._bar.write(line)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Note the metrics of the updates that were just dispatched, and report those before."""
@@ -109,7 +112,8 @@ class Progress:
         mfu = f", MFU {mfu:.1%}" if (mfu := self.mfu()) else ""
         speed = f"{self.tokens_per_s():,.0f} tokens/s{mfu}{self._skips()}"
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
-        self._bar.update(len(arrays[0]))
+        with contextlib.suppress(OSError):
+            self._bar.update(len(arrays[0]))
 
     def _report(self, step: int, loss, grad_norm, skipped, learning_rate, has_row: bool) -> None:
         is_skipped, self.skipped = skipped > self.skipped, int(skipped)
@@ -207,7 +211,7 @@ class Progress:
             if self.bytes_per_token:
                 row["val_bits_per_byte"] = bits_per_byte(val_loss, self.bytes_per_token)
         row["lr"] = self.learning_rate
-        if self.config.compute.dtype == "float16":
+        if self.counts_skips:
             row["skipped_updates"] = self.skipped
         row["tokens_per_s"] = round(self.tokens_per_s())
         if mfu := self.mfu():

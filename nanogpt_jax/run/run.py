@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nanogpt_jax import __version__
 from nanogpt_jax.config import SCRATCH, TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, save_tokenizer
@@ -182,6 +184,7 @@ class Run:
             self.config,
             self.start_step if self.is_resuming else None,
             skipped=int(state.skipped),
+            counts_skips=np.dtype(machine.compute.dtype) == "float16",
             learning_rate=learning_rate,
             evaluates_first=evaluates_first,
             is_first=self.processes.is_first,

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM: the first asks a run to save and stop, the second ends it at once. No JAX."""
+"""SIGINT, SIGTERM, SIGHUP: the first asks a run to save and stop, the second ends it at once.
+
+No JAX. After nohup SIGHUP stays ignored.
+"""
 
 import contextlib
 import os
@@ -7,12 +10,12 @@ import socket
 import threading
 import time
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 SAME_S = 0.5  # a signal repeated within it is the same one, sent to the group and by a wrapper
 
 
 class StopSignals:
-    """Handles both signals while it is entered.
+    """Handles these signals while it is entered.
 
     A thread listens too, since Python runs no handler while the main thread compiles, which may
     take minutes: until there is something to save, the first signal ends the process at once.
@@ -25,7 +28,11 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
-        self._handlers = [signal.signal(number, self._note) for number in NUMBERS]
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]  # of a lost one it says no
+        heard = NUMBERS
+        if signal.getsignal(NUMBERS[-1]) == signal.SIG_IGN:  # by nohup
+            heard = NUMBERS[:2]
+        self._handlers = {number: signal.signal(number, self._note) for number in heard}
         self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -33,7 +40,7 @@ class StopSignals:
 
     def __exit__(self, *_) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in zip(NUMBERS, self._handlers, strict=True):
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._sender.close()
         self._thread.join()
@@ -41,6 +48,9 @@ class StopSignals:
 
     def _note(self, number: int, frame) -> None:
         self.number = self.number or number
+        if signal.Signals(number).name == "SIGHUP":  # the terminal may be gone: nothing is shown
+            for fd in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
     def _listen(self) -> None:
         n_signals, last, last_s = 0, 0, 0.0

@@ -8,6 +8,7 @@ import pytest
 from nanogpt_jax import corpora
 from nanogpt_jax.bench import measure
 from nanogpt_jax.config import PRESETS
+from nanogpt_jax.errors import InputError
 
 STEP = {
     "device": "cpu", "compute": "float32", "jax": "0.12", "cores": 2, "mfu": None,
@@ -67,7 +68,7 @@ def test_what_fails_stops_nothing_and_is_tried_again(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     done, quick = [], {"small", "train small-fast"}
 
-    def pretend(task, folder):
+    def pretend(task, folder, timeout_s):
         done.append(task.name)
         if task.name == "train small-fast" and done.count(task.name) == 1:
             return {"error": "failed: it broke"}
@@ -86,7 +87,7 @@ def test_what_fails_stops_nothing_and_is_tried_again(tmp_path, monkeypatch, caps
     assert "gpt2: left out, it would take" in printed
     assert "failed: it broke" in printed
     assert "small: measured before" in printed
-    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
     assert found["small"]["step_ms"] == 20.0
     assert "whole_s" in found["train small-fast"]
     assert (tmp_path / "report" / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -94,10 +95,36 @@ def test_what_fails_stops_nothing_and_is_tried_again(tmp_path, monkeypatch, caps
 
 
 def test_a_command_that_fails_says_why(tmp_path):
-    found = measure.measure(measure.Task("x", ["-c", "raise SystemExit('no GPU')"], 1), tmp_path)
-    assert found == {"error": "failed: no GPU"}
-    found = measure.measure(measure.Task("train x", ["train.py", "--config=x"], 1), tmp_path)
-    assert found["error"].startswith("failed: train.py failed: ")
+    def figures(name, *argv, timeout_s=100):
+        return measure.measure(measure.Task(name, [*argv], 1), tmp_path, timeout_s)
+
+    assert figures("x", "-c", "raise SystemExit('no GPU')") == {"error": "failed: no GPU"}
+    killed = "import os; os.kill(os.getpid(), 9)"
+    assert figures("x", "-c", killed) == {"error": "failed: killed by signal 9"}
+    assert figures("x", "-c", "print('no JSON')")["error"].startswith("failed: Expecting value")
+    slow = "import time; time.sleep(60)"
+    assert figures("x", "-c", slow, timeout_s=0.1) == {"error": "stopped, it took too long"}
+    answer = figures("train x", "train.py", "--config=x")["error"]
+    assert answer.startswith("failed: train.py failed: error: there is no preset 'x'")
+
+
+def test_the_reason_is_the_error_and_not_what_jax_says_after_it():
+    stderr = "Traceback\njax.errors.JaxRuntimeError: INTERNAL: no\n----\nFor simplicity, JAX has\n"
+    assert measure.reason(stderr, 1) == "jax.errors.JaxRuntimeError: INTERNAL: no"
+
+
+def test_figures_of_another_machine_or_version_are_measured_again(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert measure.read_rows(path) == {}
+    path.write_text(json.dumps({"machine": measure.machine(), "rows": {"small": STEP}}))
+    assert measure.read_rows(path) == {"small": STEP}
+    path.write_text(json.dumps({"machine": {"jax": "0.1"}, "rows": {"small": STEP}}))
+    assert measure.read_rows(path) == {}
+    assert "measuring again" in capsys.readouterr().out
+    for damaged in "", "[]", '{"rows": {}}':
+        path.write_text(damaged)
+        with pytest.raises(InputError, match="delete it to measure again"):
+            measure.read_rows(path)
 
 
 @pytest.mark.slow
@@ -113,7 +140,7 @@ def test_a_step_and_a_training_are_really_measured(tmp_path, monkeypatch, book):
         for task in tasks(*args)
     ])  # fmt: skip
     assert measure.main([]) == 0
-    found = json.loads((tmp_path / "out" / "measured" / "report.json").read_text())
+    found = json.loads((tmp_path / "out" / "measured" / "report.json").read_text())["rows"]
     assert found["tiny"]["step_ms"] > 0
     assert found["train tiny"]["val"][-1][1] < found["train tiny"]["val"][0][1]
     assert 0 < found["train tiny"]["first_step_s"] < found["train tiny"]["whole_s"]

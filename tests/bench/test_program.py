@@ -71,7 +71,7 @@ FLAGS = {("gpt2", "t4"): ["--batch_size=4", "--gradient_accumulation_steps=120"]
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["t4", "h100"])
 @pytest.mark.parametrize("preset", ["small", "shakespeare", "shakespeare-fast", "gpt2"])
-def test_the_presets_fit_multiply_in_16_bits_and_wait_for_nothing(self, run, preset, target):
+def test_the_presets_fit_multiply_in_16_bits_and_wait_for_nothing(run, preset, target):
     training, sampling = report(run, preset, target, *FLAGS.get((preset, target), []))
     kind = {"t4": "f16", "h100": "bf16"}[target]
     assert any(line.startswith("memory") and line.endswith("fits") for line in training)
@@ -88,14 +88,14 @@ def test_the_presets_fit_multiply_in_16_bits_and_wait_for_nothing(self, run, pre
 
 @needs_text
 @pytest.mark.slow
-def test_several_gpus_of_a_host_share_the_batch(self, run):
+def test_several_gpus_of_a_host_share_the_batch(run):
     training, _ = report(run, "tiny", "4xa100")
     assert "tiny on 4xa100: 4 x gpu: A100 40GB (data 4): bfloat16" in training[0]
 
 
 @needs_text
 @pytest.mark.slow
-def test_what_does_not_fit_has_exit_code_1_and_advice(self, run):
+def test_what_does_not_fit_has_exit_code_1_and_advice(run):
     result = run("train.py", "--config=gpt2", "--n_layer=3", "--compile_for=rtx4060",
                  "--batch_size=64", timeout=900)  # fmt: skip
     assert result.returncode == 1

@@ -143,13 +143,13 @@ def test_the_rest_of_the_request_is_passed_on():
 
 
 def test_the_loss_is_computed_in_as_few_pieces_as_fit_the_memory():
-    """By estimate: of gpt2 in batches of 16, all logits take 6.6 GB, or 3.3 in two pieces."""
+    """By estimate, with a tenth to spare: of gpt2 in batches of 16, all logits take 6.6 GB."""
     gpt2, mesh = PRESETS["gpt2"], sharding.make_mesh()
-    few, mid = (choose_training(gpt2, A100, mesh, gib * 2**30)[0] for gib in (40, 10))
+    few, mid = (choose_training(gpt2, A100, mesh, gib * 2**30)[0] for gib in (40, 12))
     assert (few.loss_chunks, mid.loss_chunks) == (1, 2)
-    compute, reason = choose_training(gpt2, A100, mesh, 7.5 * 2**30)
+    compute, reason = choose_training(gpt2, A100, mesh, 8.5 * 2**30)
     assert compute.loss_chunks == 8
-    assert "the loss in 8 pieces, to fit the memory" in reason
+    assert "the loss in 8 pieces, to save memory" in reason
     requested = replace(gpt2, compute=ComputeConfig(loss_chunks=2))
     for memory in 40 * 2**30, None:
         assert choose_training(requested, A100, mesh, memory)[0].loss_chunks == 2

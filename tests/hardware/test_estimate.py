@@ -31,6 +31,12 @@ def test_evaluations_of_some_batches_cost_as_many(tiny_config):
     assert run_flops(config, 10**9)[1] == 2 * 3 * per_batch
 
 
+def test_what_only_evaluates_is_priced_for_one_evaluation_and_no_training(tiny_config):
+    config = dataclasses.replace(with_vocab_size(tiny_config), eval_only=True, eval_iters=3)
+    one = 3 * config.batch_size * config.model.block_size * forward_flops_per_token(config.model)
+    assert run_flops(config, 10**6) == (0, one)
+
+
 def test_the_line_before_a_run_has_its_shortest_time_on_all_devices(tiny_config):
     flops = sum(run_flops(tiny_config, 1000))
     line = run_line(tiny_config, 1000, chip_named("H200"), 4)

@@ -198,7 +198,7 @@ def test_updates_skipped_in_float16_are_counted_and_too_many_in_a_row_end_the_ru
 ):
     config = dataclasses.replace(config, compute=ComputeConfig(dtype="float16"), log_interval=1)
     overflowed = metrics_of(1, np.full(99, np.inf, np.float32))
-    progress = Progress(tmp_path, config, None, skipped=2)
+    progress = Progress(tmp_path, config, None, skipped=2, counts_skips=True)
     progress.log(1, overflowed._replace(skipped=np.int32(3)))
     progress.log(2, metrics_of(2, skipped=3))
     progress.flush(is_evaluated=True)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT
 
 from nanogpt_jax.run.signals import NUMBERS, SAME_S, StopSignals
 
@@ -33,6 +34,46 @@ def test_afterwards_signals_are_heard_as_before():
         assert signal.set_wakeup_fd(-1) == -1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.number == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_gone_saves_and_resumes(run, tmp_path, book):
+    """The ssh connection drops: SIGHUP, and whatever is written fails."""
+    import fcntl
+    import pty
+    import termios
+
+    argv = (
+        f"--dataset={book}",
+        "--config=tiny",
+        "--max_iters=100000",
+        f"--out_dir={tmp_path / 'run'}",
+    )
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *argv],
+        stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(inside)
+    shown = b""
+    while b"first step done" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert any(int(name) > 0 for name in saved if name.isdigit())
 
 
 def test_another_signal_stops_nothing():

@@ -208,12 +208,11 @@ def generate(
     """Return the first n_tokens that `write` yields: tokens_BN."""
     pieces, n_made = [], 0
     at_once = max(1, min(AT_ONCE, MAX_NOISE // len(keys_B) // (model.config.vocab_size or 1)))
-    for tokens_BN in write(model, params, prompt_BT, keys_B, sampling, exact_window, 0, at_once):
-        pieces.append(tokens_BN)
-        n_made += tokens_BN.shape[1]
-        if n_made >= n_tokens:
-            return np.concatenate(pieces, axis=1)[:, :n_tokens]
-    raise AssertionError("write never ends")
+    tokens = write(model, params, prompt_BT, keys_B, sampling, exact_window, 0, at_once)
+    while n_made < n_tokens:
+        pieces.append(next(tokens))
+        n_made += pieces[-1].shape[1]
+    return np.concatenate(pieces, axis=1)[:, :n_tokens]
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -36,8 +36,8 @@ ADA = Gpu("8.9", 128, 100, 72, 2.52)
 # are slower. Sources: NVIDIA's data sheets and architecture whitepapers (dense rates, without
 # sparsity; watts too), AMD's data sheet, cloud.google.com/tpu/docs. Of TPU v2, v3 and v7x a device
 # is half a chip; a P100 sums in 16 bits. Dollars are on-demand list prices of one chip as of 2026,
-# for orders of magnitude only: Google Cloud for T4 and L4 (without their host) and TPUs, in the USA; GPU clouds (RunPod,
-# Lambda), which differ by half, for the rest.
+# for orders of magnitude only: Google Cloud for T4 and L4 (without their host) and TPUs, in the
+# USA; GPU clouds (RunPod, Lambda), which differ by half, for the rest.
 # fmt: off
 CHIPS = (
     Chip("P100", r"\bP100-PCIE-16GB$", 18.7e12, 16 * GB, 732e9, 250, Gpu("6.0", 56, 64, 4, 1.33)),

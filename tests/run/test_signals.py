@@ -50,9 +50,7 @@ def test_what_nohup_ignores_stays_ignored():
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_gone_saves_and_resumes(run, tmp_path, book):
     """The ssh connection drops: SIGHUP, and whatever is written fails."""
-    import fcntl
     import pty
-    import termios
 
     argv = (
         f"--dataset={book}",
@@ -61,10 +59,12 @@ def test_a_run_whose_terminal_is_gone_saves_and_resumes(run, tmp_path, book):
         f"--out_dir={tmp_path / 'run'}",
     )
     terminal, inside = pty.openpty()
+    # A process that takes it as its terminal, and becomes train.py.
+    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *argv],
+        [sys.executable, "-c", f"{take}; os.execv(sys.executable, sys.argv[1:])",
+         sys.executable, ROOT / "train.py", *argv],
         stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(inside)
     shown = b""

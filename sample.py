@@ -61,7 +61,6 @@ def load(source: nanogpt_jax.Source, config: SampleConfig) -> nanogpt_jax.Traine
     from nanogpt_jax import hardware
 
     hardware.use_compile_cache(config.compile_cache)
-    hardware.warn_of_unused_chip()
     run = nanogpt_jax.load(source, checkpoint=config.checkpoint, dtype=config.dtype)
     print(run.name if run.step is None else f"{run.name}, step {run.step}", file=sys.stderr)
     return run

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,13 @@ from nanogpt_jax import corpora, data, decoding, hardware, steps
 from nanogpt_jax.bench import profile
 from nanogpt_jax.bench.measure import TRAIN, run_train
 from nanogpt_jax.bench.step import compile_step, new_state, token_dtype
-from nanogpt_jax.config import TrainConfig, parse_train_config, split_flags, with_vocab_size
+from nanogpt_jax.config import (
+    TrainConfig,
+    field_types,
+    parse_train_config,
+    split_flags,
+    with_vocab_size,
+)
 from nanogpt_jax.model import Compute
 
 CORPUS_TOKENS = 1_000_000
@@ -85,11 +91,8 @@ def median_s(work: Callable[[], object]) -> float:
 
 def start_figures(argv: list[str]) -> dict:
     """Time train.py from the command to its first step, without and with a compile cache."""
-    own = {field.name for field in fields(BenchConfig)} - {
-        field.name for field in fields(TrainConfig)
-    }
-    flags = split_flags(argv, BenchConfig)
-    argv = [f"--{name}={value}" for name, value in flags.items() if name not in own]
+    flags, known = split_flags(argv, BenchConfig), field_types(TrainConfig)
+    argv = [f"--{name}={value}" for name, value in flags.items() if name in known]
     figures: dict = {"first_step_cold_s": None, "first_step_warm_cache_s": None}
     if not TRAIN.exists():  # installed without the repository
         return figures

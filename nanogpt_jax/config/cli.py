@@ -25,9 +25,7 @@ NANOGPT_FLAGS = {
     "wandb_project": "put WANDB_PROJECT=name in front; the default is nanogpt_jax",
     "wandb_run_name": "not needed, --out_dir names the run",
 }
-NANOGPT_CONFIG = (
-    " nanoGPT's config files are presets here: --config shakespeare, or small on a CPU."
-)
+NANOGPT_CONFIG = "nanoGPT's config files are presets here: --config shakespeare, or small on a CPU."
 # What a run's config.json says about the machine and about a single start. Nobody else's start
 # should repeat it: compiled functions are code, and out_dir with overwrite deletes a run.
 START_FIELDS = {
@@ -58,7 +56,7 @@ def split_flags(argv: list[str], cls: type) -> dict[str, str]:
             settings["help"] = ""
             continue
         if not word.startswith("--") or word == "--":
-            hint = NANOGPT_CONFIG if word.endswith(".py") else ""
+            hint = f" {NANOGPT_CONFIG}" if word.endswith(".py") else ""
             raise InputError(f"{word!r} is not a flag; flags look like --n_layer 6.{hint}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -74,7 +72,7 @@ def split_flags(argv: list[str], cls: type) -> dict[str, str]:
             raise InputError(f"--{name} needs a value, like --{name}=...")
         is_missing = name == "config" or (name == "dataset" and not os.path.exists(value))
         if value.endswith(".py") and is_missing:
-            raise InputError(f"--{name} is not a Python file, but got {value!r}.{NANOGPT_CONFIG}")
+            raise InputError(f"--{name} is not a Python file, but got {value!r}. {NANOGPT_CONFIG}")
         if value.startswith("~/") and name not in ("start", "stop"):
             value = os.path.expanduser(value)  # which the shell does not do after --name=
         settings[name] = value

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from nanogpt_jax import corpora
-from nanogpt_jax.bench import measure
+from nanogpt_jax.bench import measure, report
 from nanogpt_jax.config import PRESETS
 from nanogpt_jax.errors import InputError
 
@@ -26,14 +26,14 @@ RUN = {
 
 
 def test_a_target_is_reached_when_the_validation_loss_is_first_at_or_below_it():
-    assert measure.reached_s(RUN["val"], 1.9) == 8.0
-    assert measure.reached_s(RUN["val"], 1.0) == math.inf
+    assert report.reached_s(RUN["val"], 1.9) == 8.0
+    assert report.reached_s(RUN["val"], 1.0) == math.inf
 
 
 def test_the_report_has_a_line_for_each_figure_with_its_command():
     found = {"small": STEP, "train small-fast": RUN, "gpt2": {"error": "left out, too long"}}
-    report = "\n".join(measure.lines(found, corpora.SHAKESPEARE))
-    assert report.startswith("# Measured on cpu\n")
+    text = "\n".join(report.lines(found, corpora.SHAKESPEARE))
+    assert text.startswith("# Measured on cpu\n")
     for line in (
         "| a step of small | 20.00 ms, 38,400 tokens/s, 50.0% of the fastest matrix product; "
         "0.50 GiB | `python -m nanogpt_jax bench` |",
@@ -44,21 +44,21 @@ def test_the_report_has_a_line_for_each_figure_with_its_command():
         "Not measured: gpt2 (left out, too long).",
         "| `dot` | 15.000 | 75.0% |",
     ):
-        assert line in report
+        assert line in text
 
 
 def test_another_text_than_shakespeare_has_no_target():
-    report = "\n".join(measure.lines({"train small-fast": RUN}, corpora.PYDOCS))
-    assert "nanoGPT" not in report
-    assert "best validation loss 1.8900" in report
+    text = "\n".join(report.lines({"train small-fast": RUN}, corpora.PYDOCS))
+    assert "nanoGPT" not in text
+    assert "best validation loss 1.8900" in text
 
 
 def test_every_preset_that_is_measured_exists_and_its_own_batch_comes_first():
     tasks = measure.tasks(measure.MeasureConfig(), "pydocs")
     assert {task.name for task in tasks if task.name.startswith("train ")} == {
-        f"train {name}" for name in measure.TARGETS
+        f"train {name}" for name in report.TARGETS
     }
-    assert measure.TARGETS.keys() <= PRESETS.keys()
+    assert report.TARGETS.keys() <= PRESETS.keys()
     assert [task.name for task in tasks[:3]] == [*measure.BATCHES]
     assert {PRESETS[name].batch_size for name in measure.BATCHES} == {12, 64, 16}
 
@@ -129,7 +129,7 @@ def test_figures_of_another_machine_or_version_are_measured_again(tmp_path, caps
 
 @pytest.mark.slow
 def test_a_step_and_a_training_are_really_measured(tmp_path, monkeypatch, book):
-    monkeypatch.setattr(measure, "TARGETS", {"tiny": 2.0})
+    monkeypatch.setattr(report, "TARGETS", {"tiny": 2.0})
     monkeypatch.setattr(measure, "BATCHES", {"tiny": (8,)})
     monkeypatch.setattr(corpora, "resolve", lambda *args: book)
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,105 @@
+"""The report of `measure`: its table in Markdown, and the picture of the losses."""
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from nanogpt_jax import corpora
+from nanogpt_jax.run import new_figure, running_mean
+
+# What nanoGPT reaches with the recipe: small's on the whole validation split, the other as its
+# README gives it, on random batches.
+TARGETS = {"small": 1.898, "small-fast": 1.898, "shakespeare": 1.4697, "shakespeare-fast": 1.4697}
+
+
+def reached_s(val: list[tuple[float, float]], target: float) -> float:
+    """Return when the validation loss first was at or below a target; inf: never."""
+    return next((seconds for seconds, loss in val if loss <= target), math.inf)
+
+
+def lines(found: dict[str, Any], dataset: str) -> list[str]:
+    """Return the report as lines of Markdown."""
+    first = next((row for row in found.values() if "device" in row), {})
+    table, missing = ["| what | measured | command |", "|---|---|---|"], []
+
+    def add(name: str, what: str, figure: str) -> None:
+        table.append(f"| {what} | {figure} | `python {found[name]['command']}` |")
+
+    for name, row in found.items():
+        if "error" in row:
+            missing.append(f"{name} ({row['error']})")
+        elif "val" in row:
+            best, target = min(loss for _, loss in row["val"]), TARGETS[name.split()[1]]
+            figure = f"best validation loss {best:.4f}; {row['whole_s']:.0f} s in all, cold; first "
+            figure += f"step after {row['first_step_s']:.1f} s"
+            if dataset == corpora.SHAKESPEARE:
+                seconds = reached_s(row["val"], target)
+                at = "never" if math.isinf(seconds) else f"after {seconds:.1f} s"
+                figure = f"{target} (nanoGPT's) {at}; {figure}"
+            add(name, f"{name}, on {dataset}", figure)
+        else:
+            share = f"{row['share_of_matmul_peak']:.1%} of the fastest matrix product"
+            mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
+            rate = f"{row['train_tokens_per_s']:,.0f} tokens/s"
+            memory = f"{row['train_compiled_bytes'] / 2**30:.2f} GiB"
+            figure = f"{row['step_ms']:.2f} ms, {rate}, {share}{mfu}; {memory}"
+            add(name, f"a step of {name}", figure)
+            if "sample_tokens_per_s_1_stream" in row:
+                kinds = ("1_stream", "10_streams", "streamed")
+                one, ten, each = (f"{row[f'sample_tokens_per_s_{kind}']:,.0f}" for kind in kinds)
+                figure = f"{one} tokens/s in one stream, {ten} in ten, {each} one by one"
+                add(name, f"sampling from {name}", figure)
+            if row.get("first_step_cold_s"):
+                cold, warm = row["first_step_cold_s"], row["first_step_warm_cache_s"]
+                add(name, f"first step of {name}", f"after {cold:.1f} s; {warm:.1f} s, cached")
+    peak = first.get("matmul_peak_flops_per_s", math.nan) / 1e12
+    report = [
+        f"# Measured on {first.get('device', 'this machine')}",
+        "",
+        f"jax {first.get('jax')}, Python {sys.version.split()[0]}, {first.get('cores')} cores; "
+        f"{first.get('compute')}. Fastest matrix product: {peak:,.4g} TFLOP/s. Each line is one "
+        "run; all of them: `python -m nanogpt_jax measure`.",
+        "",
+        *table,
+    ]
+    if missing:
+        report += ["", f"Not measured: {', '.join(missing)}."]
+    profiles = {name: row["operations"] for name, row in found.items() if row.get("operations")}
+    for name in ("shakespeare", "gpt2", "small"):
+        if name not in profiles:
+            continue
+        report += ["", f"Where the time of a step of {name} goes:", ""]
+        report += ["| operation | ms | share |", "|---|---|---|"]
+        total = sum(profiles[name].values())
+        top = [*profiles[name].items()][:10]
+        report += [f"| `{op}` | {1e3 * s:.3f} | {s / total:.1%} |" for op, s in top]
+    return report
+
+
+def picture(curves: dict[str, dict[str, Any]]):
+    """Return a matplotlib Figure of each run's losses over wall time."""
+    figure, axes = new_figure(9, 5)
+    for i, (name, row) in enumerate(curves.items()):
+        seconds, losses = np.array(row["train"]).T
+        last = np.append(np.diff(seconds) > 0, True)  # rows can share a time
+        thin = {"color": f"C{i}", "alpha": 0.5, "linewidth": 0.9}
+        axes.plot(seconds[last], running_mean(losses)[last], **thin)
+        label = name.removeprefix("train ")
+        axes.plot(*np.array(row["val"]).T, "o-", color=f"C{i}", markersize=4, label=label)
+    for target in sorted({TARGETS[name.removeprefix("train ")] for name in curves}):
+        axes.axhline(target, color="gray", linestyle="--", linewidth=1, label=f"nanoGPT: {target}")
+    lowest = min(loss for row in curves.values() for _, loss in row["val"])
+    axes.set(
+        xlabel="seconds since the command, start-up and compilation included",
+        ylabel="loss (nats per token)",
+        title="Loss over wall time: thin lines are batches, dots the whole validation split",
+        xscale="log",
+        ylim=(lowest - 0.2, lowest + 1.5),
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="minor", labelsize=7)
+    axes.legend(frameon=False, loc="upper right")
+    return figure

@@ -117,7 +117,8 @@ def training_figures(config: BenchConfig, machine: hardware.Machine) -> dict:
     state = new_state(config, machine.mesh)
     _, dropout_key = steps.stream_keys(config.seed)
     shape = config.gradient_accumulation_steps, config.batch_size
-    tokens = random_tokens(config, CORPUS_TOKENS)
+    ids = np.random.default_rng(0).integers(config.model.vocab_size or 1, size=CORPUS_TOKENS)
+    tokens = ids.astype(token_dtype(config))
     per_call = hardware.steps_per_call(config)
     batches = data.TrainLoader(
         tokens, config.seed, config.model.block_size, shape, machine.mesh, 0, per_call
@@ -165,11 +166,6 @@ def training_figures(config: BenchConfig, machine: hardware.Machine) -> dict:
         "train_compiled_bytes": hardware.needed_bytes(train_step),
         "operations": operations,  # seconds a step
     }
-
-
-def random_tokens(config: TrainConfig, n_tokens: int) -> np.ndarray:
-    ids = np.random.default_rng(0).integers(config.model.vocab_size or 1, size=n_tokens)
-    return ids.astype(token_dtype(config))
 
 
 def matmul_peak_flops(dtype) -> float:

@@ -24,18 +24,13 @@ def fused_attention(
         mesh: splits rows and heads; the compiler cannot split a kernel by itself.
         interpret: run splash without a TPU, slowly.
     """
-    work = {"cudnn": _cudnn, "splash": partial(_splash, interpret=interpret)}[kernel]
+    cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    work = {"cudnn": cudnn, "splash": partial(_splash, interpret=interpret)}[kernel]
     if mesh is not None:
         spec = PartitionSpec(ROW_AXES, None, "tensor")
         # Pallas kernels do not say how their outputs vary over the mesh, so that is not checked.
         work = jax.shard_map(work, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     return work(q_BTHK, k_BTHK, v_BTHK)
-
-
-def _cudnn(q_BTHK, k_BTHK, v_BTHK):
-    return jax.nn.dot_product_attention(
-        q_BTHK, k_BTHK, v_BTHK, is_causal=True, implementation="cudnn"
-    )
 
 
 def _splash(q_BTHK, k_BTHK, v_BTHK, interpret: bool):

@@ -53,13 +53,16 @@ class Checkpoints:
         self.folder = Path(folder).absolute()  # Orbax fails on relative paths, and late
         self.read_only, self._processes, self._has_failed = read_only, processes, False
         self._clean_up()  # what a kill left behind
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self,
-            create=not read_only,
-            # Otherwise a directory that cannot be created hangs the process at its exit.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # The manager lists and looks at all steps, of which a training may be deleting one.
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        self._manager = None
+        if not read_only:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                # Otherwise a directory that cannot be created hangs the process at its exit.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            )
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._val_losses: dict[int, float | None] = {}
         self._damaged: dict[int, Damaged] = {}
         for step in self.steps():
@@ -98,6 +101,7 @@ class Checkpoints:
             training=ocp.args.StandardSave(training),
             facts=ocp.args.JsonSave(metadata | {"crc32": _crc32(metadata)}),
         )
+        assert self._manager, "opened to read only"
         with self._one_line_errors():
             saved = self._manager.save(step, args=items)
         assert saved, f"step {step} is not newer than step {self._manager.latest_step()}"
@@ -158,7 +162,7 @@ class Checkpoints:
 
     def _set_damaged_aside(self) -> None:
         """Rename damaged checkpoints: they block those to come, or would be deleted as old."""
-        if self.read_only or not self._damaged:
+        if self._manager is None or not self._damaged:
             return
         if self._processes.is_first:
             for step in self._damaged:
@@ -200,7 +204,7 @@ class Checkpoints:
         """Return items of a checkpoint as Orbax reads them; raise Damaged if it cannot."""
         failure, read = "", None
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(**items))
+            read = self._reader.restore(self._path(step), args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many types, Exception itself among them
             is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
             if is_full or self._lost_a_peer(error):
@@ -222,14 +226,17 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until everything saved is on disk; raise RunError if it cannot be."""
         with self._one_line_errors():
-            self._manager.wait_until_finished()
+            if self._manager:
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         try:
             self.wait()
         finally:
             with contextlib.suppress(Exception):  # it reports a failed save again
-                self._manager.close()
+                if self._manager:
+                    self._manager.close()
+            self._reader.close()
             for _ in range(10 * self._has_failed):  # other writes may still be in progress
                 self._clean_up()
                 time.sleep(0.1)

@@ -8,10 +8,10 @@ out/small/config.json      the whole request, with versions and device
           tensorboard/ and wandb/ if requested
 """
 
+import contextlib
 import re
 import shutil
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from nanogpt_jax import files
@@ -119,13 +119,17 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
 
 def saved_steps(checkpoints: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, newest first."""
-    found = checkpoints.iterdir() if checkpoints.is_dir() else []
-    names = [path.name for path in found if path.is_dir() and any(path.iterdir())]
-    # One that a kill cut off has a longer name.
-    return sorted((int(name) for name in names if re.fullmatch("0|[1-9]\\d*", name)), reverse=True)
+    steps = []
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else []:
+        # A file, or deleted just now by a training in progress.
+        with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+            # One that a kill cut off has a longer name, or is empty.
+            if re.fullmatch("0|[1-9]\\d*", path.name) and any(path.iterdir()):
+                steps.append(int(path.name))
+    return sorted(steps, reverse=True)
 
 
-def locked(folder: Path) -> AbstractContextManager:
+def locked(folder: Path) -> contextlib.AbstractContextManager:
     """Create the folder; return a context in which no other process can train in it.
 
     Raises InputError if that fails or another process is training there.

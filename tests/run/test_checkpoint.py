@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -245,6 +247,21 @@ def test_reading_only_changes_nothing(two, abstract, state_at):
     assert saving.exists()
 
 
+def test_a_training_may_delete_a_checkpoint_at_any_moment_of_reading(two):
+    """Another process moves one away and back, over and over; the newest stays."""
+    script = "import os, sys\nwhile True:\n  os.rename(*sys.argv[1:]); os.rename(*sys.argv[:0:-1])"
+    training = [sys.executable, "-c", script, two / "10", two.parent / "elsewhere"]
+    with subprocess.Popen(training) as process:
+        try:
+            for _ in range(30):
+                checkpoints = Checkpoints(two, read_only=True)
+                assert checkpoints.steps()[0] == 20
+                checkpoints.close()
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 # Damage is named, and an older checkpoint used
 
 
@@ -253,8 +270,10 @@ def cut_to(size):
 
 
 def flip(path):
+    """Flip eight bits all over a file; now and then one alone hits what Orbax never reads."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
+    for index in range(len(content) // 16, len(content), -(-len(content) // 8)):
+        content[index] ^= 0x10
     path.write_bytes(content)
 
 
@@ -267,7 +286,7 @@ DAMAGES = {
     "missing": os.unlink,
     "empty": cut_to(lambda size: 0),
     "cut in half": cut_to(lambda size: size // 2),
-    "a bit flipped": flip,
+    "bits flipped": flip,
     "a folder": replace_by_folder,
 }
 
@@ -399,7 +418,7 @@ def test_what_cannot_be_read_right_now_is_not_taken_for_damaged(two, abstract, m
         def fail(*args, reason=reason, **kwargs):
             raise ValueError(reason)
 
-        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        monkeypatch.setattr(checkpoints._reader, "restore", fail)
         with pytest.raises(RunError, match=r"checkpoints/20 cannot be read right now .*try again"):
             checkpoints.restore(abstract)
     checkpoints.close()

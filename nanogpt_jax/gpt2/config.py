@@ -199,7 +199,7 @@ def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
         "model_max_length": config.block_size,
         **ends,
     }
-    files = {"generation_config.json": _to_json(end_ids)}
+    files = {"generation_config.json": _to_json({**end_ids, "max_length": config.block_size})}
     if tokenizer is not None:
         if tokenizer.vocab_size > (config.vocab_size or 0):
             raise InputError(

@@ -180,6 +180,19 @@ def test_their_tokenizer_says_the_same_of_any_text(tmp_path, tokenizer):
     assert len(theirs) == tokenizer.vocab_size
 
 
+@pytest.mark.parametrize("kind", ["chars", "bpe"])
+def test_their_pipeline_writes_with_its_defaults(tmp_path, kind):
+    """Up to 256 new tokens, for which this model has no positions."""
+    config, tokenizer = RUNS[kind]
+    save_run(tmp_path / "run", config, tokenizer, random_params(config))
+    convert.export(tmp_path / "run", tmp_path / "hf")
+    write = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    (found,) = write("the cat", do_sample=False, eos_token_id=-1, return_tensors=True)
+    assert len(found["generated_token_ids"]) == config.block_size
+    with pytest.raises(ValueError, match=f"`max_length` is set to {config.block_size}"):
+        write("the cat " * 30)
+
+
 def test_they_end_at_the_end_of_a_document_where_there_is_one(tmp_path):
     for tokenizer, expected in (BPE, 0), (CHARS, None):
         config = replace(RUNS["bpe"][0], vocab_size=tokenizer.vocab_size)

@@ -3,8 +3,12 @@
 Every decision that depends on the platform is made here. JAX is imported when one is.
 """
 
+import contextlib
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from nanogpt_jax.model import Compute
 
 CUDA_EXTRA, TPU_EXTRA = "'.[cuda12]' or '.[cuda13]'", "'.[tpu]'"
+CGROUPS, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 
 
@@ -211,7 +216,24 @@ def memory_bytes(device) -> int | None:
         return limit
     if device.platform != "cpu" or not hasattr(os, "sysconf"):
         return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_memory_limits())
+
+
+def _memory_limits() -> Iterator[int]:
+    """Yield what this process's memory is limited to, in bytes: as by `ulimit -v` or a container.
+
+    To Linux a container, of Docker or Slurm, is a control group within others, of version 2 or 1.
+    """
+    import resource  # not on Windows
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    yield sys.maxsize if limit == resource.RLIM_INFINITY else limit
+    for line in CGROUPS.read_text().splitlines() if CGROUPS.exists() else ():
+        group = line.split(":", 2)[2].strip("/")
+        for top, name in ("", "memory.max"), ("memory", "memory.limit_in_bytes"):
+            for level in (Path(group), *Path(group).parents):
+                with contextlib.suppress(OSError, ValueError):  # not visible here; "max"
+                    yield int((CGROUP_FILES / top / level / name).read_text())
 
 
 def check_sampling_memory(config: ModelConfig, n_rows: int, advice: str) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,7 +58,7 @@ V5E = tpu("TPU v5 lite")
 GPT2 = model()
 
 
-CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+CPU = SimpleNamespace(platform="cpu", device_kind="cpu", memory_stats=lambda: None)
 
 
 def chosen(device, model=GPT2, **requested):
@@ -189,6 +190,32 @@ def test_idle_devices_and_a_step_that_does_not_fit_are_reported(monkeypatch):
     assert fitting == "a step needs 1,024 of 1,024 MiB on each device"
     with pytest.raises(RunError, match="1,024 of 512 MiB on each device: try a smaller --batch"):
         machine._replace(memory_bytes=2**29).check_fits(step, config)
+
+
+@pytest.mark.parametrize(
+    ("version", "group", "limits", "expected"),
+    [
+        ("0::", "/", {"memory.max": "1500"}, 1500),  # as Docker shows it inside
+        ("0::", "/job/step", {"job/memory.max": "1700", "job/step/memory.max": "max"}, 1700),
+        ("4:memory:", "/docker/12", {"memory/memory.limit_in_bytes": "1600"}, 1600),
+        ("4:memory:", "/job", {"memory/job/memory.limit_in_bytes": "1800"}, 1800),
+        ("0::", "/job:1", {"memory.max": "max", "another/memory.max": "9"}, None),
+    ],
+)
+def test_the_memory_of_a_container_is_what_it_may_use(
+    tmp_path, monkeypatch, version, group, limits, expected
+):
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "CGROUP_FILES", tmp_path / "fs")
+    unlimited = devices.memory_bytes(CPU)
+    (tmp_path / "cgroup").write_text(f"3:cpu:/\n{version}{group}\n")
+    for name, limit in limits.items():
+        path = tmp_path / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(limit + "\n")
+    assert devices.memory_bytes(CPU) == (expected or unlimited)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1000, 2000))  # by ulimit -v 1
+    assert devices.memory_bytes(CPU) == 1000
 
 
 # As JAX words it, after it looked for /dev/nvidia0 and the like, and for a TPU's PCI number.

@@ -21,6 +21,13 @@ PEER_DIED = re.compile(
     r"Gloo|NCCL|UNAVAILABLE|coordination service|heartbeat|by peer|DEADLINE_EXCEEDED"
 )
 
+# JAX's settings to debug with that optax, or a step compiled ahead, cannot obey, and what JAX says.
+UNSUPPORTED = {
+    "JAX_DISABLE_JIT=1": "Disable jit is not supported",
+    "JAX_NUMPY_DTYPE_PROMOTION=strict": "promotion=strict",
+    "JAX_TRANSFER_GUARD=disallow": "Disallowed host-to-device transfer",
+}
+
 
 class UserError(Exception):
     """An error that is printed as one line, whatever it quotes."""
@@ -119,6 +126,9 @@ def _explanation(error: Exception) -> str | None:
             f"a file cannot be read or written ({error.strerror}{where}): free some space or use "
             "another disk"
         )
+    for setting, words in UNSUPPORTED.items():
+        if words in str(error):
+            return f"{setting} does not work with this command: unset it; JAX_DEBUG_NANS=1 works"
     if _is_one_of_several() and PEER_DIED.search(str(error)):
         return (
             "another process of this run has died. Restart all of them: they resume from the "

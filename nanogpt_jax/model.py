@@ -266,13 +266,13 @@ class GPT(nn.Module):
 
     def hidden_states(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
         """Return (x_BTD, cache): the normalised residual stream, from which `head` reads."""
-        _, T = tokens_BT.shape
-        block_size = self.config.block_size
+        T, block_size = tokens_BT.shape[1], self.config.block_size
         assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
         start = 0 if cache is None else cache.length
         x_BTD = self.wte(tokens_BT)
         if self.config.positions == "learned":
-            x_BTD += self.wpe(start + jnp.arange(T))[None]
+            # `decode` may read past the end, in vain: no NaN, or JAX_DEBUG_NANS would stop there.
+            x_BTD += self.wpe(jnp.minimum(start + jnp.arange(T), block_size - 1))[None]
         x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
         new_kv = []
         for i, block in enumerate(self.h):

@@ -33,7 +33,7 @@ from runs import (
     write_tokenizer,
 )
 
-from nanogpt_jax import corpora, data
+from nanogpt_jax import corpora, data, errors
 from nanogpt_jax.config import MODERN, parse_train_config, to_flat_dict
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import chip_named, chips, devices
@@ -170,6 +170,21 @@ def test_float16_resumes_bit_for_bit_with_its_loss_scale(dataset, tmp_path):
     assert read_metrics(tmp_path / "straight")[-1]["skipped_updates"] == state.skipped
     updates = {int(x) for x in jax.tree.leaves(state.opt_state) if x.ndim == 0}
     assert updates == {24 - int(state.skipped)}
+
+
+@pytest.mark.parametrize("setting", errors.UNSUPPORTED)
+def test_a_debugging_setting_that_cannot_be_obeyed_is_named_in_a_line(dataset, tmp_path, setting):
+    argv = command(tmp_path / "run", dataset, "--max_iters=2")
+    name, value = setting.split("=")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        code, _, err = finish(*argv, cwd=tmp_path)
+    line = f"error: {setting} does not work with this command: unset it; JAX_DEBUG_NANS=1 works\n"
+    assert (code, err) == (1, line)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DEBUG_NANS", "1")
+        code, _, err = finish(*argv, cwd=tmp_path)
+    assert code == 0, err
 
 
 def test_signals_save_and_the_same_command_resumes(straight, dataset, tmp_path, capsys):

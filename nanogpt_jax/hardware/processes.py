@@ -158,14 +158,16 @@ def use_compile_cache(requested: str, n_processes: int = 1) -> None:
         return
     if not requested and (os.environ.get("JAX_COMPILATION_CACHE_DIR") or n_processes > 1):
         return
-    home = platformdirs.user_cache_path("nanogpt_jax", appauthor=False)
-    folder = Path(requested or home / platform.node()).absolute()
     try:
+        folder = Path(requested).absolute()
+        if not requested:
+            cache = platformdirs.user_cache_path("nanogpt_jax", appauthor=False)
+            folder = cache.expanduser() / platform.node()  # older versions return ~ as it is
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         str(folder).encode()  # XLA takes UTF-8 only
-    except (OSError, ValueError) as error:
-        line = f"no compile cache: cannot create {folder} ({error}); name another --compile_cache"
-        print(visible(line))
+    except (OSError, ValueError, RuntimeError) as error:  # the last: there is no home directory
+        where = requested or "one in your home"
+        print(visible(f"no compile cache: cannot create {where} ({error}); name a --compile_cache"))
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -4,6 +4,7 @@ Two real processes train together in tests/test_processes.py.
 """
 
 import dataclasses
+import os
 import socket
 import stat
 import zlib
@@ -79,6 +80,17 @@ def test_a_folder_that_cannot_be_created_is_reported_and_harmless(cache, tmp_pat
     (tmp_path / "file").write_text("in the way")
     assert not cache(folder)
     assert "no compile cache: cannot create " in capsys.readouterr().out
+
+
+def test_without_a_home_directory_there_is_no_cache(cache, tmp_path, monkeypatch, capsys):
+    """As in a container with a user id of its own: no HOME, and no entry in /etc/passwd."""
+    for name in "XDG_CACHE_HOME", "HOME":
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert not cache()
+    assert "no compile cache: cannot create one in your home (" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # above all no folder named ~
+    assert cache("named")
 
 
 def test_a_broken_entry_is_only_a_warning(cache):

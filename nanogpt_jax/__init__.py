@@ -9,7 +9,7 @@ Importing the package imports neither JAX nor any of its own modules.
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
@@ -82,7 +82,10 @@ def find(source: str | os.PathLike | None = None) -> Source:
 
     if source is not None and gpt2.is_gpt2(source):
         name = str(source)
-        return Source(name, None, gpt2.read_config(name), gpt2.read_tokenizer(name))
+        config, tokenizer = gpt2.read_config(name), gpt2.read_tokenizer(name)
+        if tokenizer:  # the embedding may be padded
+            config = replace(config, known_tokens=tokenizer.vocab_size)
+        return Source(name, None, config, tokenizer)
     folder = newest() if source is None else Path(source)
     config_path = folder / "config.json"
     if not os.path.isfile(config_path):

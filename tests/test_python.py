@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import nanogpt_jax
+import train
 from nanogpt_jax.config import SampleConfig
 from nanogpt_jax.corpora import BPETokenizer, save_tokenizer
 from nanogpt_jax.errors import InputError
@@ -136,6 +137,40 @@ def test_a_hugging_face_gpt2_is_loaded_from_its_folder(gpt2):
         f"--init_from={gpt2}", "--num_samples=1", "--max_new_tokens=48", "--seed=3", "--start=abc"
     )
     assert printed.startswith(nanogpt_jax.generate(loaded, "abc", **SHORT))
+
+
+@pytest.fixture
+def with_tokens(gpt2, tmp_path):
+    """Copy the GPT-2 with a tokenizer that has so many tokens more than its embedding."""
+
+    def copy(n_more):
+        chars = json.loads((gpt2 / "tokenizer.json").read_text())["chars"]
+        chars = chars[:n_more] if n_more < 0 else chars + "yz{"[:n_more]
+        shutil.copytree(gpt2, tmp_path / "copy")
+        (tmp_path / "copy" / "tokenizer.json").write_text(
+            json.dumps({"type": "char", "chars": chars})
+        )
+        return tmp_path / "copy", set(chars)
+
+    return copy
+
+
+def test_an_embedding_larger_than_its_tokenizer_writes_known_tokens_only(with_tokens):
+    folder, chars = with_tokens(-4)
+    loaded = nanogpt_jax.load(folder)
+    assert set(nanogpt_jax.generate(loaded, max_new_tokens=400, top_k=0, temperature=2)) <= chars
+
+
+def test_a_tokenizer_larger_than_its_embedding_is_refused_with_both_sizes(with_tokens, tmp_path):
+    """Such as after adding a [PAD] and not resizing the model."""
+    folder, chars = with_tokens(2)
+    message = f"most the {len(chars) - 2} tokens of the model's embedding, but has {len(chars)}: "
+    with pytest.raises(InputError, match=message):
+        nanogpt_jax.find(folder)
+    (tmp_path / "text.txt").write_text("abcab" * 200)
+    argv = f"--init_from={folder}", f"--dataset={tmp_path / 'text.txt'}", "--block_size=8"
+    with pytest.raises(InputError, match=message):
+        train.main([*argv, f"--out_dir={tmp_path / 'run'}", "--config=tiny"])
 
 
 def test_byte_pairs_are_streamed_as_whole_characters(run, tmp_path):

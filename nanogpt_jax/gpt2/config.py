@@ -118,14 +118,22 @@ def adopt_shape(config: TrainConfig) -> TrainConfig:
 
 def tokenizer_of(config: TrainConfig) -> str | None:
     """Return the path of the tokenizer of init_from, downloaded if necessary; None: it has none."""
-    path = None if config.init_from == SCRATCH else hub.find_tokenizer(config.init_from)
-    return path and str(path)
+    if config.init_from == SCRATCH or read_tokenizer(config.init_from) is None:
+        return None
+    return str(hub.find_tokenizer(config.init_from))
 
 
 def read_tokenizer(source: str) -> Tokenizer | None:
-    """Return a GPT-2's tokenizer; None if its folder has none."""
+    """Return a GPT-2's tokenizer, no larger than its embedding; None if its folder has none."""
     path = hub.find_tokenizer(source)
-    return path and corpora.read_tokenizer(path)
+    tokenizer = path and corpora.read_tokenizer(path)
+    n_tokens, n_known = tokenizer.vocab_size if tokenizer else 0, read_config(source).vocab_size
+    if n_tokens > (n_known or 0):
+        raise InputError(
+            f"{path}: must have at most the {n_known} tokens of the model's embedding, but has "
+            f"{n_tokens}: resize_token_embeddings({n_tokens}) in transformers makes room for them"
+        )
+    return tokenizer
 
 
 def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer | None) -> None:

@@ -19,6 +19,9 @@ pytestmark = pytest.mark.slow
 LENGTH = "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=20", "--log_interval=5"
 
 
+COUNTS, ALONE = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"), "add --num_processes 1"
+
+
 def start(folder, book, *more, n_devices=1, variables=None):
     """Start train.py in a process with so many virtual devices."""
     argv = [sys.executable, str(ROOT / "train.py"), *SHAPE, *LENGTH, "--mesh="]
@@ -145,6 +148,47 @@ def test_flags_that_differ_are_refused(tmp_path, book):
         assert "they differ in seed" in errors
         assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
+
+
+# What is set in an interactive shell, in which only one process is started.
+LAUNCHERS = {
+    "srun -n4 --pty bash": {
+        "SLURM_JOB_ID": "20001", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    },
+    "mpirun -n 2 bash": {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_process_of_several_says_for_whom_it_waits_and_hears_ctrl_c(tmp_path, book, launcher):
+    variables = LAUNCHERS[launcher]
+    with start(tmp_path / "run", book, variables=variables) as process:
+        line = process.stdout.readline()
+        count = next(f"{name}={variables[name]}" for name in COUNTS if name in variables)
+        assert line == f"waiting for all processes, as {count} asks; to train alone, {ALONE}\n"
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == -signal.SIGINT
+    [(code, _, err)] = finish(
+        start(tmp_path / "run", book, "--num_processes=1", variables=variables)
+    )
+    assert (code, err) == (0, "")
+
+
+def test_one_process_of_several_ends_in_a_line_if_nobody_comes(tmp_path, book):
+    code = "from nanogpt_jax.hardware import processes; processes.JOIN_TIMEOUT_S = 3; import train;"
+    code += "from nanogpt_jax.errors import run_command; run_command(train.main)"
+    argv = f"--dataset={book}", f"--out_dir={tmp_path / 'run'}", "--config=tiny"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=os.environ | LAUNCHERS["srun -n4 --pty bash"],
+    )  # fmt: skip
+    line = "error: not all processes have joined within 3 s: start all of them, or, to train alone,"
+    assert (done.returncode, done.stderr) == (1, f"{line} {ALONE}\n")
 
 
 def test_slurm_is_found_without_a_flag(tmp_path, book, alone):

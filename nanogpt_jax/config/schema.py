@@ -193,7 +193,7 @@ class TrainConfig:
     #: with several processes: HOST:PORT of the first one, or auto on a Cloud TPU pod; empty: a
     #: single process, or what Slurm says
     coordinator_address: str = ""
-    num_processes: int = 0  # with several processes: how many; 0: JAX finds out
+    num_processes: int = 0  # how many processes; 0: what Slurm and the like say; 1: only this one
     process_id: int = -1  # with several processes: the number of this one; -1: JAX finds out
     heartbeat_timeout_s: int = 100  # with several processes: all stop if one is silent for so long
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -215,7 +215,8 @@ class TrainConfig:
         ok = address in ("", "auto") or (port is not None and 1 <= int(port[1]) <= 65535)
         require(ok, self, "coordinator_address", "HOST:PORT or auto")
         given = port is not None, self.num_processes > 0, self.process_id >= 0
-        if any(given) and not all(given):
+        is_alone = self.num_processes == 1 and not address and self.process_id < 0
+        if any(given) and not all(given) and not is_alone:
             raise InputError(
                 "coordinator_address, num_processes and process_id must be given together, like "
                 "--coordinator_address 10.0.0.1:8476 --num_processes 2 --process_id 0; leave all "

@@ -9,6 +9,7 @@ import platform
 import signal
 import socket
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import platformdirs
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.errors import InputError, first_line, visible
 
+JOIN_TIMEOUT_S = 300
 Result = TypeVar("Result")
 
 
@@ -86,30 +88,45 @@ def join_processes(config: TrainConfig) -> Processes:
 
     There are several if the flags say so, or the environment variables of Slurm, Open MPI or a TPU
     pod on Kubernetes. `--coordinator_address auto` leaves everything to JAX, as a Cloud TPU pod
-    requires. Set signal handlers after this: joining sets its own.
+    requires. Set signal handlers after this: joining sets its own. Without all of them the process
+    ends after JOIN_TIMEOUT_S.
     """
     address, named = config.coordinator_address, {}
-    if not address and not _environment_has_several():
-        return ALONE
+    reason, to_be_alone = f"--coordinator_address {address}", "leave it out"
+    if not address:
+        reason, to_be_alone = _variables_of_several(), "add --num_processes 1"
+        if not reason or config.num_processes == 1:
+            return ALONE
     import jax
 
+    print(f"waiting for all processes, as {reason} asks; to train alone, {to_be_alone}")
     if address not in ("", "auto"):
         if config.process_id == 0:
             _check_free(int(address.rpartition(":")[2]))
-        print(f"process {config.process_id} of {config.num_processes}: joining at {address}")
         named = {
             "coordinator_address": address,
             "num_processes": config.num_processes,
             "process_id": config.process_id,
             "cluster_detection_method": "deactivate",
         }
+    # JAX's own time limit ends in a crash, and while it waits Python hears no Ctrl-C.
+    timer = threading.Timer(JOIN_TIMEOUT_S, _give_up, [to_be_alone])
+    timer.daemon = True
+    timer.start()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=config.heartbeat_timeout_s, **named)
+        jax.distributed.initialize(
+            initialization_timeout=2 * JOIN_TIMEOUT_S,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_s, **named,
+        )  # fmt: skip
     except Exception as error:  # from the cluster, the network or the file system
         raise InputError(
-            f"the processes cannot join at {address or 'Slurm'} ({first_line(error)}): check "
-            "--coordinator_address, or leave it out to train on this machine alone"
+            f"the processes cannot join, as {reason} asks ({first_line(error)}): to train alone, "
+            f"{to_be_alone}"
         ) from error
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's handler would swallow it
     processes = Processes(jax.process_index(), jax.process_count())
     if not processes.is_first:
@@ -118,13 +135,22 @@ def join_processes(config: TrainConfig) -> Processes:
     return processes
 
 
-def _environment_has_several() -> bool:
-    counts = ["OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"]
+def _give_up(to_be_alone: str) -> None:
+    line = f"error: not all processes have joined within {JOIN_TIMEOUT_S} s: start all of them, or,"
+    print(f"{line} to train alone, {to_be_alone}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _variables_of_several() -> str:
+    """Return the environment variables of a launcher of several processes, like SLURM_NTASKS=4."""
+    names = ["OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"]
     if "SLURM_STEP_NODELIST" in os.environ:
-        counts.append("SLURM_NTASKS")
-    texts = [os.environ.get(name, "") for name in counts]
-    several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return several_hosts or any(text.isdecimal() and int(text) > 1 for text in texts)
+        names.append("SLURM_NTASKS")
+    texts = {name: os.environ.get(name, "") for name in names}
+    found = [f"{name}={n}" for name, n in texts.items() if n.isdecimal() and int(n) > 1]
+    if "," in (hosts := os.environ.get("TPU_WORKER_HOSTNAMES", "")):
+        found.append(f"TPU_WORKER_HOSTNAMES={hosts}")
+    return " and ".join(found)
 
 
 def _check_free(port: int) -> None:

@@ -162,7 +162,7 @@ def test_a_port_in_use_is_reported_before_jax_crashes_on_it(tiny_config):
 
 def test_nowhere_to_join_is_an_input_error(tiny_config):
     config = dataclasses.replace(tiny_config, coordinator_address="auto")
-    with pytest.raises(InputError, match=r"the processes cannot join at auto \("):
+    with pytest.raises(InputError, match=r"cannot join, as --coordinator_address auto asks \("):
         join_processes(config)
 
 

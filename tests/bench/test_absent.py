@@ -166,7 +166,7 @@ def test_gpt2_on_sixteen_chips(run):
         r"([\d.]+) ms a step, ([\d,]+) t", printed["roofline"]
     ).groups()
     expected = 1000 * tokens / float(step_ms)
-    assert float(tokens_per_s.replace(",", "")) == pytest.approx(expected, rel=1e-3)
+    assert float(tokens_per_s.replace(",", "")) == pytest.approx(expected, rel=5e-3)  # 3 digits
 
 
 @needs_compiler

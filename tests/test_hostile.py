@@ -34,7 +34,7 @@ from nanogpt_jax import corpora
 from nanogpt_jax.config import ModelConfig, TrainConfig, parse_train_config
 from nanogpt_jax.config.cli import START_FIELDS
 from nanogpt_jax.corpora import END_OF_TEXT
-from nanogpt_jax.corpora.tokenizer import tokenizer_hash
+from nanogpt_jax.corpora.tokenizer_spec import tokenizer_hash
 from nanogpt_jax.errors import InputError, reading, visible
 from nanogpt_jax.gpt2 import config as gpt2_config
 from nanogpt_jax.gpt2 import convert, weights

@@ -22,9 +22,9 @@ from nanogpt_jax.corpora.readers import Item, Key, grouped
 from nanogpt_jax.corpora.shards import PROGRESS, Counts, read_meta
 from nanogpt_jax.corpora.sources import START, Source
 from nanogpt_jax.corpora.text import anywhere
-from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer, tokenizer_hash
+from nanogpt_jax.corpora.tokenizer import CharTokenizer, Tokenizer
 from nanogpt_jax.corpora.tokenizer_files import TOKENIZER_FILE, load_tokenizer, save_tokenizer
-from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
+from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec, tokenizer_hash
 from nanogpt_jax.errors import InputError
 
 PART_CHARS = 2**21  # at least, in a part

@@ -1,7 +1,6 @@
 """Text to token ids and back: one token per character, or byte-pair encoding."""
 
 import codecs
-import hashlib
 import json
 import math
 import re
@@ -20,7 +19,6 @@ from nanogpt_jax.errors import InputError, reading
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token after each document
 ROUND_TRIP = "\n The Cat's\n\n  sat \t🎭 日本. "  # what a tokenizer must decode to itself
 MAX_WORD_CHARS = 256
-PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
 
 
 @dataclass(frozen=True)
@@ -224,19 +222,6 @@ Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Convert a loss in nats per token to bits per byte of text, comparable across tokenizers."""
     return loss / math.log(2) / bytes_per_token
-
-
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Return eight hex digits that identify what a tokenizer does, however its file is written."""
-    content = [token.hex() for token in tokenizer.token_bytes]
-    if isinstance(tokenizer, BPETokenizer):
-        merges = json.loads(tokenizer.to_json())["model"]["merges"]
-        content += [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-        # How a text is cut before merging shows in the ids of some tokens' own text.
-        some = tokenizer.token_bytes[:: 1 + tokenizer.vocab_size // 8192]
-        texts = [token.decode("utf-8", "ignore") for token in some]
-        content += [str(ids.tolist()) for ids in tokenizer.encode_batch([PROBE, *texts])]
-    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:8]
 
 
 def token_lengths(tokenizer: Tokenizer) -> np.ndarray:

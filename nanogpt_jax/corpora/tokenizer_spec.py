@@ -1,5 +1,7 @@
-"""Which tokenizer a corpus should have: char, gpt2, bpe or a file."""
+"""Which tokenizer a corpus should have, char, gpt2, bpe or a file, and which one it has."""
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -8,12 +10,13 @@ from pathlib import Path
 
 from nanogpt_jax import files
 from nanogpt_jax.config import GPT2_REVISIONS
-from nanogpt_jax.corpora.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, tokenizer_hash
+from nanogpt_jax.corpora.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 from nanogpt_jax.corpora.tokenizer_files import TOKENIZER_FILE, find_tokenizer, read_tokenizer
 from nanogpt_jax.errors import InputError, did_you_mean
 
 GPT2_HASH = "5c81a021"  # `tokenizer_hash` of GPT-2's, from OpenAI's encoder.json and vocab.bpe
 BPE_VOCAB_SIZE = 4096
+PROBE = "It's 1234567 x=42;  They'LL\tgo\n\n\nÀ LA  café\u2019s e\u0301 ﬁn 日本語 🎭 " + END_OF_TEXT
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,19 @@ class TokenizerSpec:
             return isinstance(tokenizer, CharTokenizer)
         # For a prepared corpus bpe means its own, whatever its size.
         return self.vocab_size is not None and isinstance(tokenizer, BPETokenizer)
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """Return eight hex digits that identify what a tokenizer does, however its file is written."""
+    content = [token.hex() for token in tokenizer.token_bytes]
+    if isinstance(tokenizer, BPETokenizer):
+        merges = json.loads(tokenizer.to_json())["model"]["merges"]
+        content += [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+        # How a text is cut before merging shows in the ids of some tokens' own text.
+        some = tokenizer.token_bytes[:: 1 + tokenizer.vocab_size // 8192]
+        texts = [token.decode("utf-8", "ignore") for token in some]
+        content += [str(ids.tolist()) for ids in tokenizer.encode_batch([PROBE, *texts])]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:8]
 
 
 def _gpt2_tokenizer() -> Path:

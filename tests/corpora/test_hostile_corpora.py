@@ -29,7 +29,7 @@ from nanogpt_jax.corpora import (
     open_corpus,
     prepare,
 )
-from nanogpt_jax.corpora.tokenizer import tokenizer_hash
+from nanogpt_jax.corpora.tokenizer_spec import tokenizer_hash
 
 FILES = ("meta.json", "tokenizer.json", "train.bin", "val.bin", "lines.jsonl")
 BPE = BPETokenizer.train(["the cat sat on the mat " * 50], 300)

@@ -32,7 +32,8 @@ from nanogpt_jax.corpora import (
     tokenizer_spec,
     tokens,
 )
-from nanogpt_jax.corpora.tokenizer import BPETokenizer, tokenizer_hash
+from nanogpt_jax.corpora.tokenizer import BPETokenizer
+from nanogpt_jax.corpora.tokenizer_spec import tokenizer_hash
 from nanogpt_jax.errors import InputError
 
 END = "<|endoftext|>"

@@ -7,8 +7,9 @@ import pytest
 
 from nanogpt_jax import corpora
 from nanogpt_jax.corpora import END_OF_TEXT, BPETokenizer, CharTokenizer
-from nanogpt_jax.corpora.tokenizer import token_lengths, tokenizer_hash
+from nanogpt_jax.corpora.tokenizer import token_lengths
 from nanogpt_jax.corpora.tokenizer_files import tokenizer_from_json
+from nanogpt_jax.corpora.tokenizer_spec import tokenizer_hash
 from nanogpt_jax.errors import InputError
 
 TEXT = "Grüße, 世界! 🎭🙂 naïve e\u0301\r\n\ttwo\u2028lines \U0010ffff\x00"

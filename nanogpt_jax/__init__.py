@@ -134,7 +134,7 @@ def load(
     if folder is None:
         params, step = gpt2.load_params(name, config, abstract), None
     else:
-        checkpoints = open_checkpoints(folder, read_only=True)
+        checkpoints = open_checkpoints(folder)
         prefer = checkpoints.best_step() if checkpoint == "best" else None
         restored = checkpoints.restore_params(abstract, prefer)
         checkpoints.close()

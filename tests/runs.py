@@ -144,7 +144,7 @@ def state_of(folder: Path, step: int | None = None):
     model = steps.make_model(config.model)
     init = partial(steps.init_params, model)
     abstract = jax.eval_shape(lambda key: steps.init_state(tx, init(key)), jax.random.key(0))
-    checkpoints = open_checkpoints(folder, read_only=True)
+    checkpoints = open_checkpoints(folder)
     state = checkpoints.restore(sharding.place(abstract, sharding.make_mesh()), prefer=step)
     checkpoints.close()
     return state

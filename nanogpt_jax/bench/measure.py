@@ -30,11 +30,8 @@ from nanogpt_jax.hardware import duration, run_flops, train_flops_per_token
 from nanogpt_jax.run import read_metrics, save_figure
 
 TRAIN = Path(__file__).parents[2] / "train.py"
-BATCHES = {
-    "small": (12,),
-    "shakespeare": (64, 128, 256),
-    "gpt2": (16, 32, 64),
-}  # first: sampled too
+# The first of each is the preset's own, and sampled too.
+BATCHES = {"small": (12,), "shakespeare": (64, 128, 256), "gpt2": (16, 32, 64)}
 # To guess how long something takes: FLOP/s, and their share of the fastest matrix product.
 PEAK, SHARE, START_S = 1e11, 0.1, 20
 

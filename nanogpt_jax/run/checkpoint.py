@@ -41,28 +41,17 @@ class Damaged(InputError):
     """A checkpoint is not what was saved, or belongs to a model of another shape."""
 
 
-class Checkpoints:
-    """The checkpoints of a run; the newest one and the best one are kept.
+class CheckpointReader:
+    """The checkpoints of a run, to read: a training may be saving and deleting there meanwhile.
 
-    All processes save and restore, the first one cleans up. If read_only, nothing is written or
-    cleaned up: a training may be saving there meanwhile.
+    Each is opened by itself: Orbax's manager looks at all steps, and fails if one has just gone.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False, processes: Processes = ALONE):
+    def __init__(self, folder: Path, processes: Processes = ALONE):
         _silence_orbax()
         self.folder = Path(folder).absolute()  # Orbax fails on relative paths, and late
-        self.read_only, self._processes, self._has_failed = read_only, processes, False
-        self._clean_up()  # what a kill left behind
-        # The manager lists and looks at all steps, of which a training may be deleting one.
+        self._processes = processes
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        self._manager = None
-        if not read_only:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=self,
-                # Otherwise a directory that cannot be created hangs the process at its exit.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            )
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._val_losses: dict[int, float | None] = {}
         self._damaged: dict[int, Damaged] = {}
         for step in self.steps():
@@ -80,47 +69,11 @@ class Checkpoints:
         known = [(loss, step) for step, loss in self._val_losses.items() if loss is not None]
         return min(known)[1] if known else None
 
-    def save(self, state: TrainState, val_loss: float | None = None) -> None:
-        """Save a state in the background, under its step; without val_loss it is never the best.
-
-        Raises RunError if the disk is full or fails otherwise, maybe already in the save before.
-        """
-        params = _named_leaves(state.params)
-        training = _named_leaves(state._replace(params={}))
-        step = int(state.step)
-        assert val_loss is None or np.isfinite(val_loss), "a NaN would count as the best"
-        metadata = {
-            "step": step,
-            "val_loss": val_loss,
-            # By hand, since Orbax does not notice a flipped bit in a data file.
-            "checksums": {name: int(checksum(leaf)) for name, leaf in (params | training).items()},
-        }
-        self._val_losses[step] = val_loss
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            training=ocp.args.StandardSave(training),
-            facts=ocp.args.JsonSave(metadata | {"crc32": _crc32(metadata)}),
-        )
-        assert self._manager, "opened to read only"
-        with self._one_line_errors():
-            saved = self._manager.save(step, args=items)
-        assert saved, f"step {step} is not newer than step {self._manager.latest_step()}"
-
-    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
-        """Return whether to keep each checkpoint, when Orbax asks before it commits the newest.
-
-        Orbax's own BestN reads its own metrics, which the runs that exist do not have: it would
-        delete their best checkpoint.
-        """
-        kept = checkpoints[-1].step, self.best_step()
-        return [checkpoint.step in kept for checkpoint in checkpoints]
-
     def restore(self, abstract: TrainState, prefer: int | None = None) -> TrainState | None:
         """Return the newest undamaged state, sharded as `abstract`; None if nothing was saved yet.
 
         The step `prefer` is tried before all others. Warn about a damaged checkpoint and fall back
-        to an older one. Unless read_only, rename the damaged one, as in 60.damaged: the run will
-        reach its step again. Raises InputError if all are damaged or of another shape.
+        to an older one. Raises InputError if all are damaged or of another shape.
         """
         items = {"params": abstract.params, "training": abstract._replace(params={})}
         restored, _ = self._restore(items, prefer)
@@ -143,7 +96,6 @@ class Checkpoints:
                 continue
             for error in self._damaged.values():
                 print(f"warning: {error}; using step {step} instead", file=sys.stderr)
-            self._set_damaged_aside()
             return restored, step
         if self._damaged:
             reasons = "; ".join(map(str, self._damaged.values()))
@@ -159,25 +111,6 @@ class Checkpoints:
     def _note_damage(self, step: int, error: Damaged) -> None:
         if self._path(step).exists():  # not deleted meanwhile
             self._damaged[step] = error
-
-    def _set_damaged_aside(self) -> None:
-        """Rename damaged checkpoints: they block those to come, or would be deleted as old."""
-        if self._manager is None or not self._damaged:
-            return
-        if self._processes.is_first:
-            for step in self._damaged:
-                aside = self.folder / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                self._path(step).rename(aside)
-                print(f"warning: renamed to {aside}; you can delete it", file=sys.stderr)
-        self._processes.wait("set aside")
-        for step in self._damaged:
-            self._val_losses.pop(step, None)
-            for _ in range(120):  # until a network file system shows it here too
-                if self._path(step).exists():
-                    time.sleep(0.5)
-        self._damaged.clear()
-        self._manager.reload()
 
     def _metadata(self, step: int) -> dict:
         """Return what was saved beside the arrays; raise Damaged if it is not what was saved."""
@@ -223,35 +156,106 @@ class Checkpoints:
             raise Damaged(f"{self._path(step)}: {', '.join(items)} cannot be restored ({reason})")
         return read
 
+    def close(self) -> None:
+        self._reader.close()
+
+    def _lost_a_peer(self, error: Exception) -> bool:
+        return self._processes.count > 1 and bool(PEER_DIED.search(str(error)))
+
+
+class Checkpoints(CheckpointReader):
+    """The checkpoints of a run in training, whose processes all save: the newest and the best."""
+
+    def __init__(self, folder: Path, processes: Processes = ALONE):
+        super().__init__(folder, processes)
+        self._has_failed = False
+        self._clean_up()  # what a kill left behind
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self,
+            # Otherwise a directory that cannot be created hangs the process at its exit.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState, val_loss: float | None = None) -> None:
+        """Save a state in the background, under its step; without val_loss it is never the best.
+
+        Raises RunError if the disk is full or fails otherwise, maybe already in the save before.
+        """
+        params = _named_leaves(state.params)
+        training = _named_leaves(state._replace(params={}))
+        step = int(state.step)
+        assert val_loss is None or np.isfinite(val_loss), "a NaN would count as the best"
+        metadata = {
+            "step": step,
+            "val_loss": val_loss,
+            # By hand, since Orbax does not notice a flipped bit in a data file.
+            "checksums": {name: int(checksum(leaf)) for name, leaf in (params | training).items()},
+        }
+        self._val_losses[step] = val_loss
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            training=ocp.args.StandardSave(training),
+            facts=ocp.args.JsonSave(metadata | {"crc32": _crc32(metadata)}),
+        )
+        with self._one_line_errors():
+            saved = self._manager.save(step, args=items)
+        assert saved, f"step {step} is not newer than step {self._manager.latest_step()}"
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        """Return whether to keep each checkpoint, when Orbax asks before it commits the newest.
+
+        Orbax's own BestN reads its own metrics, which the runs that exist do not have: it would
+        delete their best checkpoint.
+        """
+        kept = checkpoints[-1].step, self.best_step()
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def _restore(self, items: dict[str, Any], prefer: int | None) -> tuple[Any, int]:
+        """Restore; rename what is damaged, as to 60.damaged: later it would block that step."""
+        restored = super()._restore(items, prefer)
+        if not self._damaged:
+            return restored
+        if self._processes.is_first:
+            for step in self._damaged:
+                aside = self.folder / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                self._path(step).rename(aside)
+                print(f"warning: renamed to {aside}; you can delete it", file=sys.stderr)
+        self._processes.wait("set aside")
+        for step in self._damaged:
+            self._val_losses.pop(step, None)
+            for _ in range(120):  # until a network file system shows it here too
+                if self._path(step).exists():
+                    time.sleep(0.5)
+        self._damaged.clear()
+        self._manager.reload()
+        return restored
+
     def wait(self) -> None:
         """Wait until everything saved is on disk; raise RunError if it cannot be."""
         with self._one_line_errors():
-            if self._manager:
-                self._manager.wait_until_finished()
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         try:
             self.wait()
         finally:
             with contextlib.suppress(Exception):  # it reports a failed save again
-                if self._manager:
-                    self._manager.close()
-            self._reader.close()
+                self._manager.close()
+            super().close()
             for _ in range(10 * self._has_failed):  # other writes may still be in progress
                 self._clean_up()
                 time.sleep(0.1)
 
     def _clean_up(self) -> None:
-        if self._processes.is_first and not self.read_only:
+        if self._processes.is_first:
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             for path in self.folder.glob("*"):
                 if path.is_dir() and path.name.isdecimal():
                     with contextlib.suppress(OSError):
                         path.rmdir()  # an empty one, which Orbax would count as the newest
-
-    def _lost_a_peer(self, error: Exception) -> bool:
-        return self._processes.count > 1 and bool(PEER_DIED.search(str(error)))
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:

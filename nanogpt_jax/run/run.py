@@ -24,7 +24,7 @@ from nanogpt_jax.run.signals import StopSignals
 
 if TYPE_CHECKING:  # these import JAX
     from nanogpt_jax.hardware import Machine
-    from nanogpt_jax.run.checkpoint import Checkpoints
+    from nanogpt_jax.run.checkpoint import CheckpointReader, Checkpoints
     from nanogpt_jax.run.progress import Progress
     from nanogpt_jax.steps import Metrics, TrainState
 
@@ -34,13 +34,11 @@ PER_START = {"overwrite": False, "coordinator_address": "", "num_processes": 0, 
 PATHS = {"out_dir", "data_dir", "dataset"}  # these may differ from host to host
 
 
-def open_checkpoints(
-    folder: Path, read_only: bool = False, processes: Processes = ALONE
-) -> "Checkpoints":
-    """Return a run's checkpoints, for which JAX and Orbax are imported; arguments as theirs."""
-    from nanogpt_jax.run.checkpoint import Checkpoints
+def open_checkpoints(folder: Path, processes: Processes = ALONE) -> "CheckpointReader":
+    """Return a run's checkpoints, to read, for which JAX and Orbax are imported."""
+    from nanogpt_jax.run.checkpoint import CheckpointReader
 
-    return Checkpoints(folder / folders.CHECKPOINTS, read_only, processes)
+    return CheckpointReader(folder / folders.CHECKPOINTS, processes)
 
 
 @dataclass
@@ -133,7 +131,10 @@ class Run:
 
     def restore(self, abstract: "TrainState") -> "TrainState | None":
         """Return the state of the newest checkpoint, sharded as `abstract`; None for a new run."""
-        self._open_checkpoints()
+        from nanogpt_jax.run.checkpoint import Checkpoints
+
+        self._checkpoints = Checkpoints(self.folder / folders.CHECKPOINTS, self.processes)
+        self._closing.callback(self._checkpoints.close)
         state = self._checkpoints.restore(abstract)
         self.is_resuming = state is not None
         if state is not None:
@@ -146,12 +147,9 @@ class Run:
         """Return (parameters, step) of the newest checkpoint, without the optimizer's state."""
         if not self.is_resuming:
             return None
-        self._open_checkpoints()
-        return self._checkpoints.restore_params(abstract_params)
-
-    def _open_checkpoints(self) -> None:
-        self._checkpoints = open_checkpoints(self.folder, self.config.eval_only, self.processes)
-        self._closing.callback(self._checkpoints.close)
+        checkpoints = open_checkpoints(self.folder, self.processes)
+        self._closing.callback(checkpoints.close)
+        return checkpoints.restore_params(abstract_params)
 
     def is_complete(self) -> bool:
         """Return whether the restored run has nothing left to do; if so, say how to continue."""

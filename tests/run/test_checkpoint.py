@@ -23,7 +23,7 @@ from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import checkpoint
-from nanogpt_jax.run.checkpoint import Checkpoints
+from nanogpt_jax.run.checkpoint import CheckpointReader, Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_every_array_is_restored_bit_for_bit(folder, abstract, state_at):
 
 
 def test_parameters_are_restored_alone(saved, abstract, state_at):
-    checkpoints = Checkpoints(saved, read_only=True)
+    checkpoints = CheckpointReader(saved)
     params, step = checkpoints.restore_params(abstract.params, prefer=10)
     assert step == 10
     assert_equal(params, state_at(10).params)
@@ -174,7 +174,7 @@ def test_parameters_of_another_shape_or_name_are_an_input_error(saved, abstract)
     renamed = dict(abstract.params)
     renamed["h_1"] = renamed.pop("h_0")
     for params in abstract.params | {"wte": {"embedding": wte}}, renamed:
-        checkpoints = Checkpoints(saved, read_only=True)
+        checkpoints = CheckpointReader(saved)
         with pytest.raises(InputError, match=re.escape(str(saved / "20"))):
             checkpoints.restore(abstract._replace(params=params))
         checkpoints.close()
@@ -241,7 +241,7 @@ def test_reading_only_changes_nothing(two, abstract, state_at):
     """A training may be saving there meanwhile."""
     saving = two / "30.orbax-checkpoint-tmp"
     saving.mkdir()
-    checkpoints = Checkpoints(two, read_only=True)
+    checkpoints = CheckpointReader(two)
     assert_equal(checkpoints.restore_params(abstract.params)[0], state_at(20).params)
     checkpoints.close()
     assert saving.exists()
@@ -254,7 +254,7 @@ def test_a_training_may_delete_a_checkpoint_at_any_moment_of_reading(two):
     with subprocess.Popen(training) as process:
         try:
             for _ in range(30):
-                checkpoints = Checkpoints(two, read_only=True)
+                checkpoints = CheckpointReader(two)
                 assert checkpoints.steps()[0] == 20
                 checkpoints.close()
             assert process.poll() is None
@@ -363,7 +363,7 @@ def test_reading_only_uses_the_older_one_too_and_leaves_the_damaged_one_alone(
     two, abstract, state_at
 ):
     flip(largest_file(two / "20" / "params"))
-    checkpoints = Checkpoints(two, read_only=True)
+    checkpoints = CheckpointReader(two)
     params, step = checkpoints.restore_params(abstract.params)
     checkpoints.close()
     assert step == 10
@@ -447,8 +447,8 @@ def test_a_step_that_a_training_deletes_meanwhile_is_not_damaged(
     two, abstract, state_at, monkeypatch, capsys
 ):
     """The page and sample.py read while a training saves the next one and deletes this."""
-    checkpoints = Checkpoints(two, read_only=True)
-    read = Checkpoints._read
+    checkpoints = CheckpointReader(two)
+    read = CheckpointReader._read
 
     def spy(self, step, **items):
         if step == 20 and (two / "20").exists():
@@ -456,7 +456,7 @@ def test_a_step_that_a_training_deletes_meanwhile_is_not_damaged(
             save(two, state_at(40))
         return read(self, step, **items)
 
-    monkeypatch.setattr(Checkpoints, "_read", spy)
+    monkeypatch.setattr(CheckpointReader, "_read", spy)
     assert_equal(checkpoints.restore(abstract), state_at(40))
     assert capsys.readouterr().err == ""
     checkpoints.close()

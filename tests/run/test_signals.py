@@ -1,5 +1,6 @@
 """The first signal asks, the second ends; if there is nothing to save, the first one ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,7 +61,8 @@ def test_a_run_whose_terminal_is_gone_saves_and_resumes(run, tmp_path, book):
     )
     terminal, inside = pty.openpty()
     # A process that takes it as its terminal, and becomes train.py.
-    take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    take = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+    take += "; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # whatever the tests ignore
     process = subprocess.Popen(
         [sys.executable, "-c", f"{take}; os.execv(sys.executable, sys.argv[1:])",
          sys.executable, ROOT / "train.py", *argv],
@@ -91,21 +93,28 @@ def test_another_signal_stops_nothing():
 BUSY = "import hashlib; print('busy', flush=True); hashlib.pbkdf2_hmac('md5', b'', b'', 2**31 - 1)"
 
 
+@contextlib.contextmanager
 def started(may_save, then):
+    """A process that hears all signals, whatever the tests ignore; at the end it is killed."""
     script = f"""
+import signal
 from nanogpt_jax.run.signals import StopSignals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with StopSignals() as stop:
     stop.may_save = {may_save}
     {then}
 """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout.readline() == "busy\n"
-    return process
+    ) as process:
+        try:
+            assert process.stdout.readline() == "busy\n"
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=NAMES)

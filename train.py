@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from nanogpt_jax import bench, corpora, gpt2, hardware
+import nanogpt_jax
+from nanogpt_jax import bench, corpora, hardware
 from nanogpt_jax.config import SCRATCH, TrainConfig, parse_train_config
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import run_command
-from nanogpt_jax.run import Run, check_usable, describe_loss
+from nanogpt_jax.run import Run, adopt_shape, check_tokenizer, check_usable, describe_loss
 
 SAMPLE_TOKENS = 300  # of the text shown at the end
 
@@ -25,12 +26,11 @@ def main(argv: list[str]) -> int:
     processes = hardware.join_processes(config)
     if config.out_dir:  # before the data, whose preparation may take hours
         check_usable(Path(config.out_dir))
-    config = gpt2.adopt_shape(config)  # GPT-2's weights bring their shape and their tokenizer
-    corpus, config = corpora.load(config, processes, gpt2.tokenizer_of(config))
-    gpt2.check_tokenizer(config, corpus.tokenizer)
-    with Run.open(config, corpus, processes) as run:
-        if not run.is_resuming:  # downloaded and found readable, or refused now
-            processes.first_alone(partial(gpt2.check_weights, config), "downloaded")
+    source = None if config.init_from == SCRATCH else nanogpt_jax.find(config.init_from)
+    config = adopt_shape(config, source)  # weights bring their shape and their tokenizer
+    corpus, config = corpora.load(config, processes, source and source.tokenizer_path)
+    check_tokenizer(config, source, corpus.tokenizer)
+    with Run.open(config, source, corpus, processes) as run:
         return (evaluate_only if config.eval_only else train)(run.config, corpus, run)
 
 
@@ -38,7 +38,6 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     """Train, or resume, a run; return the exit code."""
     import jax
 
-    import nanogpt_jax
     from nanogpt_jax import data, optim, sharding, steps
 
     # Devices: mesh, dtype and kernels, or a line that says why the run does not fit.
@@ -55,9 +54,9 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     print(sharding.unsplit_note(machine.mesh, abstract.params), end="")
 
     def new_state() -> steps.TrainState:
-        if config.init_from == SCRATCH:
+        params = run.load_pretrained(abstract.params)
+        if params is None:
             return jax.jit(random_state, out_shardings=shardings)(init_key)
-        params = gpt2.load_params(config.init_from, config.model, abstract.params)
         with_params = partial(steps.init_state, tx)
         return jax.jit(with_params, out_shardings=shardings, donate_argnums=0)(params)
 
@@ -128,9 +127,7 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     model = steps.make_model(config.model, machine.compute)
     init_params = partial(steps.init_params, model)
     abstract = sharding.place(jax.eval_shape(init_params, jax.random.key(0)), machine.mesh)
-    params, step = run.restore_params(abstract) or (None, None)
-    if params is None:
-        params = gpt2.load_params(config.init_from, config.model, abstract)
+    params, step = run.restore_params(abstract) or (run.load_pretrained(abstract), None)
     source = config.init_from if step is None else f"step {step}"
     val, block_size = corpus.splits["val"], config.model.block_size
     batches = data.EvalLoader(val, block_size, config.batch_size, machine.mesh, config.eval_iters)

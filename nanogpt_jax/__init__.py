@@ -49,6 +49,14 @@ class Source:
     config: "ModelConfig"
     tokenizer: "Tokenizer | None" = field(repr=False)  # None: there is no tokenizer.json
 
+    @property
+    def tokenizer_path(self) -> str | None:
+        """The path of the tokenizer's file."""
+        from nanogpt_jax import gpt2
+
+        path = gpt2.find_tokenizer(self.name)
+        return path and str(path)
+
     def encode(self, prompt: str | None) -> "tuple[Tokenizer, np.ndarray]":
         """Return the tokenizer and the token ids of a prompt; None: the tokenizer's default."""
         from nanogpt_jax.errors import InputError
@@ -76,25 +84,35 @@ def find(source: str | os.PathLike | None = None) -> Source:
     """Return a model's shape and tokenizer without importing JAX; see `load`."""
     from nanogpt_jax import gpt2
     from nanogpt_jax.config import GPT2_SHAPES
-    from nanogpt_jax.corpora import load_tokenizer
+    from nanogpt_jax.corpora import read_tokenizer
     from nanogpt_jax.errors import InputError, did_you_mean
     from nanogpt_jax.run import newest, read_model_config
 
     if source is not None and gpt2.is_gpt2(source):
-        name = str(source)
-        config, tokenizer = gpt2.read_config(name), gpt2.read_tokenizer(name)
-        if tokenizer:  # the embedding may be padded
-            config = replace(config, known_tokens=tokenizer.vocab_size)
-        return Source(name, None, config, tokenizer)
-    folder = newest() if source is None else Path(source)
-    config_path = folder / "config.json"
-    if not os.path.isfile(config_path):
-        hint = "" if folder.is_dir() else did_you_mean(folder.name, GPT2_SHAPES)
+        name, folder = str(source), None
+        config = gpt2.read_config(name)
+    else:
+        folder = newest() if source is None else Path(source)
+        name, config_path = str(folder), folder / "config.json"
+        if not os.path.isfile(config_path):
+            hint = "" if os.path.isdir(folder) else did_you_mean(folder.name, GPT2_SHAPES)
+            raise InputError(
+                "a model must be a run's folder, like out/small, a folder with a Hugging Face "
+                f"GPT-2, or {', '.join(GPT2_SHAPES)}, but there is no {config_path}.{hint}"
+            )
+        config = read_model_config(folder)
+    path = gpt2.find_tokenizer(name)
+    tokenizer = path and read_tokenizer(path)
+    n_tokens, n_known = tokenizer.vocab_size if tokenizer else 0, config.vocab_size or 0
+    if n_tokens > n_known:
         raise InputError(
-            f"a model must be a run's folder, like out/small, a folder with a Hugging Face GPT-2, "
-            f"or {', '.join(GPT2_SHAPES)}, but there is no {config_path}.{hint}"
+            f"{path}: must have at most the {n_known} tokens of the model's embedding, but has "
+            f"{n_tokens}: put the model's own back, or make room for them with transformers' "
+            f"resize_token_embeddings({n_tokens})"
         )
-    return Source(str(folder), folder, read_model_config(folder), load_tokenizer(folder))
+    if tokenizer and folder is None:  # the embedding may be padded
+        config = replace(config, known_tokens=n_tokens)
+    return Source(name, folder, config, tokenizer)
 
 
 def load(
@@ -116,13 +134,12 @@ def load(
     """
     import jax
 
-    from nanogpt_jax import gpt2, hardware, sharding, steps
+    from nanogpt_jax import hardware, sharding, steps
     from nanogpt_jax.config import ComputeConfig, check_value
-    from nanogpt_jax.errors import InputError
-    from nanogpt_jax.run import open_checkpoints
+    from nanogpt_jax.run import load_params
 
     source = source if isinstance(source, Source) else find(source)
-    name, folder, config = source.name, source.folder, source.config
+    config = source.config
     check_value("checkpoint", Literal["best", "latest"], checkpoint)
     hardware.warn_of_unused_chip()
     requested = ComputeConfig(dtype=dtype, attention="xla")  # a cached token needs no kernel
@@ -131,17 +148,9 @@ def load(
     model = steps.make_model(config, compute)
     abstract = jax.eval_shape(partial(steps.init_params, model), jax.random.key(0))
     abstract = sharding.place(abstract, sharding.make_mesh())
-    if folder is None:
-        params, step = gpt2.load_params(name, config, abstract), None
-    else:
-        checkpoints = open_checkpoints(folder)
-        prefer = checkpoints.best_step() if checkpoint == "best" else None
-        restored = checkpoints.restore_params(abstract, prefer)
-        checkpoints.close()
-        if restored is None:
-            raise InputError(f"{name} has no checkpoint yet: train it first")
-        params, step = restored
-    return TrainedModel(name, folder, config, source.tokenizer, model, params, step)
+    params, origin = load_params(source, config, abstract, checkpoint)
+    step = origin["step"] if origin else None
+    return TrainedModel(source.name, source.folder, config, source.tokenizer, model, params, step)
 
 
 def generate(

@@ -18,7 +18,8 @@ from nanogpt_jax import sharding, steps
 from nanogpt_jax.config import parse_train_config
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import folder as run_folder
-from nanogpt_jax.run import open_checkpoints, read_metrics
+from nanogpt_jax.run import read_metrics
+from nanogpt_jax.run.checkpoint import CheckpointReader
 
 train = load("train")
 N_STEPS = 40
@@ -144,7 +145,7 @@ def state_of(folder: Path, step: int | None = None):
     model = steps.make_model(config.model)
     init = partial(steps.init_params, model)
     abstract = jax.eval_shape(lambda key: steps.init_state(tx, init(key)), jax.random.key(0))
-    checkpoints = open_checkpoints(folder)
+    checkpoints = CheckpointReader(folder / "checkpoints")
     state = checkpoints.restore(sharding.place(abstract, sharding.make_mesh()), prefer=step)
     checkpoints.close()
     return state

@@ -1,6 +1,7 @@
 """nanogpt_jax in Python: load, generate and stream."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -15,8 +16,9 @@ import pytest
 
 import nanogpt_jax
 import train
+from nanogpt_jax import steps
 from nanogpt_jax.config import SampleConfig
-from nanogpt_jax.corpora import BPETokenizer, save_tokenizer
+from nanogpt_jax.corpora import BPETokenizer
 from nanogpt_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +166,8 @@ def test_an_embedding_larger_than_its_tokenizer_writes_known_tokens_only(with_to
 def test_a_tokenizer_larger_than_its_embedding_is_refused_with_both_sizes(with_tokens, tmp_path):
     """Such as after adding a [PAD] and not resizing the model."""
     folder, chars = with_tokens(2)
+    with pytest.raises(InputError, match="put the model's own back, or make room for them"):
+        nanogpt_jax.find(folder)
     message = f"most the {len(chars) - 2} tokens of the model's embedding, but has {len(chars)}: "
     with pytest.raises(InputError, match=message):
         nanogpt_jax.find(folder)
@@ -173,11 +177,12 @@ def test_a_tokenizer_larger_than_its_embedding_is_refused_with_both_sizes(with_t
         train.main([*argv, f"--out_dir={tmp_path / 'run'}", "--config=tiny"])
 
 
-def test_byte_pairs_are_streamed_as_whole_characters(run, tmp_path):
-    shutil.copytree(RUN, tmp_path / "run")
+def test_byte_pairs_are_streamed_as_whole_characters(run):
     tokenizer = BPETokenizer.train(["a cat sat on a mat\n" * 9], 290)
-    save_tokenizer(tokenizer, tmp_path / "run")
-    loaded = nanogpt_jax.load(tmp_path / "run")  # whose 12 tokens are some of the bytes
+    config = dataclasses.replace(run.config, vocab_size=tokenizer.vocab_size)
+    model = steps.make_model(config)
+    params = steps.init_params(model, jax.random.key(0))
+    loaded = nanogpt_jax.TrainedModel("new", None, config, tokenizer, model, params, None)
     text = nanogpt_jax.generate(loaded, "!", **SHORT)
     assert "!" + "".join(nanogpt_jax.stream(loaded, "!", **SHORT)) == text
 
@@ -209,6 +214,9 @@ def test_an_unknown_setting_is_a_type_error(run):
     [
         ("nowhere", "there is no nowhere/config.json"),
         ("gpt2-midium", "Did you mean gpt2-medium"),
+        ("openai-community/gpt2-xl", "Did you mean gpt2-xl"),
+        ("llama", r"there is no llama/config\.json\.$"),
+        (5000 * "a", "there is no aaa"),
         (Path("gpt2"), "there is no gpt2/config.json"),
         ("no\0file", "there is no"),
     ],

@@ -170,8 +170,9 @@ class TrainConfig:
     #: as the dataset or init_from needs; for your own files, char for text, gpt2 for the rest
     tokenizer: str | None = None
     text_key: str = "text"  # the key or column of the text in JSON and Parquet files
-    #: initial weights: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face
-    #: GPT-2 folder, which determine the model's shape; a smaller block_size crops them
+    #: initial weights: scratch (random), gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the folder of a
+    #: Hugging Face GPT-2 or of a run, which determine the model's shape and tokenizer; a smaller
+    #: block_size crops them
     init_from: str = SCRATCH
     batch_size: int = 12  # sequences in a micro-batch, over all devices
     gradient_accumulation_steps: int = 1  # micro-batches in an update

@@ -184,11 +184,12 @@ def _resume(source: Source, folder: Path, new: dict) -> Begun | None:
 def _begin(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, new: dict) -> Begun:
     """Return the tokenizer, plan and beginning of a new preparation; write nothing."""
     with _progress(source, "reading") as advance:
-        info = new["info"] | source.survey(new["info"], spec.label == "char", advance)
-    if spec.label == "char" and source.is_cut:
+        info = new["info"] | source.survey(new["info"], spec.is_char, advance)
+    if spec.is_char and source.is_cut:
         n_train = encoding.train_characters(info["characters"])
         _check_length(source, (n_train, info["characters"] - n_train), min_tokens, "characters")
     tokenizer = spec.make(info.get("chars", ""), _first_texts(source, info, BPE_CHARS))
+    tokenizer.encode(info.get("chars", ""))  # names all that a file's tokenizer does not know
     sample = "".join(_first_texts(source, info, 10_000))[:10_000]
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise InputError(

@@ -26,12 +26,13 @@ class TokenizerSpec:
     label: str  # in the folder's name and meta.json: char, gpt2, bpe4096 or a hash
     path: Path | None = None
     vocab_size: int | None = None  # of bpe
+    is_char: bool = False  # of a text's own characters, or of those in a file
 
     @classmethod
     def parse(cls, requested: str, vocab_size: int | None = None) -> "TokenizerSpec":
         """Return what char, gpt2, bpe (with vocab_size) or a path to a file stands for."""
         if requested in ("char", "gpt2"):
-            return cls(requested)
+            return cls(requested, is_char=requested == "char")
         if requested == "bpe":
             size = vocab_size or BPE_VOCAB_SIZE
             if size < 257:
@@ -45,8 +46,10 @@ class TokenizerSpec:
                 f"tokenizer must be char, gpt2, bpe, a {TOKENIZER_FILE} or the folder of one, but "
                 f"there is no {requested!r}.{hint}"
             )
-        found = tokenizer_hash(read_tokenizer(path))
-        return cls("gpt2" if found == GPT2_HASH else found, path)  # in the folder of gpt2
+        found = read_tokenizer(path)
+        label = tokenizer_hash(found)
+        label = "gpt2" if label == GPT2_HASH else label  # in the folder of gpt2
+        return cls(label, path, is_char=isinstance(found, CharTokenizer))
 
     def make(self, chars: str = "", texts: Iterable[str] = ()) -> Tokenizer:
         """Return the tokenizer: of `chars`, read from its file, or bpe trained on `texts`."""

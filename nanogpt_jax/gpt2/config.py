@@ -11,12 +11,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from nanogpt_jax import corpora
-from nanogpt_jax.config import GPT2_PARTS, GPT2_SHAPES, RANGES, SCRATCH, ModelConfig, TrainConfig
+from nanogpt_jax.config import GPT2_PARTS, GPT2_SHAPES, RANGES, ModelConfig
 from nanogpt_jax.corpora import END_OF_TEXT, BPETokenizer, Tokenizer
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import read_json
-from nanogpt_jax.gpt2 import hub, weights
+from nanogpt_jax.gpt2 import hub
 
 SIZES = {name: name for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
 SIZES |= {"block_size": "n_positions"}  # our fields and theirs
@@ -50,11 +49,6 @@ def read_config(source: str) -> ModelConfig:
         return replace(ModelConfig(bias=True, activation="gelu_tanh"), **sizes)
     path = hub.find(source, hub.CONFIG)
     loaded = _read_object(path)
-    if "made_with" in loaded and "model_type" not in loaded:
-        raise InputError(
-            f"{path}: this is a nanogpt_jax run, where init_from takes a Hugging Face GPT-2: "
-            f"convert it with python -m nanogpt_jax export {source} FOLDER"
-        )
 
     def require(ok: bool, name: str, requirement: str) -> None:
         if not ok:
@@ -90,77 +84,6 @@ def _read_object(path: Path) -> dict:
         if not isinstance(loaded, dict):
             raise ValueError(f"it holds a {type(loaded).__name__}")
     return loaded
-
-
-def adopt_shape(config: TrainConfig) -> TrainConfig:
-    """Return a configuration whose model has the shape of the GPT-2 that init_from names.
-
-    The context (which may be shorter), dropout and padding of the vocabulary stay as requested.
-    """
-    if config.init_from == SCRATCH:
-        return config
-    source, ours, theirs = config.init_from, config.model, read_config(config.init_from)
-    if ours.block_size > theirs.block_size:
-        raise InputError(
-            f"block_size must be at most {theirs.block_size} with the weights of {source}, "
-            f"got {ours.block_size}: add --block_size {theirs.block_size}"
-        )
-    n_tokens = theirs.vocab_size or 0
-    if ours.vocab_size is not None and ours.vocab_size < n_tokens:
-        raise InputError(
-            f"vocab_size must be at least {n_tokens} with the weights of {source}, "
-            f"got {ours.vocab_size}: leave it out"
-        )
-    kept = {"block_size": ours.block_size, "dropout": ours.dropout, "known_tokens": n_tokens}
-    model = replace(theirs, vocab_size=ours.vocab_size or n_tokens, **kept)
-    return replace(config, model=model)
-
-
-def tokenizer_of(config: TrainConfig) -> str | None:
-    """Return the path of the tokenizer of init_from, downloaded if necessary; None: it has none."""
-    if config.init_from == SCRATCH or read_tokenizer(config.init_from) is None:
-        return None
-    return str(hub.find_tokenizer(config.init_from))
-
-
-def read_tokenizer(source: str) -> Tokenizer | None:
-    """Return a GPT-2's tokenizer, no larger than its embedding; None if its folder has none."""
-    path = hub.find_tokenizer(source)
-    tokenizer = path and corpora.read_tokenizer(path)
-    n_tokens, n_known = tokenizer.vocab_size if tokenizer else 0, read_config(source).vocab_size
-    if n_tokens > (n_known or 0):
-        raise InputError(
-            f"{path}: must have at most the {n_known} tokens of the model's embedding, but has "
-            f"{n_tokens}: resize_token_embeddings({n_tokens}) in transformers makes room for them"
-        )
-    return tokenizer
-
-
-def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
-    """Check that a corpus with this tokenizer has the tokens that the weights of init_from know.
-
-    A corpus without one cannot be checked; for weights without one, --tokenizer is trusted.
-    """
-    source = config.init_from
-    if source == SCRATCH or tokenizer is None:
-        return
-    theirs = read_tokenizer(source)
-    if theirs is None and config.tokenizer is None:
-        raise InputError(
-            f"{source} has no {hub.TOKENIZER}, so the tokens that its weights know are unknown: "
-            "put the tokenizer they were trained with there, or name it with --tokenizer"
-        )
-    if theirs is not None and tokenizer.token_bytes != theirs.token_bytes:
-        raise InputError(
-            f"dataset must consist of the tokens that the weights of {source} know, but has "
-            "others: drop --tokenizer, and pass the text itself as --dataset"
-        )
-
-
-def check_weights(config: TrainConfig) -> None:
-    """Open the weights of init_from, downloaded if necessary."""
-    if config.init_from != SCRATCH:
-        weights.open_tensors(config.init_from)
 
 
 def tensor_name(path) -> str:
@@ -209,11 +132,6 @@ def config_files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, 
     }
     files = {"generation_config.json": _to_json({**end_ids, "max_length": config.block_size})}
     if tokenizer is not None:
-        if tokenizer.vocab_size > (config.vocab_size or 0):
-            raise InputError(
-                f"the tokenizer must have at most the model's {config.vocab_size} tokens, but has "
-                f"{tokenizer.vocab_size}: put the run's own {hub.TOKENIZER} back"
-            )
         files |= {hub.TOKENIZER: _tokenizer_json(tokenizer)}
         files |= {"tokenizer_config.json": _to_json(reader)}
     return files | {hub.CONFIG: _to_json(model)}  # last: nothing loads without it

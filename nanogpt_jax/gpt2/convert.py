@@ -31,7 +31,7 @@ def load_params(source: str, config: ModelConfig, abstract_params) -> dict:
 
     Args:
         source: one of hub.py's names, or a folder.
-        config: `read_config(source)`, or what `adopt_shape` made of it.
+        config: `read_config(source)`, or one of another context or vocabulary.
         abstract_params: the model's shapes with their shardings.
     """
     import jax

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nanogpt_jax import corpora
 from nanogpt_jax.config import GPT2_REVISIONS, GPT2_SHAPES
-from nanogpt_jax.errors import InputError, did_you_mean
+from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import download_from_hub
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -24,15 +24,10 @@ def find(source: str, file: str) -> Path:
         repository = f"openai-community/{source}"
         revision, remedy = GPT2_REVISIONS[source], f"save {FILES}"
         return download_from_hub(repository, revision, file, remedy, "--init_from FOLDER")
-    path = os.path.join(source, file)
-    if os.path.isfile(path):  # False for a name that no file can have, where Path would raise
-        return Path(path)
-    what = f"there is no {path}" if os.path.isdir(source) else f"{source!r} is neither"
-    hint = "" if os.path.isdir(source) else did_you_mean(Path(source).name, GPT2_SHAPES)
-    raise InputError(
-        f"init_from must be {', '.join(GPT2_SHAPES)} or a folder with {FILES} of a "
-        f"GPT-2, but {what}.{hint}"
-    )
+    path = Path(source, file)
+    if not path.is_file():
+        raise InputError(f"{source} must have {FILES} of a GPT-2, but there is no {path}")
+    return path
 
 
 def find_tokenizer(source: str) -> Path | None:

@@ -52,11 +52,11 @@ class CheckpointReader:
         self.folder = Path(folder).absolute()  # Orbax fails on relative paths, and late
         self._processes = processes
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        self._val_losses: dict[int, float | None] = {}
+        self._found: dict[int, dict] = {}  # the metadata of each step
         self._damaged: dict[int, Damaged] = {}
         for step in self.steps():
             try:
-                self._val_losses[step] = self._metadata(step)["val_loss"]
+                self._metadata(step)
             except Damaged as error:
                 self._note_damage(step, error)
 
@@ -66,8 +66,12 @@ class CheckpointReader:
 
     def best_step(self) -> int | None:
         """Return the step of lowest validation loss; None if no checkpoint has one."""
-        known = [(loss, step) for step, loss in self._val_losses.items() if loss is not None]
-        return min(known)[1] if known else None
+        losses = [(found["val_loss"], step) for step, found in self._found.items()]
+        return min((pair for pair in losses if pair[0] is not None), default=(None, None))[1]
+
+    def checksum(self, step: int) -> str:
+        """Return eight hex digits that identify a checkpoint which was restored."""
+        return f"{_crc32(self._found[step]):08x}"
 
     def restore(self, abstract: TrainState, prefer: int | None = None) -> TrainState | None:
         """Return the newest undamaged state, sharded as `abstract`; None if nothing was saved yet.
@@ -113,7 +117,7 @@ class CheckpointReader:
             self._damaged[step] = error
 
     def _metadata(self, step: int) -> dict:
-        """Return what was saved beside the arrays; raise Damaged if it is not what was saved."""
+        """Read what was saved beside the arrays; raise Damaged if it is not what was saved."""
         read = self._read(step, facts=ocp.args.JsonRestore())["facts"]
         metadata = read if isinstance(read, dict) else {}
         is_intact = metadata.pop("crc32", None) == _crc32(metadata)
@@ -121,6 +125,7 @@ class CheckpointReader:
         is_ours = isinstance(val_loss, int | float | None) and isinstance(checksums, dict)
         if not (is_intact and is_ours and metadata.get("step") == step):
             raise Damaged(f"{self._path(step)}: it is damaged: its metadata is not what was saved")
+        self._found[step] = metadata
         return metadata
 
     def _restore_item(self, step: int, item: str, abstract) -> Any:
@@ -192,7 +197,7 @@ class Checkpoints(CheckpointReader):
             # By hand, since Orbax does not notice a flipped bit in a data file.
             "checksums": {name: int(checksum(leaf)) for name, leaf in (params | training).items()},
         }
-        self._val_losses[step] = val_loss
+        self._found[step] = metadata
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             training=ocp.args.StandardSave(training),
@@ -224,7 +229,7 @@ class Checkpoints(CheckpointReader):
                 print(f"warning: renamed to {aside}; you can delete it", file=sys.stderr)
         self._processes.wait("set aside")
         for step in self._damaged:
-            self._val_losses.pop(step, None)
+            self._found.pop(step, None)
             for _ in range(120):  # until a network file system shows it here too
                 if self._path(step).exists():
                     time.sleep(0.5)

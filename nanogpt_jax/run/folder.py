@@ -154,7 +154,17 @@ def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:
     """Create the folder, or update its config.json to the current request."""
     folder.mkdir(parents=True, exist_ok=True)
     files.delete_partials(folder)
+    old = read_config(folder) if (folder / CONFIG).exists() else {}
+    if old.get("init_from") == config.init_from and "init_from" in old["made_with"]:
+        made_with = made_with | {"init_from": old["made_with"]["init_from"]}
     files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": made_with})
+
+
+def note_origin(folder: Path, origin: dict) -> None:
+    """Add to config.json which checkpoint of the run that init_from names this run starts with."""
+    config = read_config(folder)
+    config["made_with"]["init_from"] = origin
+    files.write_json(folder / CONFIG, config)
 
 
 def wait_until_visible(folder: Path, seconds: float = 60) -> None:

@@ -7,24 +7,26 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanogpt_jax import __version__
-from nanogpt_jax.config import SCRATCH, TrainConfig, to_flat_dict
+from nanogpt_jax.config import TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, save_tokenizer
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware import ALONE, Processes, checkpoint_bytes, run_line, size_in_words
+from nanogpt_jax.hardware import Processes, checkpoint_bytes, run_line, size_in_words
 from nanogpt_jax.run import folder as folders
-from nanogpt_jax.run import loggers
+from nanogpt_jax.run import loggers, pretrained
 from nanogpt_jax.run.plots import read_metrics
 from nanogpt_jax.run.signals import StopSignals
 
 if TYPE_CHECKING:  # these import JAX
+    from nanogpt_jax import Source
     from nanogpt_jax.hardware import Machine
-    from nanogpt_jax.run.checkpoint import CheckpointReader, Checkpoints
+    from nanogpt_jax.run.checkpoint import Checkpoints
     from nanogpt_jax.run.progress import Progress
     from nanogpt_jax.steps import Metrics, TrainState
 
@@ -32,13 +34,6 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 # Of one start on one machine, not of the run, which may resume elsewhere.
 PER_START = {"overwrite": False, "coordinator_address": "", "num_processes": 0, "process_id": -1}
 PATHS = {"out_dir", "data_dir", "dataset"}  # these may differ from host to host
-
-
-def open_checkpoints(folder: Path, processes: Processes = ALONE) -> "CheckpointReader":
-    """Return a run's checkpoints, to read, for which JAX and Orbax are imported."""
-    from nanogpt_jax.run.checkpoint import CheckpointReader
-
-    return CheckpointReader(folder / folders.CHECKPOINTS, processes)
 
 
 @dataclass
@@ -52,6 +47,7 @@ class Run:
     config: TrainConfig
     processes: Processes
     is_resuming: bool  # the folder holds a checkpoint of this run
+    _source: "Source | None"  # of the initial weights
     _corpus: Corpus
     _signals: StopSignals
     _closing: contextlib.ExitStack  # closes what the methods open
@@ -65,23 +61,31 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: TrainConfig, corpus: Corpus, processes: Processes) -> Iterator["Run"]:
+    def open(
+        cls, config: TrainConfig, source: "Source | None", corpus: Corpus, processes: Processes
+    ) -> Iterator["Run"]:
         """Lock the run's folder and listen for signals; close everything at the end.
 
         Nothing is written yet, and JAX is not imported. Raises InputError if the folder cannot be
-        used, is in use, has no room, or holds another run.
+        used, is in use, has no room, or holds another run, or if there are no initial weights.
         """
         folder, optim = folders.choose(config, corpus), config.optim
         optim = replace(optim, lr_decay_iters=optim.lr_decay_iters or config.max_iters)
         config = replace(config, optim=optim)
         is_resuming, writes = False, processes.is_first and not config.eval_only
+        is_source = source and source.folder and source.folder.resolve() == folder.resolve()
+        if is_source and not config.eval_only:  # --overwrite would delete it
+            raise InputError(
+                f"out_dir must not be the run that init_from names, but both are {folder}: add "
+                "--out_dir with another folder"
+            )
         if config.overwrite and not config.eval_only:
             folders.check_usable(folder)
         else:
             is_resuming = folders.can_resume(folder, config, corpus.fingerprint)
         if is_resuming:
             read_metrics(folder)  # if they are damaged, say so before anything is written
-        elif config.eval_only and config.init_from == SCRATCH:
+        elif config.eval_only and source is None:
             raise InputError(
                 f"eval_only needs a run with a checkpoint, but {folder} has none: train it first"
             )
@@ -93,7 +97,9 @@ class Run:
                 folders.check_room(folder, size)
             signals = stack.enter_context(StopSignals())
             closing = stack.enter_context(contextlib.ExitStack())
-            yield cls(folder, config, processes, is_resuming, corpus, signals, closing)
+            if source and not is_resuming:  # downloaded and found readable, or refused now
+                processes.first_alone(partial(pretrained.check_weights, source), "downloaded")
+            yield cls(folder, config, processes, is_resuming, source, corpus, signals, closing)
 
     def begin(self, machine: "Machine") -> None:
         """Print what will be computed; write config.json and the tokenizer, unless eval_only.
@@ -147,9 +153,20 @@ class Run:
         """Return (parameters, step) of the newest checkpoint, without the optimizer's state."""
         if not self.is_resuming:
             return None
-        checkpoints = open_checkpoints(self.folder, self.processes)
-        self._closing.callback(checkpoints.close)
-        return checkpoints.restore_params(abstract_params)
+        read = pretrained.read_checkpoint
+        params, origin = read(self.folder, abstract_params, "latest", self.processes)
+        return params, origin["step"]
+
+    def load_pretrained(self, abstract_params) -> dict | None:
+        """Return the initial weights, and note in config.json which they are; None: random ones."""
+        if self._source is None:
+            return None
+        params, origin = pretrained.load_params(
+            self._source, self.config.model, abstract_params, processes=self.processes
+        )
+        if origin and self.processes.is_first and not self.config.eval_only:
+            folders.note_origin(self.folder, origin)
+        return params
 
     def is_complete(self) -> bool:
         """Return whether the restored run has nothing left to do; if so, say how to continue."""

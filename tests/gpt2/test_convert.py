@@ -16,7 +16,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from nanogpt_jax import decoding, hardware, sharding, steps
+import nanogpt_jax
+from nanogpt_jax import decoding, hardware, run, sharding, steps
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.corpora import (
@@ -31,6 +32,7 @@ from nanogpt_jax.gpt2 import convert
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import folder as run_folder
+from nanogpt_jax.run import pretrained
 from nanogpt_jax.run.checkpoint import Checkpoints
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "pretrained.npz"
@@ -310,10 +312,6 @@ def refused(source: str, *parts: str) -> None:
         ({"nanogpt_jax": {"bias": "no"}}, "nanogpt_jax must be like"),
         ({"nanogpt_jax": None}, "nanogpt_jax must be like"),
         ({"model_type": 10000 * "x"}, "model_type must be gpt2, got 'xxx"),
-        (
-            {"made_with": {}, "model_type": "gone"},
-            "this is a nanogpt_jax run, where init_from takes",
-        ),
     ],
 )
 def test_another_model_than_ours_is_refused_by_its_config(gpt2, fields, message):
@@ -350,7 +348,8 @@ def test_a_run_that_starts_from_a_gpt2_adopts_its_shape_but_keeps_its_own_contex
         model = ModelConfig(
             **{"block_size": n_positions - 1, "n_layer": 9, "dropout": 0.1} | fields
         )
-        return gpt2_config.adopt_shape(TrainConfig(model=model, init_from=gpt2)).model
+        config = TrainConfig(model=model, init_from=gpt2)
+        return run.adopt_shape(config, nanogpt_jax.find(gpt2)).model
 
     assert adopt() == replace(
         theirs, block_size=n_positions - 1, dropout=0.1, known_tokens=n_tokens
@@ -376,13 +375,12 @@ def test_a_source_is_a_gpt2_if_its_config_says_so(gpt2, tmp_path, monkeypatch):
 
 
 def test_weights_bring_their_tokenizer_where_they_have_one(gpt2):
-    config = TrainConfig(init_from=gpt2)
     path = Path(gpt2, "tokenizer.json")
-    assert gpt2_config.tokenizer_of(config) is None
-    assert gpt2_config.read_tokenizer(gpt2) is None
+    found = nanogpt_jax.find(gpt2)
+    assert (found.tokenizer, found.tokenizer_path) == (None, None)
     save_tokenizer(CHARS, Path(gpt2))
-    assert gpt2_config.tokenizer_of(config) == str(path)
-    assert gpt2_config.read_tokenizer(gpt2) == CHARS
+    found = nanogpt_jax.find(gpt2)
+    assert (found.tokenizer, found.tokenizer_path) == (CHARS, str(path))
 
 
 def test_a_corpus_of_other_tokens_than_the_weights_know_is_refused(gpt2):
@@ -390,38 +388,36 @@ def test_a_corpus_of_other_tokens_than_the_weights_know_is_refused(gpt2):
     mine, other = CharTokenizer("abc"), CharTokenizer("abd")
     pairs = BPETokenizer.train(["the cat sat" * 20], 270)
     save_tokenizer(mine, gpt2)
-    config = TrainConfig(init_from=gpt2)
-    gpt2_config.check_tokenizer(config, mine)
-    gpt2_config.check_tokenizer(config, None)  # .bin files that came without one
+    config, source = TrainConfig(init_from=gpt2), nanogpt_jax.find(gpt2)
+    run.check_tokenizer(config, source, mine)
+    run.check_tokenizer(config, source, None)  # .bin files that came without one
     for tokenizer in (other, pairs):
         for requested in (None, "char"):
             with pytest.raises(InputError, match=f"the tokens that the weights of {gpt2} know"):
-                gpt2_config.check_tokenizer(replace(config, tokenizer=requested), tokenizer)
+                run.check_tokenizer(replace(config, tokenizer=requested), source, tokenizer)
 
 
 def test_weights_without_a_tokenizer_ask_for_one(gpt2):
     """As `model.save_pretrained` leaves them."""
     config, chars = TrainConfig(init_from=gpt2), CharTokenizer("abc")
+    source = nanogpt_jax.find(gpt2)
     with pytest.raises(InputError, match=r"has no tokenizer.json, so .*name it with --tokenizer"):
-        gpt2_config.check_tokenizer(config, chars)
-    gpt2_config.check_tokenizer(replace(config, tokenizer="char"), chars)
+        run.check_tokenizer(config, source, chars)
+    run.check_tokenizer(replace(config, tokenizer="char"), source, chars)
 
 
-def test_a_run_from_scratch_needs_no_gpt2(monkeypatch):
-    monkeypatch.setattr(gpt2_config.hub, "find", None)
+def test_a_run_from_scratch_needs_no_weights():
     config = TrainConfig()
-    assert gpt2_config.adopt_shape(config) is config
-    assert gpt2_config.tokenizer_of(config) is None
-    gpt2_config.check_tokenizer(config, CHARS)
-    gpt2_config.check_weights(config)
+    assert run.adopt_shape(config, None) is config
+    run.check_tokenizer(config, None, CHARS)
 
 
 def test_weights_are_found_missing_before_they_are_needed(gpt2):
-    config = TrainConfig(init_from=gpt2)
-    gpt2_config.check_weights(config)
+    source = nanogpt_jax.find(gpt2)
+    pretrained.check_weights(source)
     Path(gpt2, "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"there is no .*model\.safetensors"):
-        gpt2_config.check_weights(config)
+        pretrained.check_weights(source)
 
 
 def test_the_four_names_have_their_shape_without_a_network(monkeypatch):
@@ -729,7 +725,7 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
     run_folder.begin(tmp_path / "few", TrainConfig(model=few), {})
     save_tokenizer(BPE, tmp_path / "few")
     (tmp_path / "few" / "checkpoints" / "7" / "params").mkdir(parents=True)
-    with pytest.raises(InputError, match="at most the model's 100 tokens"):
+    with pytest.raises(InputError, match="at most the 100 tokens"):
         convert.export(tmp_path / "few", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

@@ -130,7 +130,7 @@ def test_what_the_hub_refuses_or_cannot_be_cached_is_a_one_line_error(server, as
 def test_a_folder_needs_no_hub(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert hub.find(str(tmp_path), "config.json") == tmp_path / "config.json"
-    with pytest.raises(InputError, match=r"but there is no .*model\.safetensors\.$"):
+    with pytest.raises(InputError, match=r"but there is no .*model\.safetensors$"):
         hub.find(str(tmp_path), "model.safetensors")
 
 
@@ -142,27 +142,6 @@ def test_a_local_folder_takes_precedence_over_a_name_on_the_hub(tmp_path, monkey
     (tmp_path / "gpt2" / "config.json").write_text("{}")
     assert not hub.is_name("gpt2")
     assert hub.find("gpt2", "config.json").resolve() == tmp_path / "gpt2" / "config.json"
-
-
-@pytest.mark.parametrize(
-    ("source", "hint"),
-    [
-        ("gpt2-midium", " Did you mean gpt2-medium"),
-        ("openai-community/gpt2-xl", " Did you mean gpt2-xl"),
-        ("llama", ""),
-        ("", ""),
-        ("no\0file", ""),
-        (5000 * "a", ""),
-    ],
-)
-def test_a_source_that_is_neither_a_name_nor_a_folder_is_refused(source, hint):
-    with pytest.raises(InputError) as error:
-        hub.find(source, "config.json")
-    assert "init_from must be gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder" in str(
-        error.value
-    )
-    assert f"is neither.{hint}" in str(error.value)
-    assert hint or "Did you mean" not in str(error.value)
 
 
 def test_the_four_shapes_are_those_of_the_presets_and_have_their_known_sizes():

@@ -1,0 +1,178 @@
+"""Runs that start from the weights of another run."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from runs import content, copied, saved_steps, state_of, train
+
+import nanogpt_jax
+from nanogpt_jax.config import ModelConfig, TrainConfig
+from nanogpt_jax.corpora import CharTokenizer, load_tokenizer
+from nanogpt_jax.errors import InputError
+from nanogpt_jax.run import adopt_shape, read_metrics
+
+RUN = Path(__file__).parent.parent / "fixtures" / "run_v1" / "run"  # the best is step 120 of 140
+NEW = "nana came home at ten.\nthat hot hen has not eaten a nest\n" * 30  # in its characters
+SHAPE = ["--config=tiny", "--block_size=16", "--mesh=data=1", "--dataset=new.txt"]
+SHORT = [*SHAPE, "--max_iters=4", "--eval_interval=2", "--init_from=mine", "--out_dir=tuned"]
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Train on a new text, from a copy of the run."""
+    monkeypatch.chdir(tmp_path)
+    copied(RUN, Path("mine"))
+    Path("new.txt").write_text(NEW)
+    return lambda *more: train.main([*SHORT, *more])
+
+
+def config_of(folder: str) -> dict:
+    return json.loads(Path(folder, "config.json").read_text())
+
+
+def params_of(folder: str, step: int | None = None) -> dict:
+    return state_of(Path(folder), step).params
+
+
+def test_a_run_is_finetuned_on_a_new_text(start, capsys):
+    """It starts with the best checkpoint, keeps the characters, and notes what it came from."""
+    before = content(Path("mine"))
+    assert train.main([*SHAPE, "--eval_only", "--init_from=mine"]) == 0
+    printed = capsys.readouterr().out
+    assert start() == 0
+    first, *_, last = [row["val_loss"] for row in read_metrics(Path("tuned")) if "val_loss" in row]
+    assert f"mine: val loss {first:.4f}" in printed
+    assert last < first
+    assert load_tokenizer(Path("tuned")) == load_tokenizer(RUN)
+    config = config_of("tuned")
+    assert config["init_from"] == "mine"
+    origin = config["made_with"]["init_from"]
+    assert origin["step"] == 120, "the best, and not the newest"
+    assert re.fullmatch("[0-9a-f]{8}", origin["checksum"])
+    assert content(Path("mine")) == before
+    assert nanogpt_jax.load("tuned").config == nanogpt_jax.load("mine").config
+
+
+def test_the_weights_are_those_of_the_best_checkpoint(start):
+    assert start("--learning_rate=1e-12", "--min_lr=0", "--weight_decay=0") == 0
+    jax.tree.map(
+        lambda old, new: np.testing.assert_allclose(old, new, atol=1e-9),
+        params_of("mine", 120), params_of("tuned"),
+    )  # fmt: skip
+
+
+def test_a_resumed_run_keeps_its_origin_though_the_first_run_went_on(start):
+    assert start() == 0
+    origin = config_of("tuned")["made_with"]["init_from"]
+    shutil.rmtree("mine/checkpoints/120")
+    assert start("--max_iters=6", "--lr_decay_iters=4") == 0
+    assert saved_steps(Path("tuned"))[-1] == 6
+    assert config_of("tuned")["made_with"]["init_from"] == origin
+    assert start("--overwrite") == 0
+    again = config_of("tuned")["made_with"]["init_from"]
+    assert again["step"] == 140
+    assert again["checksum"] != origin["checksum"]
+
+
+def test_a_chain_of_runs(start):
+    assert start() == 0
+    assert start("--init_from=tuned", "--out_dir=again") == 0
+    assert config_of("again")["made_with"]["init_from"]["step"] in saved_steps(Path("tuned"))
+
+
+def test_unknown_characters_of_a_new_text_are_all_listed(start):
+    """Also those that only its end has."""
+    Path("new.txt").write_text(NEW * 20 + "é" + NEW * 20 + "!?")
+    with pytest.raises(InputError, match=r"its 12 training characters; .* '!', '\?', 'é'$"):
+        start()
+    assert sorted(path.name for path in Path().iterdir()) == ["mine", "new.txt"]
+
+
+def test_a_dataset_of_other_tokens_is_refused(start):
+    Path("new.txt").write_text(NEW.replace("t", "x"))
+    with pytest.raises(InputError, match="the tokens that the weights of mine know, but has other"):
+        start("--tokenizer=char")
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_run_does_not_replace_the_one_it_starts_from(start, more):
+    before = content(Path("mine"))
+    Path("link").symlink_to("mine")
+    for out_dir in ("mine", "mine/", "link"):
+        with pytest.raises(InputError, match="out_dir must not be the run that init_from names"):
+            start(f"--out_dir={out_dir}", *more)
+    assert content(Path("mine")) == before
+
+
+def test_a_run_without_a_checkpoint_is_refused_before_anything_is_written(start):
+    shutil.rmtree("mine/checkpoints")
+    with pytest.raises(InputError, match="mine has no checkpoint yet: train it first"):
+        start()
+    assert not Path("tuned/config.json").exists()
+
+
+def test_a_damaged_best_checkpoint_is_left_alone_and_the_newest_taken(start, capsys):
+    for path in Path("mine/checkpoints/120").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    assert start() == 0
+    assert "using step 140 instead" in capsys.readouterr().err
+    assert config_of("tuned")["made_with"]["init_from"]["step"] == 140
+    assert Path("mine/checkpoints/120").exists()
+
+
+def test_a_shorter_context_and_a_padded_vocabulary(start):
+    """The first positions are kept; tokens that do not exist stay zero."""
+    fitting = "--block_size=8", "--vocab_size=64", "--learning_rate=1e-12", "--min_lr=0"
+    assert start(*fitting, "--weight_decay=0") == 0
+    old, new = params_of("mine", 120), params_of("tuned")
+    assert new["wpe"]["embedding"].shape[0] == 8
+    assert new["wte"]["embedding"].shape[0] == 64
+    np.testing.assert_allclose(new["wpe"]["embedding"], old["wpe"]["embedding"][:8], atol=1e-9)
+    np.testing.assert_allclose(new["wte"]["embedding"][:12], old["wte"]["embedding"], atol=1e-9)
+    assert not new["wte"]["embedding"][12:].any()
+    assert (config_of("tuned")["vocab_size"], config_of("tuned")["known_tokens"]) == (64, 12)
+    text = nanogpt_jax.generate(nanogpt_jax.load("tuned"), "the", max_new_tokens=50, top_k=0)
+    assert set(text) <= set(load_tokenizer(RUN).chars)
+
+
+def test_a_modern_model_and_one_of_the_lecture(start):
+    """`export` takes neither, so this is how they are finetuned."""
+    for preset, more in ("small-fast", ["--n_layer=1"]), ("lecture-layernorm", ["--n_layer=1"]):
+        shape = ["--n_embd=16", "--n_head=2", "--batch_size=8", f"--config={preset}", *more]
+        first = *SHAPE, *shape, "--block_size=16", "--max_iters=4", "--eval_interval=4"
+        assert train.main([*first, f"--out_dir={preset}"]) == 0
+        assert start(f"--init_from={preset}", f"--out_dir={preset}-tuned") == 0
+        best = nanogpt_jax.load(preset)
+        assert config_of(f"{preset}-tuned")["made_with"]["init_from"]["step"] == best.step
+        loaded = nanogpt_jax.load(f"{preset}-tuned")
+        assert replace(loaded.config, dropout=best.config.dropout) == best.config
+
+
+def test_rotary_positions_have_no_longest_context():
+    def adopt(**fields):
+        theirs = ModelConfig(block_size=16, vocab_size=12, n_embd=12, n_head=2, **fields)
+        source = nanogpt_jax.Source("mine", Path("mine"), theirs, CharTokenizer("abc"))
+        config = TrainConfig(model=ModelConfig(block_size=32), init_from="mine")
+        return adopt_shape(config, source).model.block_size
+
+    assert adopt(positions="rotary") == 32
+    with pytest.raises(InputError, match="block_size must be at most 16 with the weights of mine"):
+        adopt()
+
+
+def test_four_devices_start_like_one(start):
+    same = "--learning_rate=1e-12", "--min_lr=0", "--weight_decay=0", "--vocab_size=16"
+    assert start(*same) == 0
+    for mesh in ("data=2,tensor=2", "data=1,fsdp=4"):
+        assert start(*same, f"--mesh={mesh}", f"--out_dir={mesh}") == 0
+        jax.tree.map(np.testing.assert_array_equal, params_of(mesh, 2), params_of("tuned", 2))
+        assert (
+            config_of(mesh)["made_with"]["init_from"]
+            == config_of("tuned")["made_with"]["init_from"]
+        )

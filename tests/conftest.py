@@ -35,6 +35,13 @@ from nanogpt_jax.config import ModelConfig, TrainConfig, presets
 ROOT = Path(__file__).parent.parent
 
 
+def known_shakespeare() -> Path | None:
+    """Return the file of tiny Shakespeare if it is at hand, without a network."""
+    paths = [ROOT / "data" / "shakespeare_char" / "input.txt"]
+    paths += [Path(path) for path in [os.environ.get("NANOGPT_JAX_SHAKESPEARE")] if path]
+    return next((path for path in paths if path.exists()), None)
+
+
 def layers_of(architecture: str, n_layer: int = 2, n_head: int = 2) -> dict:
     """Return fields of a ModelConfig that suit an architecture: its layers, heads and biases."""
     is_deep = architecture in ("gpt", "deep", "residual", "layernorm")

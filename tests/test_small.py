@@ -1,11 +1,10 @@
 """The README's main job in full: `small` on tiny Shakespeare, against nanoGPT's own result."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import known_shakespeare
 
 from nanogpt_jax import corpora
 from nanogpt_jax.corpora import download
@@ -17,13 +16,10 @@ SEEDS = (1337, 1, 2)
 def shakespeare(tmp_path_factory) -> Path:
     """A data folder with tiny Shakespeare in it."""
     data_dir = tmp_path_factory.mktemp("data")
-    known = [ROOT / "data" / corpora.SHAKESPEARE / "input.txt"]
-    known += [Path(path) for path in [os.environ.get("NANOGPT_JAX_SHAKESPEARE")] if path]
-    for path in known:
-        if path.exists():
-            (data_dir / corpora.SHAKESPEARE).mkdir()
-            (data_dir / corpora.SHAKESPEARE / "input.txt").write_bytes(path.read_bytes())
-            return data_dir
+    if path := known_shakespeare():
+        (data_dir / corpora.SHAKESPEARE).mkdir()
+        (data_dir / corpora.SHAKESPEARE / "input.txt").write_bytes(path.read_bytes())
+        return data_dir
     try:
         corpora.prepare(corpora.SHAKESPEARE, data_dir)
     except download.Unavailable as error:

@@ -52,7 +52,10 @@ def read_start(start: str | None) -> str | None:
         return start
     place = "standard input" if start == "-" else start.removeprefix("FILE:")
     with reading(f"start: {place}", "UTF-8 text"):
-        content = sys.stdin.buffer.read() if start == "-" else Path(place).read_bytes()
+        if start == "-":
+            content = sys.stdin.buffer.read() if sys.stdin else b""  # None: it is closed
+        else:
+            content = Path(place).read_bytes()
         return content.decode("utf-8-sig").replace("\r\n", "\n")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import nanogpt_jax
 from nanogpt_jax import bench, corpora, hardware
-from nanogpt_jax.config import SCRATCH, TrainConfig, parse_train_config
+from nanogpt_jax.config import TrainConfig, parse_train_config
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.errors import run_command
-from nanogpt_jax.run import Run, adopt_shape, check_tokenizer, check_usable, describe_loss
+from nanogpt_jax.run import Run, adopt, adopt_tokenizer, check_usable, describe_loss
 
 SAMPLE_TOKENS = 300  # of the text shown at the end
 
@@ -22,14 +22,13 @@ def main(argv: list[str]) -> int:
     """Validate the request and prepare the data before importing JAX; then train."""
     config = parse_train_config(argv, __doc__ or "")
     if config.compile_for:
-        return bench.compile_for(config, config.compile_for)
+        return bench.compile_for(adopt(config)[0], config.compile_for)
     processes = hardware.join_processes(config)
-    if config.out_dir:  # before the data, whose preparation may take hours
+    if config.out_dir and not config.eval_only:  # before the data, whose preparation may take hours
         check_usable(Path(config.out_dir))
-    source = None if config.init_from == SCRATCH else nanogpt_jax.find(config.init_from)
-    config = adopt_shape(config, source)  # weights bring their shape and their tokenizer
+    config, source = adopt(config)  # weights bring their shape and their tokenizer
     corpus, config = corpora.load(config, processes, source and source.tokenizer_path)
-    check_tokenizer(config, source, corpus.tokenizer)
+    corpus = adopt_tokenizer(config, source, corpus)
     with Run.open(config, source, corpus, processes) as run:
         return (evaluate_only if config.eval_only else train)(run.config, corpus, run)
 
@@ -128,7 +127,7 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     init_params = partial(steps.init_params, model)
     abstract = sharding.place(jax.eval_shape(init_params, jax.random.key(0)), machine.mesh)
     params, step = run.restore_params(abstract) or (run.load_pretrained(abstract), None)
-    source = config.init_from if step is None else f"step {step}"
+    source = config.init_from if step is None else f"{run.folder}, step {step}"
     val, block_size = corpus.splits["val"], config.model.block_size
     batches = data.EvalLoader(val, block_size, config.batch_size, machine.mesh, config.eval_iters)
     eval_step = compile_eval_step(model, abstract, batches, machine.mesh)

@@ -96,6 +96,9 @@ def find(source: str | os.PathLike | None = None) -> Source:
         name, config_path = str(folder), folder / "config.json"
         if not os.path.isfile(config_path):
             hint = "" if os.path.isdir(folder) else did_you_mean(folder.name, GPT2_SHAPES)
+            for outer in folder.parents:
+                if os.path.isfile(outer / "config.json"):
+                    hint = f" Did you mean {outer}?"
             raise InputError(
                 "a model must be a run's folder, like out/small, a folder with a Hugging Face "
                 f"GPT-2, or {', '.join(GPT2_SHAPES)}, but there is no {config_path}.{hint}"
@@ -105,10 +108,10 @@ def find(source: str | os.PathLike | None = None) -> Source:
     tokenizer = path and read_tokenizer(path)
     n_tokens, n_known = tokenizer.vocab_size if tokenizer else 0, config.vocab_size or 0
     if n_tokens > n_known:
+        resize = f"make room for them with transformers' resize_token_embeddings({n_tokens})"
         raise InputError(
             f"{path}: must have at most the {n_known} tokens of the model's embedding, but has "
-            f"{n_tokens}: put the model's own back, or make room for them with transformers' "
-            f"resize_token_embeddings({n_tokens})"
+            f"{n_tokens}: {'put its own back' if folder else resize}"
         )
     if tokenizer and folder is None:  # the embedding may be padded
         config = replace(config, known_tokens=n_tokens)

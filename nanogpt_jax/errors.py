@@ -51,8 +51,9 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error message."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """Return the first line of another library's error message, without where it was raised."""
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    return line.partition(" [source locations")[0]  # TensorStore's
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

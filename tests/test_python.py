@@ -166,7 +166,7 @@ def test_an_embedding_larger_than_its_tokenizer_writes_known_tokens_only(with_to
 def test_a_tokenizer_larger_than_its_embedding_is_refused_with_both_sizes(with_tokens, tmp_path):
     """Such as after adding a [PAD] and not resizing the model."""
     folder, chars = with_tokens(2)
-    with pytest.raises(InputError, match="put the model's own back, or make room for them"):
+    with pytest.raises(InputError, match="make room for them with transformers"):
         nanogpt_jax.find(folder)
     message = f"most the {len(chars) - 2} tokens of the model's embedding, but has {len(chars)}: "
     with pytest.raises(InputError, match=message):

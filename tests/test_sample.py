@@ -94,6 +94,9 @@ def test_a_prompt_can_come_from_a_file(write, tmp_path):
 def test_a_prompt_can_come_from_standard_input(write, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a cat")))
     assert write(*SHORT, "--start=-") == write(*SHORT, "--start=a cat")
+    monkeypatch.setattr("sys.stdin", None)  # closed, as by <&- in a shell
+    with pytest.raises(InputError, match="start must have at least one character, but is empty"):
+        write(*SHORT, "--start=-")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from nanogpt_jax.hardware import (
     size_in_words,
     train_flops_per_token,
 )
+from nanogpt_jax.run import adopt
 
 TABLE = ("T4", "RTX 3070 Ti", "RTX 4090", "L4", "A100 40GB", "H100", "H200", "TPU v5e", "TPU v6e")
 
@@ -41,7 +42,8 @@ class CostConfig(TrainConfig):
 
 
 def main(argv: list[str]) -> None:
-    config = with_vocab_size(parse_train_config(argv, __doc__ or "", CostConfig))
+    config, _ = adopt(parse_train_config(argv, __doc__ or "", CostConfig))
+    config = with_vocab_size(config)
     assert isinstance(config, CostConfig)
     print(*(reference_lines() if config.reference else cost_lines(config)), sep="\n")
 

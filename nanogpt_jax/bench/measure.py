@@ -157,7 +157,7 @@ def reason(stderr: str, returncode: int) -> str:
     if returncode < 0:
         return f"killed by signal {-returncode}"
     errors = re.findall(r"^(?:error: .*|[\w.]+(?:Error|Exception)\b.*)", stderr, re.MULTILINE)
-    return (errors or stderr.splitlines() or ["no reason"])[-1]
+    return (errors or stderr.splitlines() or ["no reason"])[-1].removeprefix("error: ")
 
 
 def run_train(

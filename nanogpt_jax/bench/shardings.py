@@ -13,12 +13,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 from nanogpt_jax.bench.step import abstract_state
 from nanogpt_jax.config import MESH_AXES, mesh_sizes, parse_train_config, with_vocab_size
+from nanogpt_jax.run import adopt
 from nanogpt_jax.sharding import resolve_sizes, unsplit_note
 
 
 def main(argv: list[str]) -> None:
     """Print a line for each kind of array, and what one device holds of all of them."""
-    config = with_vocab_size(parse_train_config(argv, __doc__ or ""))
+    config = with_vocab_size(adopt(parse_train_config(argv, __doc__ or ""))[0])
     requested = [size for size in mesh_sizes(config.compute.mesh) if size > 0]
     n_devices = max(jax.device_count(), math.prod(requested))
     sizes = resolve_sizes(config.compute.mesh, n_devices)

@@ -28,6 +28,7 @@ from nanogpt_jax.bench import profile
 from nanogpt_jax.bench.measure import TRAIN, run_train
 from nanogpt_jax.bench.step import compile_step, new_state, token_dtype
 from nanogpt_jax.config import (
+    SCRATCH,
     TrainConfig,
     field_types,
     parse_train_config,
@@ -35,6 +36,7 @@ from nanogpt_jax.config import (
     with_vocab_size,
 )
 from nanogpt_jax.model import Compute
+from nanogpt_jax.run import adopt
 
 CORPUS_TOKENS = 1_000_000
 SAMPLE_TOKENS = 500
@@ -53,11 +55,12 @@ class BenchConfig(TrainConfig):
 
 
 def main(argv: list[str]) -> None:
-    config = with_vocab_size(parse_train_config(argv, __doc__ or "", BenchConfig))
+    config, _ = adopt(parse_train_config(argv, __doc__ or "", BenchConfig))
+    config = with_vocab_size(config)
     assert isinstance(config, BenchConfig)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the figures alone
         # First: while this process holds a TPU, no other can use it.
-        starts = start_figures(argv) if config.start else {}
+        starts = start_figures(argv) if config.start and config.init_from == SCRATCH else {}
         machine = hardware.choose(config)
         figures = {
             "config": config.config,

@@ -72,7 +72,7 @@ def split_flags(argv: list[str], cls: type) -> dict[str, str]:
             raise InputError(f"--{name} needs a value, like --{name}=...")
         is_missing = name == "config" or (name == "dataset" and not os.path.exists(value))
         if value.endswith(".py") and is_missing:
-            raise InputError(f"--{name} is not a Python file, but got {value!r}. {NANOGPT_CONFIG}")
+            raise InputError(f"--{name} must not be a Python file, got {value!r}. {NANOGPT_CONFIG}")
         if value.startswith("~/") and name not in ("start", "stop"):
             value = os.path.expanduser(value)  # which the shell does not do after --name=
         settings[name] = value

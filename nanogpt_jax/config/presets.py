@@ -203,5 +203,7 @@ def parse_train_config(
     config = configure(cls(**vars(PRESETS[preset])), settings, about)
     if config.init_from != SCRATCH and (given := flags.keys() & WEIGHTS_FIELDS):
         names = ", ".join(f"--{name}" for name in sorted(given))
-        raise InputError(f"the weights of {config.init_from} determine {names}: leave it out")
+        raise InputError(
+            f"the weights of {config.init_from} bring their own {names}: leave that out"
+        )
     return config

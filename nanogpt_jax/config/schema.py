@@ -181,7 +181,8 @@ class TrainConfig:
     eval_first: bool = True  # also evaluate before the first update
     eval_iters: int = 0  # batches in an evaluation, always the same; 0: the whole validation split
     log_interval: int = 10  # updates between lines of metrics.jsonl
-    #: evaluate the run's newest checkpoint, or init_from if there is no run, and exit
+    #: evaluate and exit: the run's newest checkpoint, or the weights of init_from if out_dir names
+    #: no run
     eval_only: bool = False
     seed: int = 1337  # seed of the initial weights, batches and dropout
     tensorboard: bool = False  # also log to OUT_DIR/tensorboard; needs the extra tensorboard

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -48,31 +49,36 @@ def load(
 
     Args:
         processes: the first prepares what is missing while the others wait.
-        tokenizer: to use if the config names none, such as that of pretrained weights.
+        tokenizer: for a text if the config names none, such as that of pretrained weights.
 
     Raises:
         InputError: the corpus cannot be prepared here, is damaged, or too short for block_size.
     """
     min_tokens, vocab_size = config.model.block_size + 1, config.model.vocab_size
-    request = config.dataset, Path(config.data_dir), min_tokens, config.tokenizer or tokenizer
+    request = config.dataset, Path(config.data_dir), min_tokens, config.tokenizer, vocab_size
     folder = processes.first_alone(
-        lambda: resolve(*request, vocab_size, config.text_key), "prepared"
+        lambda: resolve(*request, config.text_key, tokenizer), "prepared"
     )
-    corpus = open_corpus(folder, min_tokens, vocab_size)
+    corpus = open_corpus(folder, min_tokens, vocab_size, config.model.known_tokens)
     return corpus, dataclasses.replace(config, model=with_vocabulary(config.model, corpus))
 
 
 def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
     """Return a model's shape with the vocabulary of a corpus, its padding marked as such."""
     known = corpus.known_tokens or model.known_tokens
-    is_padded = known and known < corpus.vocab_size and model.architecture == "gpt"
-    known = known if is_padded else None
+    known = known if known and known < corpus.vocab_size else None
+    if known and model.architecture != "gpt":
+        raise InputError(
+            f"vocab_size must be {known}, the tokens of {corpus.name}, since the lecture's models "
+            f"cannot mask others, got {corpus.vocab_size}: leave it out"
+        )
     return dataclasses.replace(model, vocab_size=corpus.vocab_size, known_tokens=known)
 
 
 def resolve(
     dataset: str | None, data_dir: Path, min_tokens: int,
     tokenizer: str | None = None, vocab_size: int | None = None, text_key: str = "text",
+    default_tokenizer: str | None = None,
 ) -> Path:  # fmt: skip
     """Return the folder of a dataset, prepared first unless that takes hours.
 
@@ -82,12 +88,12 @@ def resolve(
     if dataset is not None:
         return prepare(
             dataset, data_dir, min_tokens, tokenizer, vocab_size, text_key=text_key,
-            is_training=True,
+            is_training=True, default_tokenizer=default_tokenizer,
         )  # fmt: skip
+    tokenizer = tokenizer or default_tokenizer
     try:
         return prepare(SHAKESPEARE, data_dir, min_tokens, tokenizer, vocab_size)
     except download.Unavailable as error:
-        folder = prepare(PYDOCS, data_dir, min_tokens, tokenizer, vocab_size)
         stars = "*" * 88
         print(
             f"\n{stars}\n"
@@ -99,7 +105,7 @@ def resolve(
             f"  and run the same command again. The error was: {error.reason}\n{stars}\n",
             flush=True,
         )
-        return folder
+        return prepare(PYDOCS, data_dir, min_tokens, tokenizer, vocab_size)
 
 
 def _how_to_prepare(
@@ -128,6 +134,7 @@ def prepare(
     dataset: str, data_dir: Path, min_tokens: int = 1,
     tokenizer: str | None = None, vocab_size: int | None = None,
     shard_tokens: int = SHARD_TOKENS, text_key: str = "text", is_training: bool = False,
+    default_tokenizer: str | None = None,
 ) -> Path:  # fmt: skip
     """Prepare a dataset, however long it takes, and return its folder.
 
@@ -139,6 +146,7 @@ def prepare(
         shard_tokens: the most tokens in a file.
         text_key: the key or column of a document's text.
         is_training: refuse what takes long.
+        default_tokenizer: for a text, in place of its usual one.
 
     Raises:
         InputError: the name is unknown, or the text is unreadable, empty or too short.
@@ -146,7 +154,8 @@ def prepare(
     """
     data_dir = Path(os.path.expanduser(data_dir))  # which shells do not after --data_dir=
     files.check_place(data_dir, "data_dir")
-    folder, spec, source = _locate(dataset, data_dir, tokenizer, vocab_size, text_key)
+    request = dataset, data_dir, tokenizer, vocab_size, text_key, default_tokenizer
+    folder, spec, source = _locate(*request)
     if source is None and (dataset not in NAMES or shards.is_foreign(folder)):
         if tokenizer or (dataset in NAMES and load_tokenizer(folder) is None):
             _add_tokenizer(folder, tokenizer or spec.label, spec)
@@ -154,13 +163,14 @@ def prepare(
     source = source or _named_source(dataset, data_dir)
     refusal = None
     if is_training and source.text_bytes > preparation.LARGE_BYTES:
-        refusal = _how_to_prepare(source, data_dir, tokenizer, vocab_size, text_key)
+        named = tokenizer or default_tokenizer
+        refusal = _how_to_prepare(source, data_dir, named, vocab_size, text_key)
     return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens, refusal)
 
 
 def _locate(
     dataset: str, data_dir: Path, tokenizer: str | None, vocab_size: int | None,
-    text_key: str = "text",
+    text_key: str = "text", default_tokenizer: str | None = None,
 ) -> tuple[Path, TokenizerSpec, Source | None]:  # fmt: skip
     """Return the folder of a dataset's tokens, its tokenizer, and the user's text if it is one."""
     name, source, default = dataset, None, "gpt2"
@@ -176,8 +186,9 @@ def _locate(
         # A hash keeps two files called input.txt apart. A name has at most 255 bytes.
         key = f"\0{text_key}" if text_key != "text" else ""
         path_hash = hashlib.sha256(os.fsencode(f"{path.resolve()}{key}")).hexdigest()[:8]
-        name = f"{path.resolve().stem[:50]}-{path_hash}"
-    spec = TokenizerSpec.parse(tokenizer or default, vocab_size)
+        stem = re.sub("[*?[]", "_", path.resolve().stem[:50])  # which out_dir may not have
+        name = f"{stem}-{path_hash}"
+    spec = TokenizerSpec.parse(tokenizer or default_tokenizer or default, vocab_size)
     return data_dir / (name if spec.label == usual else f"{name}-{spec.label}"), spec, source
 
 
@@ -189,7 +200,8 @@ def _existing(dataset: str, data_dir: Path) -> Path:
             return path
     prepared = [path.name for path in data_dir.glob("*") if path.is_dir()]
     hint = did_you_mean(dataset, {*NAMES, *prepared})
-    hint = hint or f" Put its train.bin and val.bin, if you have them, into {data_dir / dataset}"
+    if not hint and not Path(dataset).suffix:
+        hint = f" Put its train.bin and val.bin, if you have them, into {data_dir / dataset}"
     raise InputError(
         f"dataset must be one of {', '.join(NAMES)}, a text file or a folder, but there is no "
         f"{dataset!r}.{hint}"

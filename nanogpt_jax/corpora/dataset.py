@@ -38,12 +38,15 @@ class Corpus:
         return sum(int(lengths[piece].sum()) for piece in tokens.pieces_of(val)) / len(val)
 
 
-def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) -> Corpus:
+def open_corpus(
+    folder: Path, min_tokens: int, vocab_size: int | None = None, known_tokens: int | None = None
+) -> Corpus:
     """Open and check both splits of a prepared folder.
 
     Args:
         min_tokens: what each split must have, block_size + 1.
         vocab_size: of the model; None: as the folder says.
+        known_tokens: ids that exist, if the folder does not say.
 
     Raises:
         InputError: a file is missing, cut off, too short, or has ids past the vocabulary.
@@ -54,7 +57,7 @@ def open_corpus(folder: Path, min_tokens: int, vocab_size: int | None = None) ->
     dtype = meta.get("dtype", "uint16")
     paths = {split: _check_sizes(folder, split, meta, dtype) for split in SPLITS}
     tokenizer = load_tokenizer(folder) or tokenizer_of_nanogpt(folder, dtype)
-    known = tokenizer.vocab_size if tokenizer else meta.get("vocab_size")
+    known = tokenizer.vocab_size if tokenizer else meta.get("vocab_size", known_tokens)
     counted = None
     if known is None and (folder / "meta.pkl").exists() and vocab_size is None:
         parts = tokens.map_files(paths["train"] + paths["val"], dtype)

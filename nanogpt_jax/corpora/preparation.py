@@ -189,7 +189,10 @@ def _begin(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, n
         n_train = encoding.train_characters(info["characters"])
         _check_length(source, (n_train, info["characters"] - n_train), min_tokens, "characters")
     tokenizer = spec.make(info.get("chars", ""), _first_texts(source, info, BPE_CHARS))
-    tokenizer.encode(info.get("chars", ""))  # names all that a file's tokenizer does not know
+    try:
+        tokenizer.encode(info.get("chars", ""))
+    except InputError as error:  # it names all that a file's tokenizer does not know
+        raise InputError(f"{source.name}: {error}, or train from scratch") from None
     sample = "".join(_first_texts(source, info, 10_000))[:10_000]
     if tokenizer.decode(tokenizer.encode(sample)) != sample:
         raise InputError(
@@ -242,8 +245,11 @@ def _finish(source: Source, folder: Path, tokenizer: Tokenizer, plan: dict, coun
         "splits": splits,
     }
     shards.finish(folder, meta)
-    is_char = isinstance(tokenizer, CharTokenizer)
-    kind = "distinct" if is_char else f"tokens in the vocabulary ({plan['tokenizer']})"
+    kind = (
+        "distinct"
+        if plan["tokenizer"] == "char"
+        else f"tokens in the vocabulary ({plan['tokenizer']})"
+    )
     skipped = f" (and {counts.skipped:,} empty ones)" if counts.skipped else ""
     texts = f"{counts.documents:,} texts{skipped}, " if source.has_separators else ""
     print(

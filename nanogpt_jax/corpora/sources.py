@@ -104,7 +104,9 @@ class Files:
                     chars |= set(text)
             advance(item.done)
         if is_empty:
-            raise InputError(f"{self.name}: must contain text, but is empty: pass another file")
+            raise InputError(
+                f"{self.name}: must contain text, but is empty or blank: pass another file"
+            )
         return {"characters": n_chars, "chars": "".join(sorted(chars))}
 
     def items(self, info: dict, can_cut: CanCut, after: Key = START) -> Iterator[Item]:

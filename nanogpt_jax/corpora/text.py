@@ -12,6 +12,7 @@ PIECE_CHARS = 2**16  # of a text, tokenized as one string: that takes a hundred 
 LONGEST_CHARS = 2**18  # if there is no good place to cut; then it is cut anywhere
 CONTEXT_CHARS = 100  # on each side of a cut, to see whether it changes the tokens
 TRIES = 100
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".rar")
 
 # Whether the tokens of left + right are those of left, then those of right.
 CanCut = Callable[[str, str], bool]
@@ -40,9 +41,9 @@ def read_blocks(file: BinaryIO, name: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             bad, at, begin = error.object, error.start, begin - n_pending
         if at >= 0:
+            remedy = "unpack it" if name.lower().endswith(ARCHIVES) else "save it as UTF-8"
             raise InputError(
-                f"{name}: must be UTF-8 text, but byte {begin + at} is 0x{bad[at]:02x}: save it as "
-                "UTF-8"
+                f"{name}: must be UTF-8 text, but byte {begin + at} is 0x{bad[at]:02x}: {remedy}"
             )
         if text:
             yield text

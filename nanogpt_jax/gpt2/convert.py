@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     config = parse_args(ExportConfig, flags, __doc__)
     if len(words) != 2:
         raise InputError(
-            f"export takes a run's folder and a new folder, got {len(words)} words, like: "
+            f"export takes two words, a run's folder and a new one, got {len(words)}; for example: "
             "python -m nanogpt_jax export out/small small-gpt"
         )
     export(Path(words[0]), Path(words[1]), config.checkpoint)

@@ -13,5 +13,5 @@ from nanogpt_jax.run.plots import (
     running_mean,
     save_figure,
 )
-from nanogpt_jax.run.pretrained import adopt_shape, check_tokenizer, load_params
+from nanogpt_jax.run.pretrained import adopt, adopt_tokenizer, load_params
 from nanogpt_jax.run.run import Run

@@ -104,8 +104,8 @@ class CheckpointReader:
         if self._damaged:
             reasons = "; ".join(map(str, self._damaged.values()))
             raise InputError(
-                f"{reasons}; there is no other checkpoint: restore a copy, or start over with "
-                "--overwrite"
+                f"{reasons}; there is no other checkpoint: restore a copy, or train that run again "
+                "with --overwrite"
             )
         return None, 0
 
@@ -150,7 +150,7 @@ class CheckpointReader:
             innermost: BaseException = error
             while innermost.__cause__ is not None:  # it names the array
                 innermost = innermost.__cause__
-            failure = first_line(innermost)
+            failure = first_line(innermost).partition(" Truncating/padding")[0]  # our users cannot
             if TEMPORARY.search(failure):
                 raise RunError(
                     f"{self._path(step)} cannot be read right now ({failure}): nothing was "

@@ -9,6 +9,7 @@ out/small/config.json      the whole request, with versions and device
 """
 
 import contextlib
+import os
 import re
 import shutil
 import time
@@ -41,13 +42,19 @@ FREE_FIELDS = {
 }  # fmt: skip
 
 
-def choose(config: TrainConfig, corpus: Corpus) -> Path:
-    """Return the run's folder: --out_dir, else out/CONFIG, with the dataset if it is not usual."""
+def named_folder(config: TrainConfig) -> Path | None:
+    """Return the run's folder if --out_dir or --config, with a run's own file, names it."""
     if config.out_dir is not None:
         return Path(config.out_dir)
     path = Path(config.config)
-    if path.name == CONFIG:  # a run's own: resume it
-        return path.parent
+    return path.parent if path.name == CONFIG else None
+
+
+def choose(config: TrainConfig, corpus: Corpus) -> Path:
+    """Return the run's folder: --out_dir, else out/CONFIG, with the dataset if it is not usual."""
+    if folder := named_folder(config):
+        return folder
+    path = Path(config.config)
     usual = PRESETS[config.config].dataset if config.config in PRESETS else None
     is_usual = corpus.name == (usual or SHAKESPEARE)
     return OUT / (path.stem if is_usual else f"{path.stem}-{corpus.name}")
@@ -91,10 +98,13 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     Args:
         fingerprint: of the corpus's tokens.
     """
-    check_usable(folder)
+    if not config.eval_only:  # which writes nothing
+        check_usable(folder)
     if not (folder / CONFIG).exists():
         return False
     old = read_config(folder)
+    if os.path.abspath(old["init_from"]) == os.path.abspath(config.init_from):
+        old["init_from"] = config.init_from  # the same, in other words
     if not saved_steps(folder / CHECKPOINTS):
         return False
     differing = [
@@ -110,9 +120,11 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     if differing:
         follows = old["lr_decay_iters"] != config.optim.lr_decay_iters
         hint = " (lr_decay_iters defaults to max_iters)" if follows else ""
+        remedy = "resume it, choose another --out_dir, or start over with --overwrite"
+        remedy = "evaluate it" if config.eval_only else f"{remedy}, which deletes it"
         raise InputError(
-            f"{folder} holds a run that differs: {'; '.join(differing)}. Undo these to resume it, "
-            f"choose another --out_dir, or start over with --overwrite, which deletes it{hint}"
+            f"{folder} holds a run that differs: {'; '.join(differing)}. Undo these to {remedy}"
+            f"{hint}"
         )
     return True
 

@@ -9,16 +9,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nanogpt_jax import gpt2
-from nanogpt_jax.config import ModelConfig, TrainConfig
-from nanogpt_jax.corpora import TOKENIZER_FILE, Tokenizer
+from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
+from nanogpt_jax.corpora import TOKENIZER_FILE, Corpus
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware import ALONE, Processes
-from nanogpt_jax.run.folder import CHECKPOINTS, saved_steps
+from nanogpt_jax.run.folder import CHECKPOINTS, named_folder, saved_steps
 
 if TYPE_CHECKING:
     from nanogpt_jax import Source
 
 Checkpoint = Literal["best", "latest"]
+
+
+def adopt(config: TrainConfig) -> "tuple[TrainConfig, Source | None]":
+    """Find the weights that a run starts from; return a configuration of their shape, and them."""
+    if config.init_from == SCRATCH:
+        return config, None
+    import nanogpt_jax
+
+    folder = named_folder(config)
+    # A run that resumes has all it needs: what it once started from may be gone.
+    is_resuming = folder and not config.overwrite and saved_steps(folder / CHECKPOINTS)
+    source = nanogpt_jax.find(folder if is_resuming else config.init_from)
+    return adopt_shape(config, source), source
 
 
 def adopt_shape(config: TrainConfig, source: "Source | None") -> TrainConfig:
@@ -47,25 +60,28 @@ def adopt_shape(config: TrainConfig, source: "Source | None") -> TrainConfig:
     return replace(config, model=replace(theirs, **kept))
 
 
-def check_tokenizer(
-    config: TrainConfig, source: "Source | None", tokenizer: Tokenizer | None
-) -> None:
-    """Check that a corpus with this tokenizer has the tokens that the weights know.
+def adopt_tokenizer(config: TrainConfig, source: "Source | None", corpus: Corpus) -> Corpus:
+    """Return a corpus of the tokens that the weights know.
 
-    A corpus without one cannot be checked; for weights without one, --tokenizer is trusted.
+    One without a tokenizer gets theirs, and cannot be checked; for weights without one, --tokenizer
+    is trusted. Raises InputError if the tokens are others, or unknown.
     """
-    if source is None or tokenizer is None:
-        return
+    if source is None or (corpus.tokenizer is None and source.tokenizer is None):
+        return corpus
+    if corpus.tokenizer is None:
+        print(f"{corpus.name} has no tokenizer; its tokens should be those of {source.name}")
+        return replace(corpus, tokenizer=source.tokenizer)
     if source.tokenizer is None and config.tokenizer is None:
         raise InputError(
             f"{source.name} has no {TOKENIZER_FILE}, so the tokens that its weights know are "
             "unknown: put the tokenizer they were trained with there, or name it with --tokenizer"
         )
-    if source.tokenizer and tokenizer.token_bytes != source.tokenizer.token_bytes:
+    if source.tokenizer and corpus.tokenizer.token_bytes != source.tokenizer.token_bytes:
         raise InputError(
             f"dataset must consist of the tokens that the weights of {source.name} know, but has "
             "others: drop --tokenizer, and pass the text itself as --dataset"
         )
+    return corpus
 
 
 def check_weights(source: "Source") -> None:

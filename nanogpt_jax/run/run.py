@@ -16,7 +16,7 @@ import numpy as np
 from nanogpt_jax import __version__
 from nanogpt_jax.config import TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, save_tokenizer
-from nanogpt_jax.errors import InputError
+from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import Processes, checkpoint_bytes, run_line, size_in_words
 from nanogpt_jax.run import folder as folders
 from nanogpt_jax.run import loggers, pretrained
@@ -73,7 +73,7 @@ class Run:
         optim = replace(optim, lr_decay_iters=optim.lr_decay_iters or config.max_iters)
         config = replace(config, optim=optim)
         is_resuming, writes = False, processes.is_first and not config.eval_only
-        is_source = source and source.folder and source.folder.resolve() == folder.resolve()
+        is_source = source and Path(config.init_from).resolve() == folder.resolve()
         if is_source and not config.eval_only:  # --overwrite would delete it
             raise InputError(
                 f"out_dir must not be the run that init_from names, but both are {folder}: add "
@@ -81,7 +81,7 @@ class Run:
             )
         if config.overwrite and not config.eval_only:
             folders.check_usable(folder)
-        else:
+        elif not (config.eval_only and source and not folders.named_folder(config)):
             is_resuming = folders.can_resume(folder, config, corpus.fingerprint)
         if is_resuming:
             read_metrics(folder)  # if they are damaged, say so before anything is written
@@ -276,6 +276,12 @@ class Run:
         return 0
 
     def _save(self, step: int, state: "TrainState", val_loss: float | None) -> None:
+        if not (self.folder / folders.CONFIG).exists():  # Orbax would begin a folder anew
+            raise RunError(
+                f"{self.folder} must stay where it is while it is trained, but its "
+                f"{folders.CONFIG} is gone: move the run back and run the same command, which "
+                "resumes from the newest checkpoint"
+            )
         if step != self._saved_step:
             self._checkpoints.save(state, val_loss)
             self._saved_step = step

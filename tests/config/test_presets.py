@@ -186,7 +186,9 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
 def test_a_flag_that_the_weights_determine_is_refused(flag, value):
     """Otherwise it would be silently ignored."""
     argv = ["--config=tiny", "--init_from=gpt2", f"--{flag}={value}"]
-    with pytest.raises(InputError, match=f"the weights of gpt2 determine --{flag}: leave it out"):
+    with pytest.raises(
+        InputError, match=f"the weights of gpt2 bring their own --{flag}: leave that out"
+    ):
         parse_train_config(argv)
 
 

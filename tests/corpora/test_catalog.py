@@ -279,6 +279,12 @@ def test_an_unusable_text_is_refused_and_nothing_written(tmp_path, data_dir):
         assert not data_dir.exists()
 
 
+def test_an_archive_is_to_be_unpacked(tmp_path, data_dir):
+    (tmp_path / "texts.zip").write_bytes(b"PK\x03\x04" + bytes(range(256)))
+    with pytest.raises(InputError, match=r"texts\.zip: must be UTF-8 text, .*: unpack it$"):
+        resolve(str(tmp_path / "texts.zip"), data_dir, min_tokens=9)
+
+
 def test_the_required_length_is_exact(tmp_path, data_dir):
     path = tmp_path / "text.txt"
     path.write_text("abc" * 30)

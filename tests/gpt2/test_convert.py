@@ -23,6 +23,7 @@ from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.corpora import (
     BPETokenizer,
     CharTokenizer,
+    Corpus,
     load_tokenizer,
     save_tokenizer,
 )
@@ -113,6 +114,10 @@ def change_tensors(source: str, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
+
+
+def corpus_of(tokenizer) -> Corpus:
+    return Corpus("text", {}, 30, tokenizer, "")
 
 
 @pytest.fixture
@@ -349,7 +354,7 @@ def test_a_run_that_starts_from_a_gpt2_adopts_its_shape_but_keeps_its_own_contex
             **{"block_size": n_positions - 1, "n_layer": 9, "dropout": 0.1} | fields
         )
         config = TrainConfig(model=model, init_from=gpt2)
-        return run.adopt_shape(config, nanogpt_jax.find(gpt2)).model
+        return run.adopt(config)[0].model
 
     assert adopt() == replace(
         theirs, block_size=n_positions - 1, dropout=0.1, known_tokens=n_tokens
@@ -389,12 +394,14 @@ def test_a_corpus_of_other_tokens_than_the_weights_know_is_refused(gpt2):
     pairs = BPETokenizer.train(["the cat sat" * 20], 270)
     save_tokenizer(mine, gpt2)
     config, source = TrainConfig(init_from=gpt2), nanogpt_jax.find(gpt2)
-    run.check_tokenizer(config, source, mine)
-    run.check_tokenizer(config, source, None)  # .bin files that came without one
+    assert run.adopt_tokenizer(config, source, corpus_of(mine)).tokenizer == mine
+    assert run.adopt_tokenizer(config, source, corpus_of(None)).tokenizer == mine
     for tokenizer in (other, pairs):
         for requested in (None, "char"):
             with pytest.raises(InputError, match=f"the tokens that the weights of {gpt2} know"):
-                run.check_tokenizer(replace(config, tokenizer=requested), source, tokenizer)
+                run.adopt_tokenizer(
+                    replace(config, tokenizer=requested), source, corpus_of(tokenizer)
+                )
 
 
 def test_weights_without_a_tokenizer_ask_for_one(gpt2):
@@ -402,14 +409,15 @@ def test_weights_without_a_tokenizer_ask_for_one(gpt2):
     config, chars = TrainConfig(init_from=gpt2), CharTokenizer("abc")
     source = nanogpt_jax.find(gpt2)
     with pytest.raises(InputError, match=r"has no tokenizer.json, so .*name it with --tokenizer"):
-        run.check_tokenizer(config, source, chars)
-    run.check_tokenizer(replace(config, tokenizer="char"), source, chars)
+        run.adopt_tokenizer(config, source, corpus_of(chars))
+    assert run.adopt_tokenizer(replace(config, tokenizer="char"), source, corpus_of(chars))
 
 
 def test_a_run_from_scratch_needs_no_weights():
     config = TrainConfig()
-    assert run.adopt_shape(config, None) is config
-    run.check_tokenizer(config, None, CHARS)
+    assert run.adopt(config) == (config, None)
+    corpus = corpus_of(CHARS)
+    assert run.adopt_tokenizer(config, None, corpus) is corpus
 
 
 def test_weights_are_found_missing_before_they_are_needed(gpt2):
@@ -767,9 +775,9 @@ def test_how_a_run_began_is_of_no_account_for_its_export(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "export takes a run's folder and a new folder, got 0 words"),
-        (["out/small"], "like: python -m nanogpt_jax export out/small small-gpt"),
-        (["a", "b", "c"], "got 3 words"),
+        ([], "export takes two words, a run's folder and a new one, got 0"),
+        (["out/small"], "for example: python -m nanogpt_jax export out/small small-gpt"),
+        (["a", "b", "c"], "got 3; "),
         (["a", "b", "--checkpont", "best"], "Did you mean checkpoint?"),
         (["a", "b", "--checkpoint", "worst"], "worst"),
         (["a", "b"], "a run's folder, like out/small, .* but there is no a/config.json"),

@@ -12,7 +12,8 @@ import runs
 from make_old_run import sample
 from runs import saved_steps, spawn, train, wait_for_step, write_dataset, write_tokenizer
 
-from nanogpt_jax.errors import InputError
+from nanogpt_jax import files
+from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.run import read_metrics
 
 UNUSUAL = "a b/ü 日本 🎭"
@@ -165,3 +166,38 @@ def test_a_training_that_was_killed_leaves_its_folder_free(run, trainer):
     done = run("train.py", *trainer.argv, *more, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"resuming out/run from step {stopped_at}" in done.stdout
+
+
+def test_a_run_that_is_moved_while_it_trains_says_so(tmp_path, monkeypatch):
+    """Otherwise its next checkpoint would begin a folder without a config.json, which is no run."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("letters"))
+    log = train.Run.log
+
+    def move(self, step, metrics):
+        log(self, step, metrics)
+        if Path("run").exists():
+            Path("run").rename("moved")
+
+    monkeypatch.setattr(train.Run, "log", move)
+    with pytest.raises(RunError, match=r"run must stay where it is .* its config\.json is gone: m"):
+        runs.start("run", "letters", "--max_iters=16")
+    monkeypatch.setattr(train.Run, "log", log)
+    assert runs.start("moved", "letters", "--max_iters=16") == 0
+
+
+def test_evaluating_writes_nothing_and_needs_no_writable_folder(start, monkeypatch):
+    assert start("--out_dir=run", "--max_iters=2") == 0
+
+    def refuse(folder):
+        raise InputError("out_dir must be writable")
+
+    monkeypatch.setattr(files, "check_writable", refuse)
+    assert start("--out_dir=run", "--max_iters=2", "--eval_only") == 0
+
+
+def test_a_text_whose_name_no_out_dir_may_have(start):
+    Path("book.txt").rename("a [1]*.txt")
+    assert start("--dataset=a [1]*.txt", "--max_iters=2") == 0
+    (run,) = Path("out").iterdir()
+    assert run.name.startswith("tiny-a _1]_-")

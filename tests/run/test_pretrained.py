@@ -12,10 +12,12 @@ import pytest
 from runs import content, copied, saved_steps, state_of, train
 
 import nanogpt_jax
+from nanogpt_jax.bench import cost, shardings
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.corpora import CharTokenizer, load_tokenizer
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.run import adopt_shape, read_metrics
+from nanogpt_jax.run import read_metrics
+from nanogpt_jax.run.pretrained import adopt_shape
 
 RUN = Path(__file__).parent.parent / "fixtures" / "run_v1" / "run"  # the best is step 120 of 140
 NEW = "nana came home at ten.\nthat hot hen has not eaten a nest\n" * 30  # in its characters
@@ -89,7 +91,7 @@ def test_a_chain_of_runs(start):
 def test_unknown_characters_of_a_new_text_are_all_listed(start):
     """Also those that only its end has."""
     Path("new.txt").write_text(NEW * 20 + "é" + NEW * 20 + "!?")
-    with pytest.raises(InputError, match=r"its 12 training characters; .* '!', '\?', 'é'$"):
+    with pytest.raises(InputError, match=r"new\.txt: .* only its 12 .* '!', '\?', 'é', or"):
         start()
     assert sorted(path.name for path in Path().iterdir()) == ["mine", "new.txt"]
 
@@ -98,6 +100,71 @@ def test_a_dataset_of_other_tokens_is_refused(start):
     Path("new.txt").write_text(NEW.replace("t", "x"))
     with pytest.raises(InputError, match="the tokens that the weights of mine know, but has other"):
         start("--tokenizer=char")
+
+
+def test_token_files_without_a_tokenizer_stay_as_they_are(start, capsys):
+    """They should be those of the weights; nothing is written beside them."""
+    ids = load_tokenizer(RUN).encode(NEW).astype("<u2")
+    Path("bins").mkdir()
+    for split in ("train", "val"):
+        ids.tofile(f"bins/{split}.bin")
+    before = content(Path("bins"))
+    assert start("--dataset=bins") == 0
+    assert "bins has no tokenizer; its tokens should be those of mine" in capsys.readouterr().out
+    assert content(Path("bins")) == before
+    assert load_tokenizer(Path("tuned")) == load_tokenizer(RUN)
+    (ids + 5).tofile("bins/train.bin")
+    with pytest.raises(InputError, match=r"train\.bin"):
+        start("--dataset=bins", "--out_dir=other")
+
+
+def test_a_resumed_run_needs_its_source_no_more(start):
+    """Which may be moved, or named in other words."""
+    assert start() == 0
+    longer = "--max_iters=6", "--lr_decay_iters=4"
+    assert start(*longer, "--init_from=./mine/") == 0
+    Path("mine").rename("moved")
+    assert start(*longer, "--max_iters=8") == 0
+    assert saved_steps(Path("tuned"))[-1] == 8
+    assert train.main(["--config=tuned/config.json", "--eval_only"]) == 0
+    with pytest.raises(InputError, match="init_from 'mine' -> 'moved'"):
+        start("--init_from=moved")
+
+
+def test_evaluating_a_start_is_not_evaluating_the_run_that_came_of_it(start, capsys):
+    command = [*SHAPE, "--init_from=mine", "--eval_only"]
+    assert train.main(command) == 0
+    first = capsys.readouterr().out.splitlines()[-1]
+    assert first.startswith("mine: val loss ")
+    assert train.main([*SHAPE, "--init_from=mine", "--max_iters=4", "--eval_interval=2"]) == 0
+    (tuned,) = Path("out").iterdir()
+    capsys.readouterr()
+    assert train.main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == first
+    assert train.main([*command, "--max_iters=4", f"--out_dir={tuned}"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{tuned}, step 4: val loss ")
+    with pytest.raises(InputError, match="Undo these to evaluate it"):
+        train.main([*command, f"--out_dir={tuned}", "--seed=3"])
+
+
+def test_a_model_of_the_lecture_is_not_padded(start):
+    """It would predict tokens that do not exist: nothing masks them."""
+    argv = [*SHAPE, "--config=lecture-bigram", "--max_iters=2", "--out_dir=bigram"]
+    with pytest.raises(InputError, match=r"vocab_size must be 12, .* got 64: leave it out"):
+        train.main([*argv, "--vocab_size=64"])
+
+
+def test_other_commands_know_the_shape_of_the_weights(start, capsys):
+    cost.main(["--init_from=mine", "--block_size=16"])
+    assert re.search(r"token embedding +48 ", capsys.readouterr().out)  # 12 x 4
+    shardings.main(["--init_from=mine", "--block_size=16"])
+    assert re.search(r"wte.embedding +\(12, 4\)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("inner", ["mine/config.json", "mine/checkpoints", "mine/checkpoints/120"])
+def test_what_is_inside_of_a_run_is_not_the_run(start, inner):
+    with pytest.raises(InputError, match=r"Did you mean mine\?$"):
+        start(f"--init_from={inner}")
 
 
 @pytest.mark.parametrize("more", [[], ["--overwrite"]])

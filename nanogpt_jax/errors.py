@@ -51,9 +51,9 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error message, without where it was raised."""
+    """Return the first line of another library's error message, without TensorStore's details."""
     line = (str(error).strip() or repr(error)).splitlines()[0]
-    return line.partition(" [source locations")[0]  # TensorStore's
+    return re.split(r" \[(?:tensorstore_spec|source locations)", line)[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

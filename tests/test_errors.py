@@ -111,3 +111,9 @@ def test_a_long_message_keeps_its_ends():
     assert len(line) < 2100
     assert line.startswith("ax")
     assert line.endswith("xb")
+
+
+def test_what_tensorstore_adds_to_its_errors_is_left_out():
+    """Thousands of characters, before the remedy."""
+    error = ValueError("File too large [tensorstore_spec='{...}'] [source locations='a.cc:1']\nb")
+    assert errors.first_line(error) == "File too large"

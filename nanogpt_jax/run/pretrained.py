@@ -34,13 +34,11 @@ def adopt(config: TrainConfig) -> "tuple[TrainConfig, Source | None]":
     return adopt_shape(config, source), source
 
 
-def adopt_shape(config: TrainConfig, source: "Source | None") -> TrainConfig:
+def adopt_shape(config: TrainConfig, source: "Source") -> TrainConfig:
     """Return a configuration whose model has the shape of the weights that it starts from.
 
     The context (which may be shorter), dropout and padding of the vocabulary stay as requested.
     """
-    if source is None:
-        return config
     ours, theirs = config.model, source.config
     if ours.block_size > theirs.block_size and theirs.positions == "learned":
         raise InputError(

@@ -153,7 +153,7 @@ def test_a_run_is_sampled_evaluated_and_drawn_while_it_is_trained(run, trainer):
     assert done.stdout.startswith("out/run  best val loss ")
     done = run("train.py", *trainer.argv, "--eval_only", timeout=60)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^step \d+: val loss ", done.stdout, re.MULTILINE)
+    assert re.search(r"^out/run, step \d+: val loss ", done.stdout, re.MULTILINE)
     wait_for_steps(trainer, 40)
 
 

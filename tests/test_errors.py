@@ -1,6 +1,7 @@
 """How a command ends: one line and an exit code for expected errors, a traceback for bugs."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -117,3 +118,13 @@ def test_what_tensorstore_adds_to_its_errors_is_left_out():
     """Thousands of characters, before the remedy."""
     error = ValueError("File too large [tensorstore_spec='{...}'] [source locations='a.cc:1']\nb")
     assert errors.first_line(error) == "File too large"
+
+
+def test_a_stream_that_is_no_file_is_used_as_it_comes(monkeypatch):
+    """As Jupyter's, under %run."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda argv: print("hello"))
+    assert ended.value.code == 0
+    assert sys.stdout.getvalue() == "hello\n"

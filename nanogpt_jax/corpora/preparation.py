@@ -245,11 +245,8 @@ def _finish(source: Source, folder: Path, tokenizer: Tokenizer, plan: dict, coun
         "splits": splits,
     }
     shards.finish(folder, meta)
-    kind = (
-        "distinct"
-        if plan["tokenizer"] == "char"
-        else f"tokens in the vocabulary ({plan['tokenizer']})"
-    )
+    kind = f"tokens in the vocabulary ({plan['tokenizer']})"
+    kind = "distinct" if plan["tokenizer"] == "char" else kind
     skipped = f" (and {counts.skipped:,} empty ones)" if counts.skipped else ""
     texts = f"{counts.documents:,} texts{skipped}, " if source.has_separators else ""
     print(

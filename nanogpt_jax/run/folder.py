@@ -103,8 +103,8 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     if not (folder / CONFIG).exists():
         return False
     old = read_config(folder)
-    if os.path.abspath(old["init_from"]) == os.path.abspath(config.init_from):
-        old["init_from"] = config.init_from  # the same, in other words
+    if _has_same_start(old, config):
+        old["init_from"] = config.init_from
     if not saved_steps(folder / CHECKPOINTS):
         return False
     differing = [
@@ -127,6 +127,11 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
             f"{hint}"
         )
     return True
+
+
+def _has_same_start(old: dict, config: TrainConfig) -> bool:
+    """Return whether a run and a request have the same init_from, in whatever words."""
+    return os.path.abspath(old["init_from"]) == os.path.abspath(config.init_from)
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
@@ -167,7 +172,7 @@ def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files.delete_partials(folder)
     old = read_config(folder) if (folder / CONFIG).exists() else {}
-    if old.get("init_from") == config.init_from and "init_from" in old["made_with"]:
+    if old and _has_same_start(old, config) and "init_from" in old["made_with"]:
         made_with = made_with | {"init_from": old["made_with"]["init_from"]}
     files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": made_with})
 

@@ -122,7 +122,9 @@ def test_a_resumed_run_needs_its_source_no_more(start):
     """Which may be moved, or named in other words."""
     assert start() == 0
     longer = "--max_iters=6", "--lr_decay_iters=4"
+    origin = config_of("tuned")["made_with"]["init_from"]
     assert start(*longer, "--init_from=./mine/") == 0
+    assert config_of("tuned")["made_with"]["init_from"] == origin
     Path("mine").rename("moved")
     assert start(*longer, "--max_iters=8") == 0
     assert saved_steps(Path("tuned"))[-1] == 8

@@ -102,7 +102,7 @@ def test_a_signal_during_a_save_lets_it_finish_but_a_second_one_does_not(
     assert f"stopped at step {saved_steps(folder)[-1]} and saved" in stdout
     assert stderr.count("saving, then stopping") == 1
     code, stdout, stderr = finish(*argv, cwd=tmp_path, moment=moment, signals=NUMBERS)
-    assert code in (130, 143)
+    assert code in [128 + each for each in NUMBERS]  # the second, whichever comes first
     assert "ended at once, without saving" in stderr
     assert "Traceback" not in stderr
     assert start(folder, dataset, length) == 0

@@ -276,7 +276,7 @@ class Run:
         return 0
 
     def _save(self, step: int, state: "TrainState", val_loss: float | None) -> None:
-        if not (self.folder / folders.CONFIG).exists():  # Orbax would begin a folder anew
+        if not (self.folder / folders.CONFIG).exists():  # Orbax would create it again
             raise RunError(
                 f"{self.folder} must stay where it is while it is trained, but its "
                 f"{folders.CONFIG} is gone: move the run back and run the same command, which "

@@ -42,8 +42,7 @@ class CostConfig(TrainConfig):
 
 
 def main(argv: list[str]) -> None:
-    config, _ = adopt(parse_train_config(argv, __doc__ or "", CostConfig))
-    config = with_vocab_size(config)
+    config = with_vocab_size(adopt(parse_train_config(argv, __doc__ or "", CostConfig))[0])
     assert isinstance(config, CostConfig)
     print(*(reference_lines() if config.reference else cost_lines(config)), sep="\n")
 

@@ -55,8 +55,7 @@ class BenchConfig(TrainConfig):
 
 
 def main(argv: list[str]) -> None:
-    config, _ = adopt(parse_train_config(argv, __doc__ or "", BenchConfig))
-    config = with_vocab_size(config)
+    config = with_vocab_size(adopt(parse_train_config(argv, __doc__ or "", BenchConfig))[0])
     assert isinstance(config, BenchConfig)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the figures alone
         # First: while this process holds a TPU, no other can use it.

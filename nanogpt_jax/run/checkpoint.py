@@ -94,7 +94,10 @@ class CheckpointReader:
         while steps := [step for step in self.steps() if step not in self._damaged]:
             step = prefer if prefer in steps else steps[0]
             try:
-                restored = {name: self._restore_item(step, name, items[name]) for name in items}
+                sums = self._metadata(step)["checksums"]
+                restored = {
+                    name: self._restore_item(step, name, items[name], sums) for name in items
+                }
             except Damaged as error:
                 self._note_damage(step, error)
                 continue
@@ -128,8 +131,7 @@ class CheckpointReader:
         self._found[step] = metadata
         return metadata
 
-    def _restore_item(self, step: int, item: str, abstract) -> Any:
-        checksums = self._metadata(step)["checksums"]
+    def _restore_item(self, step: int, item: str, abstract, checksums: dict) -> Any:
         targets = _named_leaves(abstract)
         restored = self._read(step, **{item: ocp.args.StandardRestore(targets)})[item]
         for name, leaf in restored.items():

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 CUDA_EXTRA, TPU_EXTRA = "'.[cuda12]' or '.[cuda13]'", "'.[tpu]'"
 CGROUPS, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# With them, XLA does not find its cuDNN kernels again: https://github.com/openxla/xla/pull/46500
+DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
 SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 
 
@@ -188,6 +190,10 @@ def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
         return f"compute capability 8.0, but this is {capability or 'not an NVIDIA GPU'}"
     if dtype == "float32":
         return "a 16-bit dtype, but this is float32"
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    for flag in DETERMINISTIC:
+        if {f"--{flag}", f"--{flag}=true", f"--{flag}=1"} & {*flags}:
+            return f"XLA_FLAGS without --{flag}, under which XLA fails to run it"
     if head_size % 8 or head_size > largest:
         return f"a head size up to {largest} that is a multiple of 8, but it is {head_size}"
     return None

@@ -101,6 +101,20 @@ def test_a_kernel_that_does_not_fit_is_left_out_and_the_reason_says_why():
         assert because in reason.partition(";")[2]
 
 
+def test_sums_in_a_fixed_order_do_without_cudnn(monkeypatch):
+    """XLA cannot run cuDNN's backward pass so: IndexError, raw_hash_map, seen on an H100."""
+    for flags, kernel in [
+        ("--xla_gpu_deterministic_ops=true", "xla"),
+        ("--xla_dump_to=x --xla_gpu_exclude_nondeterministic_ops", "xla"),
+        ("--xla_gpu_deterministic_ops=false", "cudnn"),
+    ]:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        assert chosen(H100)[1] == kernel
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops")
+    with pytest.raises(InputError, match="XLA_FLAGS without --xla_gpu_deterministic_ops"):
+        chosen(H100, attention="cudnn")
+
+
 def test_a_large_head_fits_from_hopper_on():
     for head_size in 136, 256:
         assert chosen(H100, model(head_size=head_size))[1] == "cudnn"

@@ -4,7 +4,6 @@ Array names end in their shape; the letters are explained in model.py.
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanogpt_jax.config import ModelConfig
+from nanogpt_jax.hardware.products import float32_einsum
 
 ROTARY_BASE = 10_000
 WEIGHTS = "attention_weights"  # the Flax collection in which a model leaves them, if asked to
@@ -23,13 +23,15 @@ class KVCache(NamedTuple):
     length: jax.Array  # int32 scalar: tokens seen; the next one is written there, modulo S
     k_BHKS: tuple[jax.Array, ...]  # one array a layer; entries from `length` on are unused
     v_BHKS: tuple[jax.Array, ...]
+    newest_B2: jax.Array | None  # the last two tokens, for a model that embeds n-grams; -1: none
 
 
 def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCache:
     """Return an empty cache with room for block_size tokens in each of batch_size rows."""
     shape = (batch_size, config.n_head, config.n_embd // config.n_head, config.block_size)
     zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
-    return KVCache(jnp.int32(0), zeros, zeros)
+    newest_B2 = jnp.full((batch_size, 2), -1, jnp.int32) if config.ngram_rows else None
+    return KVCache(jnp.int32(0), zeros, zeros, newest_B2)
 
 
 def rotate(x_BTHK, start=0):
@@ -75,28 +77,6 @@ def drop(array, rate: float, key):
     """Drop elements at this rate and scale the rest up to keep the expected sum."""
     keep = random_bits(key, array.shape) >= round(rate * 2**16)
     return jnp.where(keep, array / (1 - rate), 0)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def float32_einsum(spec: str, x, y):
-    """Return einsum(spec, x, y), summed up and returned in float32 whatever the operands' type.
-
-    Its gradient is rounded to their type before it is multiplied: products with a float32 operand
-    are slower, twice on an A100, eight times on a T4.
-    """
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
-
-
-def _float32_einsum_fwd(spec: str, x, y):
-    return float32_einsum(spec, x, y), (x, y)
-
-
-def _float32_einsum_bwd(spec: str, operands, gradient):
-    _, transpose = jax.vjp(partial(jnp.einsum, spec), *operands)
-    return transpose(gradient.astype(operands[0].dtype))
-
-
-float32_einsum.defvjp(_float32_einsum_fwd, _float32_einsum_bwd)
 
 
 def attention_weights(q_BTHK, k_BSHK, start=0):

@@ -15,6 +15,7 @@ from jax import lax
 
 from nanogpt_jax.config import ModelConfig
 from nanogpt_jax.data import Batch, EvalLoader, gather
+from nanogpt_jax.hardware.products import pick
 from nanogpt_jax.model import GPT, Compute, Model
 from nanogpt_jax.optim import Optimizer
 
@@ -70,23 +71,15 @@ def new_state(model: Model, tx: Optimizer, key) -> TrainState:
     return init_state(tx, init_params(model, key))
 
 
-@jax.custom_vjp
-def pick(logits_BTV, targets_BT):
-    """Return the targets' logits_BT; its gradient avoids a scatter, which takes two more passes."""
-    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+def add_noise(tokens_BT, rate: float, n_tokens: int, key):
+    """Return the tokens, some of them replaced by random ones, at this rate.
 
-
-def _pick_fwd(logits_BTV, targets_BT):
-    return pick(logits_BTV, targets_BT), (targets_BT, jnp.arange(logits_BTV.shape[-1])[None, None])
-
-
-def _pick_bwd(residuals, gradient_BT):
-    targets_BT, tokens_11V = residuals
-    is_target_BTV = tokens_11V == targets_BT[..., None]
-    return jnp.where(is_target_BTV, gradient_BT[..., None], 0), None
-
-
-pick.defvjp(_pick_fwd, _pick_bwd)
+    Source: Xie et al., "Data noising as smoothing in neural network language models", 2017.
+    """
+    where_key, token_key = jax.random.split(key)
+    is_noise_BT = jax.random.bernoulli(where_key, rate, tokens_BT.shape)
+    noise_BT = jax.random.randint(token_key, tokens_BT.shape, 0, n_tokens)
+    return jnp.where(is_noise_BT, noise_BT, tokens_BT)
 
 
 def token_losses(model: Model, params, batch_BT1, dropout_key=None):
@@ -97,12 +90,16 @@ def token_losses(model: Model, params, batch_BT1, dropout_key=None):
 
     Args:
         batch_BT1: T + 1 token ids a row; the first T are read, the last T predicted.
-        dropout_key: None for no dropout.
+        dropout_key: None for no dropout, and no noise in the tokens read.
     """
-    variables = {"params": params}
+    variables, config, tokens_BT = {"params": params}, model.config, batch_BT1[:, :-1]
+    if dropout_key is not None and config.token_noise > 0:
+        n_tokens = config.known_tokens or config.vocab_size or 0
+        noise_key = jax.random.fold_in(dropout_key, 1)
+        tokens_BT = add_noise(tokens_BT, config.token_noise, n_tokens, noise_key)
     x_BTD, _ = model.apply(
         variables,
-        batch_BT1[:, :-1],
+        tokens_BT,
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="hidden_states",

@@ -11,12 +11,12 @@ from jax._src.cudnn import fused_attention_stablehlo
 from nanogpt_jax.attention import (
     attention,
     drop,
-    float32_einsum,
     init_cache,
     random_bits,
     rotate,
 )
 from nanogpt_jax.hardware.fused import fused_attention
+from nanogpt_jax.hardware.products import float32_einsum
 from nanogpt_jax.sharding import make_mesh
 
 

@@ -20,7 +20,8 @@ CHARS = CharTokenizer("\n abcdefghi")
 GREEDY = Sampling(temperature=0)
 SAMPLING = Sampling(temperature=0.8, top_k=5)
 KINDS = {"learned": {}, "rotary": {"positions": "rotary", "n_layer": 2}, "modern": MODERN}
-SLIDING = ["rotary", "modern"]  # their cache drops its oldest token, and reads nothing again
+KINDS["ngrams"] = {"ngram_rows": 50, **MODERN}
+SLIDING = ["rotary", "modern", "ngrams"]  # a full cache drops its oldest token: none is re-read
 
 
 @cache

@@ -19,7 +19,9 @@ ORDER += ("lecture", "web", "nanogpt_jax", "__main__")
 # Imports against that order: (module, what it imports, why it may).
 UPWARD = {
     ("steps", "lecture", "make_model makes the lecture's models too, and a GPT needs none of them"),
-    ("model", "hardware", "a fused kernel is a chip's, and most models run without"),
+    ("model", "hardware", "its products and kernels are in the forms that chips compute fast"),
+    ("attention", "hardware", "so are its products"),
+    ("steps", "hardware", "so is the loss"),
     ("run.run", "nanogpt_jax", "a run records __version__, and may start with what find returns"),
     ("run.pretrained", "nanogpt_jax", "a run may start with what nanogpt_jax.find returns"),
     ("gpt2.convert", "nanogpt_jax", "the export is built on nanogpt_jax.load, as a user's code is"),
@@ -30,6 +32,10 @@ UPWARD = {
 # Imports of another package's room in place of its face.
 ROOMS = {
     ("model", "hardware.fused", "the kernels are JAX, which hardware's face does not import"),
+    ("model", "hardware.products", "the products are JAX too"),
+    ("attention", "hardware.products", "the same"),
+    ("steps", "hardware.products", "the same"),
+    ("lecture.models", "hardware.products", "the same"),
     ("steps", "lecture.models", "the models are JAX, which the lecture's face does not import"),
 }
 WITHOUT_JAX = ("errors", "files", "config", "corpora")  # not even inside functions
@@ -165,9 +171,9 @@ def test_the_house_is_as_small_as_it_promises():
         "README.md": (n_lines(ROOT / "README.md"), 200),
         # It was 10,059 and 9,507; then came GPU programs, the report of a machine, a container's
         # memory, settings to debug JAX with, a GPT-2 and its tokenizer of unlike sizes, waiting for
-        # processes that never come, a run that starts from another and then stands alone. The goal
-        # is 8,500.
-        "the package": (sum(map(n_lines, MODULES)), 10_312),
+        # processes that never come, a run that starts from another and then stands alone, noise in
+        # the tokens read and n-grams. The goal is 8,500.
+        "the package": (sum(map(n_lines, MODULES)), 10_384),
     }
     assert {name: size for name, size in sizes.items() if size[0] > size[1]} == {}
 

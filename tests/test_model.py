@@ -12,12 +12,15 @@ import pytest
 
 from nanogpt_jax.attention import drop, init_cache
 from nanogpt_jax.config.presets import MODERN
-from nanogpt_jax.model import GPT, Compute, flat_dot_general
+from nanogpt_jax.hardware.products import flat_dot_general
+from nanogpt_jax.model import GPT, Compute, ngrams
 from nanogpt_jax.steps import init_params, token_losses
 
 B, T, V = 3, 8, 11
 # Each part that is newer than GPT-2, alone and all together.
+NGRAMS = {"ngram_rows": 50}
 NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
+NEWER.append(NGRAMS)
 
 
 def name_of(fields):
@@ -30,7 +33,9 @@ def name_of(fields):
 
 newer_parts = pytest.mark.parametrize("fields", NEWER, ids=name_of)
 # For what only the cache or only the head can break: each kind costs a compilation.
-some_kinds = pytest.mark.parametrize("fields", [{}, {"positions": "rotary"}, MODERN], ids=name_of)
+some_kinds = pytest.mark.parametrize(
+    "fields", [{}, {"positions": "rotary"}, MODERN, NGRAMS], ids=name_of
+)
 heads = pytest.mark.parametrize("fields", [{}, {"tied_head": False}, MODERN], ids=name_of)
 
 
@@ -106,6 +111,9 @@ def naive_gpt(params, tokens_T, config):
         return dense(y_TD, p["c_proj"])
 
     x_TD = params["wte"]["embedding"][tokens_T]
+    if config.ngram_rows:
+        padded_1N = jnp.asarray([[-1, -1, *tokens_T]])
+        x_TD += params["wne"]["embedding"][ngrams(padded_1N, config.ngram_rows)[0]].sum(1)
     if config.positions == "learned":
         x_TD = x_TD + params["wpe"]["embedding"][: len(tokens_T)]
     for i in range(sum(name.startswith("h_") for name in params)):
@@ -198,6 +206,7 @@ OTHER_SHAPES = {  # what a field's value changes; None: does not exist
     ("positions", "rotary"): {"wpe/embedding": None},
     ("norm", "rmsnorm"): NONE_OF_NORMS,
     ("tied_head", False): {"lm_head/kernel": (12, 11)},
+    ("ngram_rows", 50): {"wne/embedding": (50, 12)},
     # 8/3 of 12 features, and as many gates: as many weights as 4 x 12 features without.
     ("activation", "swiglu"): {"h/mlp/c_fc/kernel": (12, 64), "h/mlp/c_proj/kernel": (32, 12)},
 }
@@ -423,6 +432,23 @@ def test_one_compilation_serves_every_position_of_the_cache(model):
     for t in range(T):
         _, cache = step(params, tokens_BT[:, t : t + 1], cache)
     assert step._cache_size() == 1
+
+
+def test_ngrams_are_the_pair_and_the_triple_that_end_at_each_token():
+    tokens_BN = np.array([[-1, -1, 3, 4, 3, 4, 3], [9, 3, 4, 5, 3, 4, 5]])
+    rows_BT2 = np.asarray(ngrams(jnp.asarray(tokens_BN), 2**20))
+    assert rows_BT2.shape == (2, 5, 2)
+    table = {}
+    for rows_T2, tokens_N in zip(rows_BT2, tokens_BN.tolist(), strict=True):
+        for t, (pair, triple) in enumerate(rows_T2.tolist()):
+            second = tokens_N[t + 1]
+            table.setdefault((second, tokens_N[t + 2]), set()).add(pair)
+            table.setdefault((tokens_N[t], second, tokens_N[t + 2]), set()).add(triple)
+    assert {len(rows) for rows in table.values()} == {1}  # a function of the n-gram
+    rows = [row for (row,) in table.values()]
+    assert len({*rows}) == len(rows) - 2  # at the start of a text, a triple is the pair
+    many = np.asarray(ngrams(jnp.asarray(np.indices((65, 65, 65)).reshape(3, -1).T), 1000))[..., 1]
+    assert np.bincount(many.ravel(), minlength=1000).max() < 3 * 65**3 / 1000
 
 
 def test_flat_dense_equals_flax_dense_with_its_gradients():

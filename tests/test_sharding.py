@@ -322,7 +322,14 @@ SMALL = dataclasses.replace(
     gradient_accumulation_steps=2,
     max_iters=N_STEPS,
     model=ModelConfig(
-        block_size=16, vocab_size=12, n_layer=1, n_head=2, n_embd=16, dropout=0.2, bias=True
+        block_size=16,
+        vocab_size=12,
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        dropout=0.2,
+        token_noise=0.1,
+        bias=True,
     ),
     optim=dataclasses.replace(presets.TINY.optim, learning_rate=1e-2, warmup_iters=2),
 )

@@ -14,6 +14,7 @@ import pytest
 
 from nanogpt_jax import data, steps
 from nanogpt_jax.config import ModelConfig, OptimConfig
+from nanogpt_jax.hardware.products import pick
 from nanogpt_jax.model import GPT, Compute
 from nanogpt_jax.optim import Optimizer, make_optimizer
 from nanogpt_jax.sharding import make_mesh, replicated
@@ -23,6 +24,7 @@ KEY = jax.random.key(3)
 CONFIG = ModelConfig(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=12)
 MODEL = GPT(CONFIG)
 DROPOUT_MODEL = GPT(dataclasses.replace(CONFIG, dropout=0.3))
+NOISE_MODEL = GPT(dataclasses.replace(CONFIG, token_noise=0.3))
 N_STEPS = 30
 ADAMW = make_optimizer(OptimConfig(learning_rate=1e-2, warmup_iters=0), N_STEPS)
 
@@ -140,7 +142,7 @@ def test_picking_logits_has_the_gradient_of_a_gather():
         return (logits_BTV[*np.indices((2, 3)), targets_BT] * weights_BT).sum()
 
     def picked(logits_BTV):
-        return (steps.pick(logits_BTV, targets_BT) * weights_BT).sum()
+        return (pick(logits_BTV, targets_BT) * weights_BT).sum()
 
     values = jax.value_and_grad(gathered)(logits_BTV), jax.value_and_grad(picked)(logits_BTV)
     assert_equal(*values)
@@ -246,7 +248,8 @@ def test_an_update_is_skipped_if_its_loss_or_gradient_is_not_finite(bad, monkeyp
     assert_equal(after._replace(step=state.step), state)
 
 
-def test_dropout_depends_on_seed_step_and_micro_batch():
+@pytest.mark.parametrize("model", [DROPOUT_MODEL, NOISE_MODEL])
+def test_dropout_and_noise_depend_on_seed_step_and_micro_batch(model):
     """With a learning rate of 0 nothing else can make two losses differ."""
     tx = sgd(0.0)
     state = new_state(tx)
@@ -255,12 +258,44 @@ def test_dropout_depends_on_seed_step_and_micro_batch():
     def loss(step, seed=0, batch_ABT1=batch_ABT1):
         _, dropout_key = steps.stream_keys(seed)
         at_step = state._replace(step=jnp.int32(step))
-        return float(train_step(DROPOUT_MODEL, tx, at_step, batch_ABT1, dropout_key)[1].loss)
+        return float(train_step(model, tx, at_step, batch_ABT1, dropout_key)[1].loss)
 
     assert loss(4) == loss(4)
     assert loss(4) != loss(5)
     assert loss(4) != loss(4, seed=1)
     assert loss(4) != loss(4, batch_ABT1=batch_ABT1[::-1])
+
+
+def test_noise_replaces_tokens_at_its_rate_with_any_that_exist():
+    tokens_BT = jnp.full((200, 500), 3)
+    noisy_BT = np.asarray(steps.add_noise(tokens_BT, 0.2, V - 1, KEY))
+    counts = np.bincount(noisy_BT.ravel(), minlength=V) / noisy_BT.size
+    # A hundred thousand draws: five standard deviations.
+    np.testing.assert_allclose(np.delete(counts, [3, V - 1]), 0.2 / (V - 1), atol=0.0023)
+    assert counts[V - 1] == 0
+    assert counts[3] == pytest.approx(0.8 + 0.2 / (V - 1), abs=0.0063)
+
+
+def test_noise_is_read_and_never_predicted(monkeypatch):
+    """The targets are the text's own, and an evaluation reads the text as it is."""
+    known = []
+
+    def add_noise(tokens_BT, rate, n_tokens, key):
+        known.append(n_tokens)
+        return (tokens_BT + 1) % V
+
+    monkeypatch.setattr(steps, "add_noise", add_noise)
+    params, batch_BT1 = new_params(), random_ids(4, T + 1)
+    logits_BTV, _ = MODEL.apply({"params": params}, (batch_BT1[:, :-1] + 1) % V)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch_BT1[:, 1:])
+    assert_close(steps.token_losses(NOISE_MODEL, params, batch_BT1, KEY), expected, rtol=1e-5)
+    assert_equal(
+        steps.token_losses(NOISE_MODEL, params, batch_BT1),
+        steps.token_losses(MODEL, params, batch_BT1),
+    )
+    padded = NOISE_MODEL.clone(config=dataclasses.replace(NOISE_MODEL.config, known_tokens=V - 2))
+    steps.token_losses(padded, params, batch_BT1, KEY)
+    assert known == [V, V - 2]
 
 
 # Evaluation

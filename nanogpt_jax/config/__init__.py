@@ -26,6 +26,7 @@ from nanogpt_jax.config.schema import (
     LECTURE_MODELS,
     MAX_PAGE_TOKENS,
     MESH_AXES,
+    REGULARIZATION,
     ROW_AXES,
     SCRATCH,
     SPLITS,

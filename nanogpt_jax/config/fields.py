@@ -22,9 +22,10 @@ RANGES = {
     "seed": (0, 2**32 - 1), "port": (0, 2**16 - 1),
     "process_id": (-1, MAX_INT), "max_new_tokens": (-1, MAX_INT),
     **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
-    "loss_chunks": (0, MAX_INT),
+    "loss_chunks": (0, MAX_INT), "ngram_rows": (0, 2**24),
 }  # fmt: skip
-BELOW_ONE = {"dropout", "beta1", "beta2", "muon_momentum"}  # all other numbers are at least 0
+# All other numbers are at least 0.
+BELOW_ONE = {"dropout", "token_noise", "beta1", "beta2", "muon_momentum"}
 FRACTIONS = {"cooldown", "top_p", "mfu"}
 TEXTS = {"start", "stop"}  # every other text is a name, usually of a file
 NEVER_EMPTY = {"out_dir", "data_dir", "dataset", "tokenizer", "init_from", "stop", "host"}

@@ -7,6 +7,7 @@ from typing import Any
 from nanogpt_jax.config.cli import configure, read_settings, split_flags
 from nanogpt_jax.config.fields import replace_fields
 from nanogpt_jax.config.schema import (
+    REGULARIZATION,
     SCRATCH,
     Architecture,
     ModelConfig,
@@ -170,7 +171,7 @@ PRESETS = {preset.config: preset for preset in (
 )}
 # fmt: on
 # Pretrained weights determine all but these fields of the model.
-WEIGHTS_FIELDS = vars(ModelConfig()).keys() - {"block_size", "vocab_size", "dropout"}
+WEIGHTS_FIELDS = vars(ModelConfig()).keys() - {"block_size", "vocab_size", *REGULARIZATION}
 
 
 def with_vocab_size(config: TrainConfig) -> TrainConfig:

@@ -39,11 +39,17 @@ class ModelConfig:
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # width of the residual stream; a multiple of n_head
     dropout: float = 0.0  # dropout rate: 0 for pretraining, 0.1 or more against overfitting
+    #: fraction of tokens that training replaces by random ones before they are read: against
+    #: overfitting, cheaper than dropout
+    token_noise: float = 0.0
     bias: bool = False  # biases in Dense and LayerNorm, like GPT-2; False: a bit better and faster
     #: the MLP's activation: exact GELU (nanoGPT), its tanh approximation (OpenAI's GPT-2), squared
     #: ReLU, or SwiGLU with a hidden layer 8/3 n_embd wide, for the same number of parameters
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     positions: Literal["learned", "rotary"] = "learned"  # position embeddings; rotary: RoPE
+    #: rows of a hashed embedding of the pair and the triple of tokens that end at each position, so
+    #: that the first layer knows them already; for small models of characters; 0: none
+    ngram_rows: int = 0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores
     tied_head: bool = True  # share the token embedding with the output head
@@ -80,8 +86,10 @@ class ModelConfig:
         return self.hidden_size * (2 if self.activation == "swiglu" else 1)
 
 
+REGULARIZATION = "dropout", "token_noise"  # in training only, so weights do not determine them
 # GPT-2's choice of each part that has newer alternatives: the defaults above.
-_PARTS = "activation", "positions", "norm", "qk_norm", "tied_head", "zero_init", "logit_cap"
+_PARTS = ("activation", "positions", "ngram_rows", "norm", "qk_norm", "tied_head", "zero_init")
+_PARTS += ("logit_cap",)
 GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS}
 
 

@@ -39,6 +39,8 @@ def parts(config: ModelConfig) -> list[Part]:
     found = [Part("token embedding", V * D)]
     if config.positions == "learned":
         found += [Part("position embedding", T * D)]
+    if config.ngram_rows:
+        found += [Part("n-gram embedding", config.ngram_rows * D)]
     found += [
         dense("attention: q, k, v", D, 3 * D, has_bias=bias and is_gpt),  # the lecture has none
         Part("attention: scores", 0, L * 2 * T * D),

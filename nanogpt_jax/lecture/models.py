@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from nanogpt_jax.attention import WEIGHTS
 from nanogpt_jax.config import ModelConfig
-from nanogpt_jax.model import Compute, Dropout, flat_dot_general
+from nanogpt_jax.hardware.products import flat_dot_general
+from nanogpt_jax.model import Compute, Dropout
 
-Dense = partial(nn.Dense, dot_general=flat_dot_general)  # for speed, as in model.py
+Dense = partial(nn.Dense, dot_general=flat_dot_general)  # for speed, as in the GPT
 # Like torch.nn.Embedding, whose rows start as N(0, 1), and torch.nn.LayerNorm.
 Embedding = partial(nn.Embed, embedding_init=nn.initializers.normal(1.0))
 LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)

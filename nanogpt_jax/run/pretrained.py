@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nanogpt_jax import gpt2
-from nanogpt_jax.config import SCRATCH, ModelConfig, TrainConfig
+from nanogpt_jax.config import REGULARIZATION, SCRATCH, ModelConfig, TrainConfig
 from nanogpt_jax.corpora import TOKENIZER_FILE, Corpus
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware import ALONE, Processes
@@ -37,7 +37,8 @@ def adopt(config: TrainConfig) -> "tuple[TrainConfig, Source | None]":
 def adopt_shape(config: TrainConfig, source: "Source") -> TrainConfig:
     """Return a configuration whose model has the shape of the weights that it starts from.
 
-    The context (which may be shorter), dropout and padding of the vocabulary stay as requested.
+    The context (which may be shorter), regularization and padding of the vocabulary stay as they
+    were requested.
     """
     ours, theirs = config.model, source.config
     if ours.block_size > theirs.block_size and theirs.positions == "learned":
@@ -51,7 +52,7 @@ def adopt_shape(config: TrainConfig, source: "Source") -> TrainConfig:
             f"vocab_size must be at least {n_tokens} with the weights of {source.name}, "
             f"got {ours.vocab_size}: leave it out"
         )
-    kept = {"block_size": ours.block_size, "dropout": ours.dropout}
+    kept = {name: getattr(ours, name) for name in ("block_size", *REGULARIZATION)}
     kept["vocab_size"] = ours.vocab_size or theirs.vocab_size
     if theirs.architecture == "gpt":
         kept["known_tokens"] = n_tokens

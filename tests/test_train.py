@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -428,7 +429,7 @@ def test_the_smallest_dataset_trains_without_its_tokenizer_and_resumes_with_it(t
     bins, folder = write_dataset(tmp_path / "bins", n_train=17, n_val=17), tmp_path / "run"
     argv = "--vocab_size=16", "--batch_size=1", "--eval_interval=2", "--dropout=0"
     assert start(folder, bins, *argv, "--max_iters=2") == 0
-    assert f"The run is in {folder}" in capsys.readouterr().out.splitlines()[-1]
+    assert f"--out_dir {folder}` writes more" in capsys.readouterr().out.splitlines()[-1]
     assert not (folder / "tokenizer.json").exists()
     assert start(folder, bins, *argv, "--max_iters=2", "--eval_only") == 0
     assert "16 tokens" in capsys.readouterr().out.splitlines()[-1]
@@ -438,6 +439,23 @@ def test_the_smallest_dataset_trains_without_its_tokenizer_and_resumes_with_it(t
     config = json.loads((folder / "config.json").read_text())
     assert (config["vocab_size"], config["known_tokens"]) == (16, 9)
     assert (folder / "tokenizer.json").exists()
+
+
+def test_scripts_can_read_the_result_of_a_run(straight):
+    folder, printed, _ = straight
+    found = dict(re.findall(r"^(\w+): (\S+)$", printed, re.MULTILINE))
+    rows = read_metrics(folder)
+    best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+    assert found["val_loss"] == f"{best['val_loss']:.4f}"
+    assert found["bits_per_byte"] == f"{best['val_bits_per_byte']:.3f}"
+    assert (found["best_step"], found["steps"]) == (f"{best['step']}", f"{N_STEPS}")
+    config = json.loads((folder / "config.json").read_text())
+    sizes = ("gradient_accumulation_steps", "batch_size", "block_size")
+    assert int(found["tokens"]) == N_STEPS * math.prod(config[name] for name in sizes)
+    assert float(found["seconds"]) == pytest.approx(rows[-1]["elapsed_s"], abs=5)
+    assert float(found["tokens_per_s"]) > 0
+    assert f"{int(found['parameters']):,} parameters" in printed
+    assert found["folder"] == str(folder)
 
 
 def test_the_run_ends_with_a_sample(straight):

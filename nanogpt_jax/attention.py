@@ -23,7 +23,7 @@ class KVCache(NamedTuple):
     length: jax.Array  # int32 scalar: tokens seen; the next one is written there, modulo S
     k_BHKS: tuple[jax.Array, ...]  # one array a layer; entries from `length` on are unused
     v_BHKS: tuple[jax.Array, ...]
-    newest_B2: jax.Array | None  # the last two tokens, for a model that embeds n-grams; -1: none
+    newest_B2: jax.Array | None = None  # the last two tokens, if n-grams are embedded; -1: none
 
 
 def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCache:

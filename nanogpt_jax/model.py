@@ -104,7 +104,7 @@ def _norm(config: ModelConfig, dtype, name: str | None = None) -> nn.LayerNorm |
 
 
 def ngrams(tokens_BN, n_rows: int):
-    """Return rows_BT2: the row of the pair and of the triple that end at each of the last N - 2.
+    """Return rows_BT2: for each of the last N - 2 tokens, those of the pair and the triple it ends.
 
     The rows are hashes, so n-grams may share one. Tokens before a text are -1. Source: Pagnoni et
     al., "Byte latent transformer", 2024.

@@ -49,7 +49,7 @@ def make_model(config: ModelConfig, compute: Compute | None = None) -> Model:
 
 
 def stream_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """Return the keys of a run's two random streams on the device: initial weights and dropout."""
+    """Return the keys of a run's random streams on the device: initial weights; dropout, noise."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
     return init_key, dropout_key
 
@@ -72,7 +72,7 @@ def new_state(model: Model, tx: Optimizer, key) -> TrainState:
 
 
 def add_noise(tokens_BT, rate: float, n_tokens: int, key):
-    """Return the tokens, some of them replaced by random ones, at this rate.
+    """Replace tokens with random ones at this rate.
 
     Source: Xie et al., "Data noising as smoothing in neural network language models", 2017.
     """

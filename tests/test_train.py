@@ -34,7 +34,7 @@ from runs import (
     write_tokenizer,
 )
 
-from nanogpt_jax import corpora, data, errors
+from nanogpt_jax import bench, corpora, data, errors
 from nanogpt_jax.config import MODERN, parse_train_config, to_flat_dict
 from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import chip_named, chips, devices
@@ -441,6 +441,35 @@ def test_the_smallest_dataset_trains_without_its_tokenizer_and_resumes_with_it(t
     assert (folder / "tokenizer.json").exists()
 
 
+def test_minutes_become_a_number_of_updates_which_a_resumed_run_keeps(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    """Ten minutes of updates that take 10 s each are fewer than 60; then the run is like any."""
+    stopped, straight, minutes = tmp_path / "stopped", tmp_path / "straight", "--minutes=10"
+    monkeypatch.setattr(bench, "time_step", lambda config, machine, tokens: (2.0, 10.0))
+    with signal_after_step(20, signal.SIGINT):
+        assert start(stopped, dataset, minutes) == 128 + signal.SIGINT
+    n = 40
+    assert f"{n} updates of 10,000.0 ms fit into 10 min, with" in capsys.readouterr().out
+    config = json.loads((stopped / "config.json").read_text())
+    assert (config["max_iters"], config["lr_decay_iters"], config["minutes"]) == (n, n, 10)
+    monkeypatch.setattr(bench, "time_step", None)  # it is not measured again
+    assert start(stopped, dataset, minutes) == 0
+    assert start(straight, dataset, f"--max_iters={n}") == 0
+    assert_same_run(stopped, straight)
+    with pytest.raises(InputError, match=r"minutes 10\.0 -> 20\.0"):
+        start(stopped, dataset, "--minutes=20")
+    assert start(stopped, dataset, "--max_iters=60", f"--lr_decay_iters={n}") == 0
+    assert "complete" not in capsys.readouterr().out
+
+
+def test_too_few_minutes_are_refused_before_anything_is_written(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "time_step", lambda *_: (60.0, 1.0))
+    with pytest.raises(InputError, match="minutes must be enough for an update after starting"):
+        start(tmp_path / "run", dataset, "--minutes=1")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_scripts_can_read_the_result_of_a_run(straight):
     folder, printed, _ = straight
     found = dict(re.findall(r"^(\w+): (\S+)$", printed, re.MULTILINE))
@@ -453,7 +482,8 @@ def test_scripts_can_read_the_result_of_a_run(straight):
     sizes = ("gradient_accumulation_steps", "batch_size", "block_size")
     assert int(found["tokens"]) == N_STEPS * math.prod(config[name] for name in sizes)
     assert float(found["seconds"]) == pytest.approx(rows[-1]["elapsed_s"], abs=5)
-    assert float(found["tokens_per_s"]) > 0
+    rate = float(found["tokens"]) / float(found["seconds"])
+    assert float(found["tokens_per_s"]) == pytest.approx(rate, rel=0.1)
     assert f"{int(found['parameters']):,} parameters" in printed
     assert found["folder"] == str(folder)
 

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -23,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanogpt_jax import corpora, data, decoding, hardware, steps
+from nanogpt_jax import corpora, decoding, hardware, steps
 from nanogpt_jax.bench import profile
 from nanogpt_jax.bench.measure import TRAIN, run_train
-from nanogpt_jax.bench.step import compile_step, new_state, token_dtype
+from nanogpt_jax.bench.step import caller, compile_step, median_s, token_dtype
 from nanogpt_jax.config import (
     SCRATCH,
     TrainConfig,
@@ -40,7 +39,6 @@ from nanogpt_jax.run import adopt
 
 CORPUS_TOKENS = 1_000_000
 SAMPLE_TOKENS = 500
-REPEATS = 5
 PROFILE, PROFILED_CALLS = Path("out", "profile"), 5
 
 
@@ -81,16 +79,6 @@ def main(argv: list[str]) -> None:
         print(*profile.table(operations), sep="\n")
 
 
-def median_s(work: Callable[[], object]) -> float:
-    """Return the median seconds of a few calls of `work`, after one that is not counted."""
-    times_s = []
-    for _ in range(1 + REPEATS):
-        start_s = time.perf_counter()
-        jax.block_until_ready(work())
-        times_s.append(time.perf_counter() - start_s)
-    return statistics.median(times_s[1:])
-
-
 def start_figures(argv: list[str]) -> dict:
     """Time train.py from the command to its first step, without and with a compile cache."""
     flags, known = split_flags(argv, BenchConfig), field_types(TrainConfig)
@@ -116,25 +104,9 @@ def training_figures(config: BenchConfig, machine: hardware.Machine) -> dict:
     start_s = time.perf_counter()
     train_step = compile_step(config, machine.compute, machine.mesh, CORPUS_TOKENS)
     compile_s = time.perf_counter() - start_s
-    state = new_state(config, machine.mesh)
-    _, dropout_key = steps.stream_keys(config.seed)
-    shape = config.gradient_accumulation_steps, config.batch_size
     ids = np.random.default_rng(0).integers(config.model.vocab_size or 1, size=CORPUS_TOKENS)
-    tokens = ids.astype(token_dtype(config))
+    train = caller(config, machine, train_step, ids.astype(token_dtype(config)))
     per_call = hardware.steps_per_call(config)
-    batches = data.TrainLoader(
-        tokens, config.seed, config.model.block_size, shape, machine.mesh, 0, per_call
-    )
-
-    def train(n_calls: int):
-        nonlocal state
-        metrics = None
-        for _ in range(n_calls):
-            previous = metrics
-            state, metrics = train_step(state, next(batches), dropout_key)
-            jax.block_until_ready(previous)
-        return metrics
-
     n_calls = max(1, int(1 / median_s(lambda: train(1))))  # about a second of them
     step_s = median_s(lambda: train(n_calls)) / n_calls / per_call
     # Before the products below, which would count in the peak: the device's, or the process's.

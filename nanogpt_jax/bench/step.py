@@ -1,5 +1,8 @@
 """The training step of train.py from shapes alone, for those who time it, size it or place it."""
 
+import statistics
+import time
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,9 +11,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from nanogpt_jax import data, sharding, steps
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.hardware import steps_per_call
+from nanogpt_jax.hardware import Machine, steps_per_call
 from nanogpt_jax.model import Compute
 from nanogpt_jax.optim import make_optimizer
+
+REPEATS = 5
 
 
 def _init_state(config: TrainConfig, key) -> steps.TrainState:
@@ -58,3 +63,48 @@ def compile_step(
     update = partial(steps.train_steps, model, tx)
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere))
     return jitted.lower(state, batch, jax.eval_shape(jax.random.key, 0)).compile()
+
+
+def median_s(work: Callable[[], object]) -> float:
+    """Return the median seconds of a few calls of `work`, after one that is not counted."""
+    times_s = []
+    for _ in range(1 + REPEATS):
+        start_s = time.perf_counter()
+        jax.block_until_ready(work())
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s[1:])
+
+
+def caller(
+    config: TrainConfig, machine: Machine, train_step: Callable, tokens: data.Tokens
+) -> Callable[[int], steps.Metrics | None]:
+    """Return what makes n calls of a compiled step as train.py does, waiting one update behind.
+
+    It trains a state of its own.
+    """
+    state = new_state(config, machine.mesh)
+    _, dropout_key = steps.stream_keys(config.seed)
+    shape = config.gradient_accumulation_steps, config.batch_size
+    sizes = config.model.block_size, shape, machine.mesh, 0, steps_per_call(config)
+    batches = data.TrainLoader(tokens, config.seed, *sizes)
+
+    def train(n_calls: int):
+        nonlocal state
+        metrics = None
+        for _ in range(n_calls):
+            previous = metrics
+            state, metrics = train_step(state, next(batches), dropout_key)
+            jax.block_until_ready(previous)
+        return metrics
+
+    return train
+
+
+def time_step(config: TrainConfig, machine: Machine, tokens: data.Tokens) -> tuple[float, float]:
+    """Return the seconds to compile train.py's step for a corpus, and of one update."""
+    n_tokens, start_s = len(tokens) if data.is_resident(tokens) else None, time.perf_counter()
+    train_step = compile_step(config, machine.compute, machine.mesh, n_tokens)
+    compile_s = time.perf_counter() - start_s
+    machine.check_fits(train_step, config)
+    train = caller(config, machine, train_step, tokens)
+    return compile_s, median_s(lambda: train(1)) / steps_per_call(config)

@@ -5,6 +5,7 @@
 from nanogpt_jax.config.cli import parse_args, split_flags, split_words
 from nanogpt_jax.config.fields import (
     MAX_FLOAT,
+    MAX_INT,
     RANGES,
     check_fields,
     check_value,

@@ -24,7 +24,7 @@ RANGES = {
     **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
     "loss_chunks": (0, MAX_INT), "ngram_rows": (0, 2**24),
 }  # fmt: skip
-# All other numbers are at least 0.
+# At least 0 and below 1; all other numbers are only at least 0.
 BELOW_ONE = {"dropout", "token_noise", "beta1", "beta2", "muon_momentum"}
 FRACTIONS = {"cooldown", "top_p", "mfu"}
 TEXTS = {"start", "stop"}  # every other text is a name, usually of a file

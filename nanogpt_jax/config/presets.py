@@ -22,7 +22,7 @@ ABOUT = {
     "small": "nanoGPT's CPU recipe: 0.80M parameters, 2000 steps; loss 1.90, a minute on 2 cores",
     "small-fast": "the same loss in a tenth of the time: 0.11M parameters, 320 steps; loss 1.87",
     "shakespeare": "nanoGPT's baby GPT: 10.65M parameters, 5000 steps; loss 1.47 on a GPU or TPU",
-    "shakespeare-fast": "better and sooner: 7.38M parameters, 1500 steps; loss 1.45, GPU or TPU",
+    "shakespeare-fast": "a lower loss, sooner: 7.38M parameters, 1500 steps; loss 1.45, GPU or TPU",
     "gpt2": "nanoGPT's GPT-2: 124M parameters, 600,000 steps; its loss: 2.85, 4 days on 8 A100s",
     "gpt2-medium": "the same recipe for the shape of GPT-2 medium: 354M parameters",
     "gpt2-large": "the same recipe for the shape of GPT-2 large: 772M parameters",

@@ -39,16 +39,16 @@ class ModelConfig:
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # width of the residual stream; a multiple of n_head
     dropout: float = 0.0  # dropout rate: 0 for pretraining, 0.1 or more against overfitting
-    #: fraction of tokens that training replaces by random ones before they are read: against
-    #: overfitting, cheaper than dropout
+    #: fraction of input tokens that training replaces with random ones: against overfitting,
+    #: cheaper than dropout
     token_noise: float = 0.0
     bias: bool = False  # biases in Dense and LayerNorm, like GPT-2; False: a bit better and faster
     #: the MLP's activation: exact GELU (nanoGPT), its tanh approximation (OpenAI's GPT-2), squared
     #: ReLU, or SwiGLU with a hidden layer 8/3 n_embd wide, for the same number of parameters
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     positions: Literal["learned", "rotary"] = "learned"  # position embeddings; rotary: RoPE
-    #: rows of a hashed embedding of the pair and the triple of tokens that end at each position, so
-    #: that the first layer knows them already; for small models of characters; 0: none
+    #: rows of a hashed embedding of the last two and the last three tokens at each position, so
+    #: that the first layer already sees them; for small character-level models; 0: none
     ngram_rows: int = 0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores
@@ -185,6 +185,9 @@ class TrainConfig:
     batch_size: int = 12  # sequences in a micro-batch, over all devices
     gradient_accumulation_steps: int = 1  # micro-batches in an update
     max_iters: int = 2000  # updates in the whole run
+    #: in place of max_iters: how long the run may take, start-up included; the speed is measured
+    #: first, and config.json then has the max_iters that follow; 0: max_iters as it is
+    minutes: float = 0.0
     eval_interval: int = 250  # updates between evaluations; each one saves a checkpoint
     eval_first: bool = True  # also evaluate before the first update
     eval_iters: int = 0  # batches in an evaluation, always the same; 0: the whole validation split

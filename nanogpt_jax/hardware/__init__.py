@@ -13,7 +13,7 @@ from nanogpt_jax.hardware.devices import (
     memory_levers,
     warn_of_unused_chip,
 )
-from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line
+from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line, updates_within
 from nanogpt_jax.hardware.flops import (
     checkpoint_bytes,
     estimate_memory,

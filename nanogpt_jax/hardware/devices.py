@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CUDA_EXTRA, TPU_EXTRA = "'.[cuda12]' or '.[cuda13]'", "'.[tpu]'"
 CGROUPS, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# With them, XLA does not find its cuDNN kernels again: https://github.com/openxla/xla/pull/46500
+# With either, XLA cannot find its cuDNN kernels again: https://github.com/openxla/xla/pull/46500
 DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
 SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
 

@@ -1,6 +1,8 @@
 """Estimate what a run computes and how long it takes at a chip's peak. No JAX."""
 
-from nanogpt_jax.config import TrainConfig
+from dataclasses import replace
+
+from nanogpt_jax.config import MAX_INT, TrainConfig
 from nanogpt_jax.hardware.chips import Chip
 from nanogpt_jax.hardware.flops import forward_flops_per_token, train_flops_per_token
 
@@ -20,6 +22,18 @@ def run_flops(config: TrainConfig, val_tokens: int, start_step: int = 0) -> tupl
     eval_tokens = n_evaluations * n_batches * batch_tokens
     forward = forward_flops_per_token(config.model)
     return train_tokens * train_flops_per_token(config.model), eval_tokens * forward
+
+
+def updates_within(config: TrainConfig, val_tokens: int, seconds: float, step_s: float) -> int:
+    """Return how many updates, with the evaluations that are due, fit: 20 times a whole number.
+
+    Only if less than 20 fit, any number; at least 0.
+    """
+    n = most = int(min(max(0, seconds / step_s), MAX_INT))
+    for _ in range(3):  # fewer updates have fewer evaluations
+        train, evaluate = run_flops(replace(config, max_iters=max(1, n)), val_tokens)
+        n = int(most / (1 + evaluate / train)) if train else most
+    return n - n % 20 if n >= 20 else n
 
 
 def run_line(

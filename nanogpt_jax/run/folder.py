@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_jax import files
@@ -105,6 +106,8 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     old = read_config(folder)
     if _has_same_start(old, config):
         old["init_from"] = config.init_from
+    if not config.minutes:  # it continues for max_iters
+        old["minutes"] = 0.0
     if not saved_steps(folder / CHECKPOINTS):
         return False
     differing = [
@@ -127,6 +130,17 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
             f"{hint}"
         )
     return True
+
+
+def with_known_length(folder: Path, config: TrainConfig) -> TrainConfig:
+    """Return a configuration with the length that --minutes had in an earlier start of the run."""
+    if not config.minutes or config.overwrite or not (folder / CONFIG).exists():
+        return config
+    old = read_config(folder)
+    if old["minutes"] != config.minutes:
+        return config
+    optim = replace(config.optim, lr_decay_iters=old["lr_decay_iters"])
+    return replace(config, max_iters=old["max_iters"], optim=optim)
 
 
 def _has_same_start(old: dict, config: TrainConfig) -> bool:

@@ -20,9 +20,11 @@ from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import (
     Processes,
     checkpoint_bytes,
+    duration,
     headline_params,
     run_line,
     size_in_words,
+    updates_within,
 )
 from nanogpt_jax.run import folder as folders
 from nanogpt_jax.run import loggers, pretrained
@@ -75,7 +77,9 @@ class Run:
         Nothing is written yet, and JAX is not imported. Raises InputError if the folder cannot be
         used, is in use, has no room, or holds another run, or if there are no initial weights.
         """
-        folder, optim = folders.choose(config, corpus), config.optim
+        folder = folders.choose(config, corpus)
+        config = folders.with_known_length(folder, config)
+        optim = config.optim
         optim = replace(optim, lr_decay_iters=optim.lr_decay_iters or config.max_iters)
         config = replace(config, optim=optim)
         is_resuming, writes = False, processes.is_first and not config.eval_only
@@ -106,6 +110,28 @@ class Run:
             if source and not is_resuming:  # downloaded and found readable, or refused now
                 processes.first_alone(partial(pretrained.check_weights, source), "downloaded")
             yield cls(folder, config, processes, is_resuming, source, corpus, signals, closing)
+
+    def fit_to_time(self, compile_s: float, step_s: float) -> TrainConfig:
+        """Choose max_iters such that a new run takes --minutes; return the configuration.
+
+        Raises InputError if not even one update fits.
+        """
+        config, used_s = self.config, time.perf_counter() - self._opened_s
+        left_s = 60 * config.minutes - used_s - compile_s  # it is compiled again, for that length
+        n = updates_within(config, len(self._corpus.splits["val"]), left_s, step_s)
+        n = self.processes.max(n)
+        if n < 1:
+            raise InputError(
+                f"minutes must be enough for an update after starting, which takes "
+                f"{(used_s + compile_s) / 60:.2g} minutes, got {config.minutes:g}"
+            )
+        budget = duration(60 * config.minutes)
+        print(f"{n:,} updates of {1e3 * step_s:,.1f} ms fit into {budget}, with their evaluations")
+        optim = config.optim
+        if optim.lr_decay_iters == config.max_iters:
+            optim = replace(optim, lr_decay_iters=n)
+        self.config = replace(config, max_iters=n, optim=optim)
+        return self.config
 
     def begin(self, machine: "Machine") -> None:
         """Print what will be computed; write config.json and the tokenizer, unless eval_only.
@@ -275,11 +301,12 @@ class Run:
         summary = {"val_loss": f"{loss:.4f}", "best_step": best_step}
         if ratio := self._corpus.bytes_per_token:
             summary["bits_per_byte"] = f"{bits_per_byte(loss, ratio):.3f}"
+        tokens, seconds = step * self.config.tokens_per_iter, self._progress.elapsed_s()
         summary |= {
             "steps": step,
-            "tokens": step * self.config.tokens_per_iter,
-            "seconds": f"{self._progress.elapsed_s():.1f}",
-            "tokens_per_s": f"{self._progress.tokens_per_s():.0f}",
+            "tokens": tokens,
+            "seconds": f"{seconds:.1f}",
+            "tokens_per_s": f"{tokens / seconds:.0f}",
             "parameters": headline_params(self.config.model),
             "folder": self.folder,
         }

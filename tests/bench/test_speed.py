@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanogpt_jax.bench import speed
+from nanogpt_jax.bench import speed, step
 from nanogpt_jax.errors import InputError
 
 KEYS = {
@@ -37,7 +37,7 @@ def test_one_json_object_with_all_figures_and_where_the_time_goes(tmp_path):
 
 def test_figures_that_are_not_wanted_are_left_out(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speed, "REPEATS", 1)
+    monkeypatch.setattr(step, "REPEATS", 1)
     monkeypatch.setattr(speed, "matmul_peak_flops", lambda dtype: 1e15)
     speed.main(["--config=tiny", "--mesh=data=1", "--start=False", "--sampling=False"])
     shown = {line.split()[0] for line in capsys.readouterr().out.splitlines()}

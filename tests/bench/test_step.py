@@ -1,15 +1,16 @@
 """The step that is timed, sized and compiled for absent chips is the one that trains."""
 
 import dataclasses
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from nanogpt_jax import data, sharding, steps
+from nanogpt_jax import bench, data, sharding, steps
 from nanogpt_jax.bench.step import compile_step, new_state
 from nanogpt_jax.config import PRESETS, ModelConfig
-from nanogpt_jax.hardware import needed_bytes, steps_per_call
+from nanogpt_jax.hardware import choose, needed_bytes, steps_per_call
 from nanogpt_jax.model import Compute
 from nanogpt_jax.optim import make_optimizer
 
@@ -67,3 +68,14 @@ def test_a_step_compiled_from_shapes_alone_is_the_step_that_trains(
     assert (batch.corpus is None) == (n_tokens is None)
     _, metrics = compiled(state, batch, steps.stream_keys(CONFIG.seed)[1])
     assert metrics.loss[0] == pytest.approx(float(loss_of_the_step), abs=1e-5)
+
+
+@pytest.mark.parametrize("resident_bytes", [0, 2**20], ids=["windows sent", "corpus on the device"])
+def test_an_update_is_timed_in_calls_as_train_makes_them(monkeypatch, resident_bytes):
+    """A call makes ten of these updates."""
+    monkeypatch.setattr(data, "RESIDENT_BYTES", resident_bytes)
+    assert steps_per_call(CONFIG) == 10
+    start_s = time.perf_counter()
+    compile_s, step_s = bench.time_step(CONFIG, choose(CONFIG), TOKENS)
+    assert 0 < compile_s + 5 * 10 * step_s < 1.5 * (time.perf_counter() - start_s)
+    assert step_s < compile_s

@@ -181,6 +181,7 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
         *(("n_layer", 2), ("n_head", 1), ("n_embd", 64), ("bias", True), ("activation", "gelu")),
         *MODERN.items(),
         ("positions", "learned"),
+        ("ngram_rows", 64),
     ],
 )
 def test_a_flag_that_the_weights_determine_is_refused(flag, value):
@@ -193,9 +194,10 @@ def test_a_flag_that_the_weights_determine_is_refused(flag, value):
 
 
 def test_flags_that_the_weights_do_not_determine_are_accepted():
-    argv = ["--init_from=gpt2", "--dropout=0.1", "--block_size=256", "--vocab_size=50304"]
-    model = parse_train_config(argv).model
-    assert (model.dropout, model.block_size, model.vocab_size) == (0.1, 256, 50304)
+    argv = ["--init_from=gpt2", "--dropout=0.1", "--token_noise=0.2", "--block_size=256"]
+    model = parse_train_config([*argv, "--vocab_size=50304"]).model
+    assert (model.dropout, model.token_noise) == (0.1, 0.2)
+    assert (model.block_size, model.vocab_size) == (256, 50304)
 
 
 def test_the_config_of_a_run_that_began_with_weights_is_accepted(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt_jax import data
 from nanogpt_jax.config import PRESETS, with_vocab_size
-from nanogpt_jax.hardware import amount, chip_named, duration, run_flops, run_line
+from nanogpt_jax.hardware import amount, chip_named, duration, run_flops, run_line, updates_within
 from nanogpt_jax.hardware.flops import forward_flops_per_token
 
 
@@ -85,3 +85,20 @@ def test_an_amount_has_significant_digits_only():
     assert [*map(amount, figures)] == ["0.026", "5.4", "99", "1,100", "2.52e20"]
     assert amount(1e6) == "1.00e6"
     assert math.isclose(float(amount(123456789.0)), 1.23e8)
+
+
+def test_the_updates_that_fit_into_a_time_leave_room_for_their_evaluations():
+    """With 9 evaluations, 18 % of the FLOPs of `small` are theirs."""
+    config, n_val = with_vocab_size(PRESETS["small"]), 111_540
+    for seconds in (3.0, 20.0, 70.0, 4000.0):
+        n = updates_within(config, n_val, seconds, 0.02)
+        assert n % 20 == 0
+        train, evaluate = run_flops(dataclasses.replace(config, max_iters=n), n_val)
+        takes_s = 0.02 * n * (1 + evaluate / train)
+        assert seconds * 0.8 - 1 < takes_s <= seconds * 1.05
+    assert updates_within(config, n_val, 1e12, 1e-9) <= 2**30  # the most that can be counted
+    assert updates_within(config, n_val, -1.0, 0.02) == 0
+    few = dataclasses.replace(config, eval_iters=1)
+    assert updates_within(few, n_val, 1.0, 0.1) == 9
+    bigram = with_vocab_size(PRESETS["lecture-bigram"])
+    assert updates_within(bigram, n_val, 10.0, 0.01) == 1000

@@ -25,9 +25,9 @@ def run_flops(config: TrainConfig, val_tokens: int, start_step: int = 0) -> tupl
 
 
 def updates_within(config: TrainConfig, val_tokens: int, seconds: float, step_s: float) -> int:
-    """Return how many updates, with the evaluations that are due, fit: 20 times a whole number.
+    """Return how many updates fit into some seconds, with the evaluations that are due.
 
-    Only if less than 20 fit, any number; at least 0.
+    It is a multiple of 20, as calls of several updates need, unless fewer than 20 fit.
     """
     n = most = int(min(max(0, seconds / step_s), MAX_INT))
     for _ in range(3):  # fewer updates have fewer evaluations

@@ -90,6 +90,15 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
             return False
         return step % config.eval_interval == 0 or step == config.max_iters
 
+    sampler = steps.make_model(config.model, steps.Compute(machine.compute.dtype))
+
+    def write(n_tokens: int) -> str:
+        """Return text by the model as it is now."""
+        trained = nanogpt_jax.TrainedModel(
+            str(run.folder), run.folder, config.model, corpus.tokenizer, sampler, state.params, step
+        )
+        return nanogpt_jax.generate(trained, max_new_tokens=n_tokens, seed=config.seed)
+
     # The loop: exactly max_iters updates, n_steps of them a call of one compiled function.
     learning_rate = float(tx.learning_rate(state.step - state.skipped))
     run.start(state, machine, learning_rate, evaluates_first=is_due(run.start_step))
@@ -100,6 +109,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
                 should_stop = run.evaluating(step)
                 val_loss = steps.evaluate(eval_step, state.params, val_batches, should_stop)
                 run.evaluated(step, val_loss, state)
+            run.show(step, partial(write, config.sample_chars))
             if step == config.max_iters or run.stop_requested(step):
                 break
             state, metrics = train_step(state, batch, dropout_key)
@@ -109,11 +119,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
         exit_code = run.finish(step, state)
 
     if exit_code == 0 and corpus.tokenizer:
-        model = steps.make_model(config.model, steps.Compute(machine.compute.dtype))
-        trained = nanogpt_jax.TrainedModel(
-            str(run.folder), run.folder, config.model, corpus.tokenizer, model, state.params, step
-        )
-        print(nanogpt_jax.generate(trained, max_new_tokens=SAMPLE_TOKENS, seed=config.seed))
+        print(write(SAMPLE_TOKENS))
     return exit_code
 
 

@@ -470,6 +470,46 @@ def test_too_few_minutes_are_refused_before_anything_is_written(dataset, tmp_pat
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def sampled_steps(folder):
+    lines = (folder / "samples.txt").read_text().splitlines()
+    return [int(re.match(r"step +(\d+): \S", line)[1]) for line in lines]
+
+
+def test_each_evaluation_shows_what_the_model_writes(straight, begun, dataset, tmp_path):
+    """The same after a kill between a checkpoint and its sample, or past the checkpoint."""
+    folder, printed, _ = straight
+    text = (folder / "samples.txt").read_text()
+    assert set(text.splitlines()) <= set(printed.splitlines())
+    steps = [row["step"] for row in read_metrics(folder) if "val_loss" in row and row["step"]]
+    assert sampled_steps(folder) == steps
+    assert len({line.partition(": ")[2] for line in text.splitlines()}) > 1
+    end = printed[printed.index("like this:") + len("like this:\n") :]
+    last = text.splitlines()[-1].partition(": ")[2]
+    assert " / ".join(filter(None, end.splitlines())).startswith(last)
+    for name, more in ("early", []), ("late", ["step     28: pass\xe9\n"]):
+        path = copied(begun, tmp_path / name) / "samples.txt"
+        kept = path.read_text().splitlines(True)
+        path.write_text("".join([*kept, *more] if more else kept[:-1]), "latin-1")
+        assert start(path.parent, dataset, f"--max_iters={N_STEPS}") == 0
+        assert path.read_text() == text
+
+
+def test_a_sample_that_fails_is_a_warning_and_none_may_be_wanted(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    assert start(tmp_path / "none", dataset, "--max_iters=8", "--sample_chars=0") == 0
+    assert not (tmp_path / "none" / "samples.txt").exists()
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Progress, "sampled", fail)
+    assert start(tmp_path / "run", dataset, "--max_iters=16") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("warning: samples end here: ") == 1
+    assert "No space left" in printed
+
+
 def test_scripts_can_read_the_result_of_a_run(straight):
     folder, printed, _ = straight
     found = dict(re.findall(r"^(\w+): (\S+)$", printed, re.MULTILINE))

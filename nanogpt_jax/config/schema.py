@@ -192,6 +192,7 @@ class TrainConfig:
     eval_first: bool = True  # also evaluate before the first update
     eval_iters: int = 0  # batches in an evaluation, always the same; 0: the whole validation split
     log_interval: int = 10  # updates between lines of metrics.jsonl
+    sample_chars: int = 80  # characters of text shown after each evaluation; 0: none
     #: evaluate and exit: the run's newest checkpoint, or the weights of init_from if out_dir names
     #: no run
     eval_only: bool = False

@@ -3,6 +3,7 @@
 out/small/config.json      the whole request, with versions and device
           metrics.jsonl    one JSON object a line
           loss.png         the picture of the loss
+          samples.txt      a line of text by the model at each evaluation
           tokenizer.json   decodes the model's tokens
           checkpoints/     Orbax: the newest and the best
           tensorboard/ and wandb/ if requested
@@ -31,13 +32,14 @@ from nanogpt_jax.errors import InputError, reading
 
 OUT = Path("out")
 CONFIG, METRICS, PICTURE, CHECKPOINTS = "config.json", "metrics.jsonl", "loss.png", "checkpoints"
+SAMPLES = "samples.txt"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 # What may change from one start of a run to the next: it does not affect the updates themselves.
 FREE_FIELDS = {
     "config", "out_dir", "dataset", "data_dir", "tokenizer", "text_key", "max_iters",
-    "eval_interval", "eval_first", "log_interval", "eval_only", "overwrite", "tensorboard", "wandb",
-    "compile_cache", "compile_for", "coordinator_address", "num_processes", "process_id",
-    "heartbeat_timeout_s",
+    "eval_interval", "eval_first", "log_interval", "sample_chars", "eval_only", "overwrite",
+    "tensorboard", "wandb", "compile_cache", "compile_for", "coordinator_address", "num_processes",
+    "process_id", "heartbeat_timeout_s",
     *field_types(ComputeConfig),
     "known_tokens",  # a corpus may have got its tokenizer only now; the weights are the same
 }  # fmt: skip
@@ -221,7 +223,7 @@ def delete(folder: Path) -> None:
         try:
             for name in (CHECKPOINTS, TENSORBOARD, WANDB):
                 _delete_folder(folder / name)
-            for name in (METRICS, PICTURE, TOKENIZER_FILE, CONFIG):
+            for name in (METRICS, PICTURE, SAMPLES, TOKENIZER_FILE, CONFIG):
                 (folder / name).unlink(missing_ok=True)
         except OSError as error:  # a new run would resume what is left of the old one
             raise InputError(

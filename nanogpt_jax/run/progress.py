@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import RunError, first_line
 from nanogpt_jax.hardware import train_flops_per_token
-from nanogpt_jax.run.folder import METRICS, PICTURE
+from nanogpt_jax.run.folder import METRICS, PICTURE, SAMPLES
 from nanogpt_jax.run.loggers import Logger, open_loggers
 from nanogpt_jax.run.plots import describe_loss, draw, read_metrics
 from nanogpt_jax.steps import Metrics
@@ -62,6 +63,11 @@ class Progress:
             files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
             self._loggers = open_loggers(self.config, self.folder, self.resumed_at)
         self._file = path.open("a", encoding="utf-8")
+        self._samples = self.folder / SAMPLES
+        samples = self._kept_samples(start_step)
+        self.sampled_steps = {*samples}
+        if self.is_first and self._samples.exists():
+            files.write_atomically(self._samples, "".join(samples.values()).encode())
         # Step 0 is not saved, so it cannot be the best.
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
         self.best = min(evaluated, default=None)
@@ -158,6 +164,21 @@ class Progress:
         speed = f", {self.tokens_per_s():,.0f} tokens/s" if self.steps_per_s else ""
         loss = describe_loss(val_loss, self.bytes_per_token)
         self.print(f"step {step:6d}: {train}{loss}{best}{speed}{self._skips()}")
+
+    def _kept_samples(self, last_step: int) -> dict[int, str]:
+        """Return the lines of samples.txt up to a step, by their steps."""
+        text = self._samples.read_text("utf-8", "replace") if self._samples.exists() else ""
+        steps = ((re.match(r"step +(\d+): .*\n", line), line) for line in text.splitlines(True))
+        return {int(step[1]): line for step, line in steps if step and int(step[1]) <= last_step}
+
+    def sampled(self, step: int, text: str) -> None:
+        """Show text by the model as it is, and keep it; a new line is written as in verse."""
+        self.sampled_steps.add(step)
+        line = f"step {step:6d}: {' / '.join(filter(None, text.splitlines()))}"
+        self.print(line)
+        if self.is_first:
+            with self._samples.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
     def redraw(self) -> None:
         """Draw the picture, unless that was done a moment ago."""

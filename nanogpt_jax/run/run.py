@@ -16,7 +16,7 @@ import numpy as np
 from nanogpt_jax import __version__
 from nanogpt_jax.config import TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, bits_per_byte, save_tokenizer
-from nanogpt_jax.errors import InputError, RunError
+from nanogpt_jax.errors import InputError, RunError, first_line
 from nanogpt_jax.hardware import (
     Processes,
     checkpoint_bytes,
@@ -66,6 +66,7 @@ class Run:
     _stopped_by: int = 0  # the signal that ended the loop
     _checkpoints: "Checkpoints" = field(init=False)
     _progress: "Progress" = field(init=False)
+    _shows: bool = False  # text of the model
 
     @classmethod
     @contextlib.contextmanager
@@ -239,6 +240,7 @@ class Run:
             bytes_per_token=self._corpus.bytes_per_token,
         )
         self._closing.callback(self._progress.close)
+        self._shows = self._corpus.tokenizer is not None and self.config.sample_chars > 0
         self._signals.may_save = True
 
     def evaluating(self, step: int) -> Callable[[float], bool]:
@@ -263,6 +265,17 @@ class Run:
             if step > 0:
                 self._save(step, state, val_loss)
             self._progress.redraw()  # after what matters
+
+    def show(self, step: int, write: Callable[[], str]) -> None:
+        """Show what the model writes after an evaluation, once; a failure is only a warning."""
+        is_shown = step == 0 or step in self._progress.sampled_steps
+        if is_shown or not self._shows or step not in self.evaluated_steps:
+            return
+        try:
+            self._progress.sampled(step, write()[: self.config.sample_chars])
+        except Exception as error:  # a full disk, say: no reason to lose the run
+            self._shows = False
+            self._progress.print(f"warning: samples end here: {first_line(error)}")
 
     def stop_requested(self, step: int) -> bool:
         """Return whether a signal asks to stop before the next update.

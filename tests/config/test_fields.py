@@ -52,6 +52,7 @@ MEANINGS = {
     "top_k": {0},  # all
     "loss_chunks": {0},  # as few as fit
     "ngram_rows": {0},  # none
+    "sample_chars": {0},  # none
     "seed": {0, 2**31, 2**32 - 1},
     "port": {0},  # a free one
 }

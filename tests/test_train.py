@@ -506,7 +506,7 @@ def test_a_sample_that_fails_is_a_warning_and_none_may_be_wanted(
     monkeypatch.setattr(Progress, "sampled", fail)
     assert start(tmp_path / "run", dataset, "--max_iters=16") == 0
     printed = capsys.readouterr().out
-    assert printed.count("warning: samples end here: ") == 1
+    assert printed.count("warning: a sample is missing: ") == 1
     assert "No space left" in printed
 
 

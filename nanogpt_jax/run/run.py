@@ -66,7 +66,7 @@ class Run:
     _stopped_by: int = 0  # the signal that ended the loop
     _checkpoints: "Checkpoints" = field(init=False)
     _progress: "Progress" = field(init=False)
-    _shows: bool = False  # text of the model
+    _has_warned: bool = False  # of a sample that failed
 
     @classmethod
     @contextlib.contextmanager
@@ -240,7 +240,6 @@ class Run:
             bytes_per_token=self._corpus.bytes_per_token,
         )
         self._closing.callback(self._progress.close)
-        self._shows = self._corpus.tokenizer is not None and self.config.sample_chars > 0
         self._signals.may_save = True
 
     def evaluating(self, step: int) -> Callable[[float], bool]:
@@ -267,15 +266,20 @@ class Run:
             self._progress.redraw()  # after what matters
 
     def show(self, step: int, write: Callable[[], str]) -> None:
-        """Show what the model writes after an evaluation, once; a failure is only a warning."""
+        """Show what the model writes after an evaluation, once; a failure is only a warning.
+
+        Several processes write together, so each tries every time, whatever failed in one before.
+        """
+        is_wanted = self._corpus.tokenizer is not None and self.config.sample_chars > 0
         is_shown = step == 0 or step in self._progress.sampled_steps
-        if is_shown or not self._shows or step not in self.evaluated_steps:
+        if not is_wanted or is_shown or step not in self.evaluated_steps:
             return
         try:
             self._progress.sampled(step, write()[: self.config.sample_chars])
         except Exception as error:  # a full disk, say: no reason to lose the run
-            self._shows = False
-            self._progress.print(f"warning: samples end here: {first_line(error)}")
+            if not self._has_warned:
+                self._progress.print(f"warning: a sample is missing: {first_line(error)}")
+            self._has_warned = True
 
     def stop_requested(self, step: int) -> bool:
         """Return whether a signal asks to stop before the next update.

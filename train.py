@@ -41,8 +41,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
 
     # Devices: mesh, dtype and kernels, or a line that says why the run does not fit.
     machine = hardware.choose(config, run.processes)
-    if config.minutes and not run.is_resuming:
-        config = run.fit_to_time(*bench.time_step(config, machine, corpus.splits["train"]))
+    config = run.fit_to_time(lambda: bench.time_step(config, machine, corpus.splits["train"]))
     run.begin(machine)  # the request is possible: from here on files are written
 
     # State: restored, pretrained or new; every array is created on its own devices.
@@ -97,7 +96,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
         trained = nanogpt_jax.TrainedModel(
             str(run.folder), run.folder, config.model, corpus.tokenizer, sampler, state.params, step
         )
-        return nanogpt_jax.generate(trained, max_new_tokens=n_tokens, seed=config.seed)
+        return str(nanogpt_jax.generate(trained, max_new_tokens=n_tokens, seed=config.seed))
 
     # The loop: exactly max_iters updates, n_steps of them a call of one compiled function.
     learning_rate = float(tx.learning_rate(state.step - state.skipped))
@@ -119,7 +118,8 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
         exit_code = run.finish(step, state)
 
     if exit_code == 0 and corpus.tokenizer:
-        print(write(SAMPLE_TOKENS))
+        with run.decoration():
+            print(write(SAMPLE_TOKENS))
     return exit_code
 
 

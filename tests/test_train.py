@@ -43,6 +43,7 @@ from nanogpt_jax.run import progress, read_metrics
 from nanogpt_jax.run.checkpoint import Checkpoints
 from nanogpt_jax.run.progress import Diverged, Progress
 
+FILES = "config.json", "metrics.jsonl", "loss.png", "samples.txt", "tokenizer.json", "checkpoints"
 BEGUN = 16  # the steps of the run that tests resume
 
 
@@ -100,7 +101,7 @@ def test_a_run_makes_exactly_max_iters_updates_and_learns(straight):
     assert rows[-1]["val_loss"] < 1.75
     assert len({row["lr"] for row in rows}) > 35  # warm-up and decay
     files = {path.name for path in folder.iterdir()}
-    assert files == {"config.json", "metrics.jsonl", "loss.png", "tokenizer.json", "checkpoints"}
+    assert files == {*FILES}
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(straight):
@@ -444,28 +445,36 @@ def test_the_smallest_dataset_trains_without_its_tokenizer_and_resumes_with_it(t
 def test_minutes_become_a_number_of_updates_which_a_resumed_run_keeps(
     dataset, tmp_path, monkeypatch, capsys
 ):
-    """Ten minutes of updates that take 10 s each are fewer than 60; then the run is like any."""
-    stopped, straight, minutes = tmp_path / "stopped", tmp_path / "straight", "--minutes=10"
+    """In ten minutes, 52 updates of 10 s fit, with evaluations; then the run is like any other."""
+    stopped, straight, n = tmp_path / "stopped", tmp_path / "straight", 52
+    minutes = "--minutes=10", "--lr_decay_iters=None"
     monkeypatch.setattr(bench, "time_step", lambda config, machine, tokens: (2.0, 10.0))
     with signal_after_step(20, signal.SIGINT):
-        assert start(stopped, dataset, minutes) == 128 + signal.SIGINT
-    n = 40
-    assert f"{n} updates of 10,000.0 ms fit into 10 min, with" in capsys.readouterr().out
+        assert start(stopped, dataset, *minutes) == 128 + signal.SIGINT
+    assert f"{n} updates of 10,000.0 ms fit, with" in capsys.readouterr().out
     config = json.loads((stopped / "config.json").read_text())
     assert (config["max_iters"], config["lr_decay_iters"], config["minutes"]) == (n, n, 10)
     monkeypatch.setattr(bench, "time_step", None)  # it is not measured again
-    assert start(stopped, dataset, minutes) == 0
-    assert start(straight, dataset, f"--max_iters={n}") == 0
+    with pytest.raises(InputError, match=r"lr_decay_iters.*or add --minutes 10, with which"):
+        start(stopped, dataset, "--max_iters=60")
+    assert start(stopped, dataset, *minutes) == 0
+    assert start(straight, dataset, f"--max_iters={n}", "--lr_decay_iters=None") == 0
     assert_same_run(stopped, straight)
+    again = parse_train_config(["--config", str(stopped / "config.json")])
+    assert (again.max_iters, again.minutes) == (n, 0)  # elsewhere, the same length
     with pytest.raises(InputError, match=r"minutes 10\.0 -> 20\.0"):
         start(stopped, dataset, "--minutes=20")
-    assert start(stopped, dataset, "--max_iters=60", f"--lr_decay_iters={n}") == 0
-    assert "complete" not in capsys.readouterr().out
+    capsys.readouterr()
+    assert start(stopped, dataset, *minutes) == 0
+    more = f"--minutes 0 --max_iters {2 * n} --lr_decay_iters {n}"
+    assert f"{more} continues" in capsys.readouterr().out
+    assert start(stopped, dataset, *minutes, *more.split()) == 0
+    assert read_metrics(stopped)[-1]["step"] == 2 * n
 
 
 def test_too_few_minutes_are_refused_before_anything_is_written(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "time_step", lambda *_: (60.0, 1.0))
-    with pytest.raises(InputError, match="minutes must be enough for an update after starting"):
+    with pytest.raises(InputError, match="minutes must leave time for an update of 1 s"):
         start(tmp_path / "run", dataset, "--minutes=1")
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -504,6 +513,7 @@ def test_a_sample_that_fails_is_a_warning_and_none_may_be_wanted(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Progress, "sampled", fail)
+    monkeypatch.setattr(train.nanogpt_jax, "generate", fail)  # the last sample's, too
     assert start(tmp_path / "run", dataset, "--max_iters=16") == 0
     printed = capsys.readouterr().out
     assert printed.count("warning: a sample is missing: ") == 1

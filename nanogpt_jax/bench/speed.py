@@ -25,7 +25,7 @@ import numpy as np
 from nanogpt_jax import corpora, decoding, hardware, steps
 from nanogpt_jax.bench import profile
 from nanogpt_jax.bench.measure import TRAIN, run_train
-from nanogpt_jax.bench.step import caller, compile_step, median_s, token_dtype
+from nanogpt_jax.bench.step import calls, compile_step, median_s, token_dtype
 from nanogpt_jax.config import (
     SCRATCH,
     TrainConfig,
@@ -105,24 +105,24 @@ def training_figures(config: BenchConfig, machine: hardware.Machine) -> dict:
     train_step = compile_step(config, machine.compute, machine.mesh, CORPUS_TOKENS)
     compile_s = time.perf_counter() - start_s
     ids = np.random.default_rng(0).integers(config.model.vocab_size or 1, size=CORPUS_TOKENS)
-    train = caller(config, machine, train_step, ids.astype(token_dtype(config)))
-    per_call = hardware.steps_per_call(config)
-    n_calls = max(1, int(1 / median_s(lambda: train(1))))  # about a second of them
-    step_s = median_s(lambda: train(n_calls)) / n_calls / per_call
-    # Before the products below, which would count in the peak: the device's, or the process's.
-    peak_memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    of_what = "device" if peak_memory else "process"
-    if not peak_memory:
-        with contextlib.suppress(ImportError):  # Windows does not say
-            import resource
-
-            unit = 1 if sys.platform == "darwin" else 1024  # what the operating system counts in
-            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    tokens, per_call = ids.astype(token_dtype(config)), hardware.steps_per_call(config)
     operations = {}
-    if config.profile:
-        with jax.profiler.trace(str(PROFILE)):
-            jax.block_until_ready(train(PROFILED_CALLS))
-        operations = profile.time_by_operation(PROFILE, PROFILED_CALLS * per_call)
+    with calls(config, machine, train_step, tokens) as train:
+        n_calls = max(1, int(1 / median_s(lambda: train(1))))  # about a second of them
+        step_s = median_s(lambda: train(n_calls)) / n_calls / per_call
+        # Before the products below, which would count in the peak: the device's, or the process's.
+        peak_memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        of_what = "device" if peak_memory else "process"
+        if not peak_memory:
+            with contextlib.suppress(ImportError):  # Windows does not say
+                import resource
+
+                unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in
+                peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        if config.profile:
+            with jax.profiler.trace(str(PROFILE)):
+                jax.block_until_ready(train(PROFILED_CALLS))
+            operations = profile.time_by_operation(PROFILE, PROFILED_CALLS * per_call)
     matmul_flops = machine.mesh.size * matmul_peak_flops(machine.compute.dtype)
     flops = hardware.train_flops_per_token(config.model) * config.tokens_per_iter / step_s
     return {

@@ -1,8 +1,9 @@
 """The training step of train.py from shapes alone, for those who time it, size it or place it."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -42,11 +43,12 @@ def token_dtype(config: TrainConfig) -> str:
 
 
 def compile_step(
-    config: TrainConfig, compute: Compute, mesh: Mesh, n_tokens: int | None
+    config: TrainConfig, compute: Compute, mesh: Mesh, n_tokens: int | None, dtype: str = ""
 ) -> jax.stages.Compiled:
     """Compile train.py's (state, batch, key) -> (state, metrics); the devices need not exist.
 
     The state is donated. The corpus has n_tokens; None: too many, so that its windows are sent.
+    Their dtype is that of a new corpus, unless it is given.
     """
     model = steps.make_model(config.model, compute)
     tx = make_optimizer(config.optim, config.max_iters)
@@ -54,7 +56,7 @@ def compile_step(
     shardings = jax.tree.map(lambda array: array.sharding, state)
     everywhere, rows = sharding.replicated(mesh), sharding.by_rows(mesh, axis=2)
     shape = steps_per_call(config), config.gradient_accumulation_steps, config.batch_size
-    dtype, window = token_dtype(config), config.model.block_size + 1
+    dtype, window = dtype or token_dtype(config), config.model.block_size + 1
     corpus, windows = None, jax.ShapeDtypeStruct((*shape, window), dtype, sharding=rows)
     if n_tokens is not None:
         corpus = jax.ShapeDtypeStruct((n_tokens,), dtype, sharding=everywhere)
@@ -65,20 +67,21 @@ def compile_step(
     return jitted.lower(state, batch, jax.eval_shape(jax.random.key, 0)).compile()
 
 
-def median_s(work: Callable[[], object]) -> float:
+def median_s(work: Callable[[], object], repeats: int | None = None) -> float:
     """Return the median seconds of a few calls of `work`, after one that is not counted."""
     times_s = []
-    for _ in range(1 + REPEATS):
+    for _ in range(1 + (repeats or REPEATS)):
         start_s = time.perf_counter()
         jax.block_until_ready(work())
         times_s.append(time.perf_counter() - start_s)
     return statistics.median(times_s[1:])
 
 
-def caller(
+@contextlib.contextmanager
+def calls(
     config: TrainConfig, machine: Machine, train_step: Callable, tokens: data.Tokens
-) -> Callable[[int], steps.Metrics | None]:
-    """Return what makes n calls of a compiled step as train.py does, waiting one update behind.
+) -> Iterator[Callable[[int], steps.Metrics | None]]:
+    """Yield what makes n calls of a compiled step as train.py does, waiting one update behind.
 
     It trains a state of its own.
     """
@@ -86,7 +89,6 @@ def caller(
     _, dropout_key = steps.stream_keys(config.seed)
     shape = config.gradient_accumulation_steps, config.batch_size
     sizes = config.model.block_size, shape, machine.mesh, 0, steps_per_call(config)
-    batches = data.TrainLoader(tokens, config.seed, *sizes)
 
     def train(n_calls: int):
         nonlocal state
@@ -97,14 +99,16 @@ def caller(
             jax.block_until_ready(previous)
         return metrics
 
-    return train
+    with contextlib.closing(data.TrainLoader(tokens, config.seed, *sizes)) as batches:
+        yield train
 
 
 def time_step(config: TrainConfig, machine: Machine, tokens: data.Tokens) -> tuple[float, float]:
     """Return the seconds to compile train.py's step for a corpus, and of one update."""
     n_tokens, start_s = len(tokens) if data.is_resident(tokens) else None, time.perf_counter()
-    train_step = compile_step(config, machine.compute, machine.mesh, n_tokens)
+    dtype = tokens.dtype.name
+    train_step = compile_step(config, machine.compute, machine.mesh, n_tokens, dtype)
     compile_s = time.perf_counter() - start_s
     machine.check_fits(train_step, config)
-    train = caller(config, machine, train_step, tokens)
-    return compile_s, median_s(lambda: train(1)) / steps_per_call(config)
+    with calls(config, machine, train_step, tokens) as train:
+        return compile_s, median_s(lambda: train(1), repeats=3) / steps_per_call(config)

@@ -193,6 +193,8 @@ def parse_train_config(
     if name.endswith(".json"):
         from_file = read_settings(Path(name), TrainConfig)
         preset, where = from_file.pop("config", TrainConfig.config), f"{name}: "
+        if "max_iters" in from_file:  # a run's file: what its minutes came to
+            from_file.pop("minutes", None)
         settings = from_file | flags
     if preset not in PRESETS:
         raise InputError(

@@ -185,8 +185,8 @@ class TrainConfig:
     batch_size: int = 12  # sequences in a micro-batch, over all devices
     gradient_accumulation_steps: int = 1  # micro-batches in an update
     max_iters: int = 2000  # updates in the whole run
-    #: in place of max_iters: how long the run may take, start-up included; the speed is measured
-    #: first, and config.json then has the max_iters that follow; 0: max_iters as it is
+    #: train for about this many minutes, start-up included, instead of max_iters: the speed is
+    #: measured first, and config.json has the max_iters that follow; 0: max_iters
     minutes: float = 0.0
     eval_interval: int = 250  # updates between evaluations; each one saves a checkpoint
     eval_first: bool = True  # also evaluate before the first update

@@ -1,10 +1,15 @@
 """Estimate what a run computes and how long it takes at a chip's peak. No JAX."""
 
+import bisect
 from dataclasses import replace
 
 from nanogpt_jax.config import MAX_INT, TrainConfig
 from nanogpt_jax.hardware.chips import Chip
-from nanogpt_jax.hardware.flops import forward_flops_per_token, train_flops_per_token
+from nanogpt_jax.hardware.flops import (
+    forward_flops_per_token,
+    steps_per_call,
+    train_flops_per_token,
+)
 
 
 def run_flops(config: TrainConfig, val_tokens: int, start_step: int = 0) -> tuple[int, int]:
@@ -27,13 +32,17 @@ def run_flops(config: TrainConfig, val_tokens: int, start_step: int = 0) -> tupl
 def updates_within(config: TrainConfig, val_tokens: int, seconds: float, step_s: float) -> int:
     """Return how many updates fit into some seconds, with the evaluations that are due.
 
-    It is a multiple of 20, as calls of several updates need, unless fewer than 20 fit.
+    It is a whole number of calls of the compiled step, unless less than one fits.
     """
-    n = most = int(min(max(0, seconds / step_s), MAX_INT))
-    for _ in range(3):  # fewer updates have fewer evaluations
-        train, evaluate = run_flops(replace(config, max_iters=max(1, n)), val_tokens)
-        n = int(most / (1 + evaluate / train)) if train else most
-    return n - n % 20 if n >= 20 else n
+
+    def takes_s(n: int) -> float:
+        train, evaluate = run_flops(replace(config, max_iters=n), val_tokens)
+        return n * step_s * (1 + evaluate / train if train else 1)
+
+    most = int(min(max(0, seconds / step_s), MAX_INT))
+    n = bisect.bisect_right(range(1, most + 1), seconds, key=takes_s)
+    per_call = steps_per_call(replace(config, max_iters=20 * config.eval_interval))
+    return n - n % per_call if n > per_call else n
 
 
 def run_line(

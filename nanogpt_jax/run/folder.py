@@ -108,6 +108,7 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     old = read_config(folder)
     if _has_same_start(old, config):
         old["init_from"] = config.init_from
+    minutes = old["minutes"]
     if not config.minutes:  # it continues for max_iters
         old["minutes"] = 0.0
     if not saved_steps(folder / CHECKPOINTS):
@@ -125,6 +126,8 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     if differing:
         follows = old["lr_decay_iters"] != config.optim.lr_decay_iters
         hint = " (lr_decay_iters defaults to max_iters)" if follows else ""
+        if minutes and not config.minutes:
+            hint = f", or add --minutes {minutes:g}, with which it began"
         remedy = "resume it, choose another --out_dir, or start over with --overwrite"
         remedy = "evaluate it" if config.eval_only else f"{remedy}, which deletes it"
         raise InputError(
@@ -136,7 +139,7 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
 
 def with_known_length(folder: Path, config: TrainConfig) -> TrainConfig:
     """Return a configuration with the length that --minutes had in an earlier start of the run."""
-    if not config.minutes or config.overwrite or not (folder / CONFIG).exists():
+    if not config.minutes or config.overwrite or not saved_steps(folder / CHECKPOINTS):
         return config
     old = read_config(folder)
     if old["minutes"] != config.minutes:

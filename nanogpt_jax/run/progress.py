@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from nanogpt_jax import files
 from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import bits_per_byte
-from nanogpt_jax.errors import RunError, first_line
+from nanogpt_jax.errors import RunError, first_line, visible
 from nanogpt_jax.hardware import train_flops_per_token
 from nanogpt_jax.run.folder import METRICS, PICTURE, SAMPLES
 from nanogpt_jax.run.loggers import Logger, open_loggers
@@ -174,7 +174,7 @@ class Progress:
     def sampled(self, step: int, text: str) -> None:
         """Show text by the model as it is, and keep it; a new line is written as in verse."""
         self.sampled_steps.add(step)
-        line = f"step {step:6d}: {' / '.join(filter(None, text.splitlines()))}"
+        line = f"step {step:6d}: {visible(' / '.join(filter(None, text.splitlines())))}"
         self.print(line)
         if self.is_first:
             with self._samples.open("a", encoding="utf-8") as file:

@@ -44,6 +44,10 @@ PER_START = {"overwrite": False, "coordinator_address": "", "num_processes": 0, 
 PATHS = {"out_dir", "data_dir", "dataset"}  # these may differ from host to host
 
 
+def library_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
 @dataclass
 class Run:
     """An open training run: what it restores, logs, saves and prints.
@@ -112,22 +116,32 @@ class Run:
                 processes.first_alone(partial(pretrained.check_weights, source), "downloaded")
             yield cls(folder, config, processes, is_resuming, source, corpus, signals, closing)
 
-    def fit_to_time(self, compile_s: float, step_s: float) -> TrainConfig:
+    def fit_to_time(self, time_step: Callable[[], tuple[float, float]]) -> TrainConfig:
         """Choose max_iters such that a new run takes --minutes; return the configuration.
 
         Raises InputError if not even one update fits.
+
+        Args:
+            time_step: returns the seconds to compile the step, and those of an update.
         """
-        config, used_s = self.config, time.perf_counter() - self._opened_s
+        config = self.config
+        if not config.minutes:
+            return config
+        self._check_same({"the run to resume": self.is_resuming})  # before all compute together
+        if self.is_resuming:
+            return config
+        print(f"measuring how many updates fit into {duration(60 * config.minutes)}")
+        compile_s, step_s = time_step()
+        used_s = time.perf_counter() - self._opened_s
         left_s = 60 * config.minutes - used_s - compile_s  # it is compiled again, for that length
         n = updates_within(config, len(self._corpus.splits["val"]), left_s, step_s)
         n = self.processes.max(n)
         if n < 1:
             raise InputError(
-                f"minutes must be enough for an update after starting, which takes "
-                f"{(used_s + compile_s) / 60:.2g} minutes, got {config.minutes:g}"
+                f"minutes must leave time for an update of {duration(step_s)} and its evaluations "
+                f"after {duration(used_s + compile_s)} of starting, got {config.minutes:g}"
             )
-        budget = duration(60 * config.minutes)
-        print(f"{n:,} updates of {1e3 * step_s:,.1f} ms fit into {budget}, with their evaluations")
+        print(f"{n:,} updates of {1e3 * step_s:,.1f} ms fit, with their evaluations")
         optim = config.optim
         if optim.lr_decay_iters == config.max_iters:
             optim = replace(optim, lr_decay_iters=n)
@@ -150,23 +164,28 @@ class Run:
             f"{vocabulary})"
         )
         print(machine.description)
-        stored = replace(config, **PER_START)
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        shared = {name: value for name, value in to_flat_dict(stored).items() if name not in PATHS}
-        self.processes.check_same(shared | versions | {"dataset": corpus.fingerprint})
+        self._check_same()
         if config.eval_only:
             return
         if self.processes.is_first:
             if config.overwrite:
                 folders.delete(self.folder)
             made_with = {"nanogpt_jax": __version__, "python": platform.python_version()}
-            made_with |= versions | {"device": machine.device, "compute": machine.reason}
+            made_with |= library_versions()
+            made_with |= {"device": machine.device, "compute": machine.reason}
             made_with |= {"dataset_fingerprint": corpus.fingerprint}
-            folders.begin(self.folder, stored, made_with)
+            folders.begin(self.folder, replace(config, **PER_START), made_with)
             if corpus.tokenizer:
                 save_tokenizer(corpus.tokenizer, self.folder)
         self.processes.wait("begun")
         folders.wait_until_visible(self.folder)
+
+    def _check_same(self, more: dict | None = None) -> None:
+        """Raise InputError if the processes differ in flags, versions, dataset, or in `more`."""
+        flags = to_flat_dict(replace(self.config, **PER_START))
+        flags = {name: value for name, value in flags.items() if name not in PATHS}
+        own = library_versions() | {"dataset": self._corpus.fingerprint} | (more or {})
+        self.processes.check_same(flags | own)
 
     def restore(self, abstract: "TrainState") -> "TrainState | None":
         """Return the state of the newest checkpoint, sharded as `abstract`; None for a new run."""
@@ -206,10 +225,12 @@ class Run:
         done = self.start_step
         if not self.is_resuming or done < self.config.max_iters:
             return False
+        folder = shlex.quote(str(self.folder))
+        more = f"--max_iters {2 * done} --lr_decay_iters {self.config.optim.lr_decay_iters}"
+        more = f"--minutes 0 {more}" if self.config.minutes else more
         print(
             f"{self.folder} is complete: {done} steps are done. `python sample.py --out_dir "
-            f"{shlex.quote(str(self.folder))}` writes text; --overwrite starts over; --max_iters "
-            f"{2 * done} --lr_decay_iters {self.config.optim.lr_decay_iters} continues"
+            f"{folder}` writes text; --overwrite starts over; {more} continues"
         )
         return True
 
@@ -274,9 +295,15 @@ class Run:
         is_shown = step == 0 or step in self._progress.sampled_steps
         if not is_wanted or is_shown or step not in self.evaluated_steps:
             return
-        try:
+        with self.decoration():
             self._progress.sampled(step, write()[: self.config.sample_chars])
-        except Exception as error:  # a full disk, say: no reason to lose the run
+
+    @contextlib.contextmanager
+    def decoration(self) -> Iterator[None]:
+        """Turn what fails inside into a warning, the first time: no reason to lose a run."""
+        try:
+            yield
+        except Exception as error:  # a full disk, say, or a model too large for one device
             if not self._has_warned:
                 self._progress.print(f"warning: a sample is missing: {first_line(error)}")
             self._has_warned = True

@@ -4,12 +4,8 @@ import bisect
 from dataclasses import replace
 
 from nanogpt_jax.config import MAX_INT, TrainConfig
+from nanogpt_jax.hardware import flops
 from nanogpt_jax.hardware.chips import Chip
-from nanogpt_jax.hardware.flops import (
-    forward_flops_per_token,
-    steps_per_call,
-    train_flops_per_token,
-)
 
 
 def run_flops(config: TrainConfig, val_tokens: int, start_step: int = 0) -> tuple[int, int]:
@@ -25,8 +21,8 @@ def run_flops(config: TrainConfig, val_tokens: int, start_step: int = 0) -> tupl
     if config.eval_only:
         train_tokens, n_evaluations = 0, 1
     eval_tokens = n_evaluations * n_batches * batch_tokens
-    forward = forward_flops_per_token(config.model)
-    return train_tokens * train_flops_per_token(config.model), eval_tokens * forward
+    forward = flops.forward_flops_per_token(config.model)
+    return train_tokens * flops.train_flops_per_token(config.model), eval_tokens * forward
 
 
 def updates_within(config: TrainConfig, val_tokens: int, seconds: float, step_s: float) -> int:
@@ -41,7 +37,7 @@ def updates_within(config: TrainConfig, val_tokens: int, seconds: float, step_s:
 
     most = int(min(max(0, seconds / step_s), MAX_INT))
     n = bisect.bisect_right(range(1, most + 1), seconds, key=takes_s)
-    per_call = steps_per_call(replace(config, max_iters=20 * config.eval_interval))
+    per_call = flops.steps_per_call(replace(config, max_iters=20 * config.eval_interval))
     return n - n % per_call if n > per_call else n
 
 

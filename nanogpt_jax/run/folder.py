@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_jax import files
@@ -135,17 +134,6 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
             f"{hint}"
         )
     return True
-
-
-def with_known_length(folder: Path, config: TrainConfig) -> TrainConfig:
-    """Return a configuration with the length that --minutes had in an earlier start of the run."""
-    if not config.minutes or config.overwrite or not saved_steps(folder / CHECKPOINTS):
-        return config
-    old = read_config(folder)
-    if old["minutes"] != config.minutes:
-        return config
-    optim = replace(config.optim, lr_decay_iters=old["lr_decay_iters"])
-    return replace(config, max_iters=old["max_iters"], optim=optim)
 
 
 def _has_same_start(old: dict, config: TrainConfig) -> bool:

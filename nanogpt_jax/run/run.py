@@ -13,21 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanogpt_jax import __version__
+from nanogpt_jax import __version__, hardware
 from nanogpt_jax.config import TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, bits_per_byte, save_tokenizer
 from nanogpt_jax.errors import InputError, RunError, first_line
-from nanogpt_jax.hardware import (
-    Processes,
-    checkpoint_bytes,
-    duration,
-    headline_params,
-    run_line,
-    size_in_words,
-    updates_within,
-)
+from nanogpt_jax.hardware import Processes
 from nanogpt_jax.run import folder as folders
-from nanogpt_jax.run import loggers, pretrained
+from nanogpt_jax.run import length, loggers, pretrained
 from nanogpt_jax.run.plots import read_metrics
 from nanogpt_jax.run.signals import StopSignals
 
@@ -83,10 +75,7 @@ class Run:
         used, is in use, has no room, or holds another run, or if there are no initial weights.
         """
         folder = folders.choose(config, corpus)
-        config = folders.with_known_length(folder, config)
-        optim = config.optim
-        optim = replace(optim, lr_decay_iters=optim.lr_decay_iters or config.max_iters)
-        config = replace(config, optim=optim)
+        config = length.settled(folder, config)
         is_resuming, writes = False, processes.is_first and not config.eval_only
         is_source = source and Path(config.init_from).resolve() == folder.resolve()
         if is_source and not config.eval_only:  # --overwrite would delete it
@@ -108,7 +97,7 @@ class Run:
             if writes:
                 loggers.check(config)
                 stack.enter_context(folders.locked(folder))
-                size = checkpoint_bytes(config.model, config.optim.optimizer)
+                size = hardware.checkpoint_bytes(config.model, config.optim.optimizer)
                 folders.check_room(folder, size)
             signals = stack.enter_context(StopSignals())
             closing = stack.enter_context(contextlib.ExitStack())
@@ -124,28 +113,17 @@ class Run:
         Args:
             time_step: returns the seconds to compile the step, and those of an update.
         """
-        config = self.config
+        config, processes = self.config, self.processes
         if not config.minutes:
             return config
         self._check_same({"the run to resume": self.is_resuming})  # before all compute together
-        if self.is_resuming:
-            return config
-        print(f"measuring how many updates fit into {duration(60 * config.minutes)}")
-        compile_s, step_s = time_step()
-        used_s = time.perf_counter() - self._opened_s
-        left_s = 60 * config.minutes - used_s - compile_s  # it is compiled again, for that length
-        n = updates_within(config, len(self._corpus.splits["val"]), left_s, step_s)
-        n = self.processes.max(n)
-        if n < 1:
-            raise InputError(
-                f"minutes must leave time for an update of {duration(step_s)} and its evaluations "
-                f"after {duration(used_s + compile_s)} of starting, got {config.minutes:g}"
-            )
-        print(f"{n:,} updates of {1e3 * step_s:,.1f} ms fit, with their evaluations")
-        optim = config.optim
-        if optim.lr_decay_iters == config.max_iters:
-            optim = replace(optim, lr_decay_iters=n)
-        self.config = replace(config, max_iters=n, optim=optim)
+        if not self.is_resuming:
+            print(f"measuring how many updates fit into {hardware.duration(60 * config.minutes)}")
+            compile_s, step_s = time_step()
+            # It is compiled again, for the length that is found.
+            started_s = time.perf_counter() - self._opened_s + compile_s
+            n_val_tokens = len(self._corpus.splits["val"])
+            self.config = length.fitted(config, n_val_tokens, started_s, step_s, processes)
         return self.config
 
     def begin(self, machine: "Machine") -> None:
@@ -159,9 +137,9 @@ class Run:
         if corpus.known_tokens not in (None, corpus.vocab_size):
             vocabulary += f" padded to {corpus.vocab_size}"
         print(
-            f"{config.config}: {size_in_words(config.model)}, {config.tokens_per_iter:,} tokens "
-            f"a step, on {corpus.name} ({len(corpus.splits['train']):,} tokens, vocabulary of "
-            f"{vocabulary})"
+            f"{config.config}: {hardware.size_in_words(config.model)}, "
+            f"{config.tokens_per_iter:,} tokens a step, on {corpus.name} "
+            f"({len(corpus.splits['train']):,} tokens, vocabulary of {vocabulary})"
         )
         print(machine.description)
         self._check_same()
@@ -171,8 +149,7 @@ class Run:
             if config.overwrite:
                 folders.delete(self.folder)
             made_with = {"nanogpt_jax": __version__, "python": platform.python_version()}
-            made_with |= library_versions()
-            made_with |= {"device": machine.device, "compute": machine.reason}
+            made_with |= library_versions() | {"device": machine.device, "compute": machine.reason}
             made_with |= {"dataset_fingerprint": corpus.fingerprint}
             folders.begin(self.folder, replace(config, **PER_START), made_with)
             if corpus.tokenizer:
@@ -245,8 +222,8 @@ class Run:
 
         if self.is_resuming:
             print(f"resuming {self.folder} from step {self.start_step}")
-        n_val_tokens, n_devices = len(self._corpus.splits["val"]), machine.mesh.size
-        print(run_line(self.config, n_val_tokens, machine.chip, n_devices, self.start_step))
+        n_val, n_devices = len(self._corpus.splits["val"]), machine.mesh.size
+        print(hardware.run_line(self.config, n_val, machine.chip, n_devices, self.start_step))
         self.processes.wait("compiled")
         self._progress = Progress(
             self.folder,
@@ -351,14 +328,13 @@ class Run:
             "tokens": tokens,
             "seconds": f"{seconds:.1f}",
             "tokens_per_s": f"{tokens / seconds:.0f}",
-            "parameters": headline_params(self.config.model),
+            "parameters": hardware.headline_params(self.config.model),
             "folder": self.folder,
         }
         print(*(f"{name}: {value}" for name, value in summary.items()), sep="\n")
-        flag = f" --out_dir {shlex.quote(str(self.folder))}"
-        flag = "" if self.folder.parent == folders.OUT else flag
-        picture = folders.PICTURE
-        print(f"{picture} shows the loss; `python sample.py{flag}` writes more text like this:")
+        is_found = self.folder.parent == folders.OUT
+        flag = "" if is_found else f" --out_dir {shlex.quote(str(self.folder))}"
+        print(f"loss.png shows the loss; `python sample.py{flag}` writes more text like this:")
         return 0
 
     def _save(self, step: int, state: "TrainState", val_loss: float | None) -> None:

@@ -23,15 +23,18 @@ class KVCache(NamedTuple):
     length: jax.Array  # int32 scalar: tokens seen; the next one is written there, modulo S
     k_BHKS: tuple[jax.Array, ...]  # one array a layer; entries from `length` on are unused
     v_BHKS: tuple[jax.Array, ...]
-    newest_B2: jax.Array | None = None  # the last two tokens, if n-grams are embedded; -1: none
+    #: with token_shift: what attention and MLP of each layer read at the newest token
+    attn_B1D: tuple[jax.Array, ...] = ()
+    mlp_B1D: tuple[jax.Array, ...] = ()
 
 
 def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCache:
     """Return an empty cache with room for block_size tokens in each of batch_size rows."""
     shape = (batch_size, config.n_head, config.n_embd // config.n_head, config.block_size)
-    zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer))
-    newest_B2 = jnp.full((batch_size, 2), -1, jnp.int32) if config.ngram_rows else None
-    return KVCache(jnp.int32(0), zeros, zeros, newest_B2)
+    newest = (batch_size, 1, config.n_embd) if config.token_shift else None
+    shapes = [shape, shape, newest, newest]
+    arrays = [tuple(jnp.zeros(s, dtype) for _ in range(config.n_layer) if s) for s in shapes]
+    return KVCache(jnp.int32(0), *arrays)
 
 
 def rotate(x_BTHK, start=0):

@@ -118,15 +118,9 @@ class TrainLoader:
     """
 
     def __init__(
-        self,
-        tokens: Tokens,
-        seed: int,
-        block_size: int,
-        shape: tuple[int, int],
-        mesh: Mesh,
-        start_step: int = 0,
-        n_steps: int = 1,
-    ):
+        self, tokens: Tokens, seed: int, block_size: int, shape: tuple[int, int], mesh: Mesh,
+        start_step: int = 0, n_steps: int = 1,
+    ):  # fmt: skip
         corpus, rows = put_corpus(tokens, mesh), by_rows(mesh, axis=2)
 
         def load(i: int) -> Batch:

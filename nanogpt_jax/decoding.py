@@ -92,17 +92,14 @@ def prefill(
         window_BT: int32, the prompt padded to T with any ids: one compilation for all prompts.
         length: tokens of the prompt, 1 to T.
     """
-    B = window_BT.shape[0]
+    B, at = window_BT.shape[0], partial(lax.dynamic_slice_in_dim, slice_size=1, axis=1)
     cache = None if exact_window else init_cache(model.config, B, model.compute.dtype)
     variables = {"params": params}
     x_BTD, cache = model.apply(variables, window_BT, cache, method="hidden_states")
     if cache is not None:  # what the padding left in it is overwritten before it is seen
-        newest_B2 = cache.newest_B2
-        if newest_B2 is not None:
-            padded_BN = jnp.pad(window_BT, ((0, 0), (2, 0)), constant_values=-1)
-            newest_B2 = lax.dynamic_slice_in_dim(padded_BN, length, 2, axis=1)
-        cache = cache._replace(length=jnp.int32(length), newest_B2=newest_B2)
-    x_B1D = lax.dynamic_slice_in_dim(x_BTD, length - 1, 1, axis=1)  # only that one's logits
+        newest = jax.tree.map(lambda x_BTD: at(x_BTD, length - 1), cache[3:])
+        cache = KVCache(jnp.int32(length), *cache[1:3], *newest)
+    x_B1D = at(x_BTD, length - 1)  # only that one's logits
     return model.apply(variables, x_B1D, method="head")[:, 0], cache
 
 

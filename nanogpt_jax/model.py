@@ -19,18 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanogpt_jax.attention import (
-    WEIGHTS,
-    KVCache,
-    attention,
-    attention_weights,
-    drop,
-    rotate,
-)
+from nanogpt_jax.attention import WEIGHTS, KVCache, attention, attention_weights, drop, rotate
 from nanogpt_jax.config import ROW_AXES, ModelConfig
 from nanogpt_jax.hardware.products import exact_gelu, flat_dot_general, float32_dot_general
 
@@ -103,22 +95,6 @@ def _norm(config: ModelConfig, dtype, name: str | None = None) -> nn.LayerNorm |
     )
 
 
-def ngrams(tokens_BN, n_rows: int):
-    """Return rows_BT2: for each of the last N - 2 tokens, those of the pair and the triple it ends.
-
-    The rows are hashes, so n-grams may share one. Tokens before a text are -1. Source: Pagnoni et
-    al., "Byte latent transformer", 2024.
-    """
-    third_BT, second_BT, last_BT = (
-        tokens_BN[:, i : tokens_BN.shape[1] - 2 + i].astype(jnp.uint32) for i in range(3)
-    )
-    pair_BT = last_BT + (second_BT + 1) * np.uint32(0x9E3779B1)
-    triple_BT = pair_BT + (third_BT + 1) * np.uint32(0x85EBCA77)
-    hash_BT2 = jnp.stack([pair_BT, triple_BT], axis=-1)
-    hash_BT2 = (hash_BT2 ^ (hash_BT2 >> 15)) * np.uint32(0x846CA68B)
-    return (hash_BT2 ^ (hash_BT2 >> 16)) % n_rows
-
-
 class Dropout(nn.Module):
     """Drop elements at a rate, unless the call is deterministic."""
 
@@ -130,6 +106,28 @@ class Dropout(nn.Module):
         return drop(x_BTD, self.rate, self.make_rng("dropout"))
 
 
+class TokenShift(nn.Module):
+    """Add the position before, times a learned vector, 0 at first.
+
+    Source: Peng et al., "RWKV", 2023.
+    """
+
+    @nn.compact
+    def __call__(self, x_BTD, before_BND):
+        """The last of before_BND comes before the first of x_BTD; None: nothing does."""
+        scale_D = self.param("scale", nn.initializers.zeros, x_BTD.shape[-1:])
+        first_B1D = jnp.zeros_like(x_BTD[:, :1]) if before_BND is None else before_BND[:, -1:]
+        previous_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
+        return x_BTD + scale_D.astype(x_BTD.dtype)[None, None] * previous_BTD
+
+
+def _shifted(config: ModelConfig, x_BTD, cache, i: int):
+    """Return the input of a block's part 1 or 2, its attention or MLP."""
+    if not config.token_shift:
+        return x_BTD
+    return TokenShift(name=f"shift_{i}")(x_BTD, None if cache is None else cache[2 + i])
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each position to itself and those before it."""
 
@@ -138,7 +136,7 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cache, deterministic: bool):
-        """Return (y_BTD, (k_BHKS, v_BHKS)); cache is (length, k_BHKS, v_BHKS) or None."""
+        """Return (y_BTD, (k_BHKS, v_BHKS)); cache is (length, k_BHKS, v_BHKS, ...) or None."""
         config, compute = self.config, self.compute
         B, T, D = x_BTD.shape
         heads = (B, T, config.n_head, D // config.n_head)
@@ -160,7 +158,7 @@ class CausalSelfAttention(nn.Module):
                 new = (x_BSHK.transpose(0, 2, 3, 1) for x_BSHK in (k_BSHK, v_BSHK))
                 cache = [
                     lax.dynamic_update_slice_in_dim(cached_BHKS, new_BHKT, slot, axis=3)
-                    for cached_BHKS, new_BHKT in zip(cache[1:], new, strict=True)
+                    for cached_BHKS, new_BHKT in zip(cache[1:3], new, strict=True)
                 ]
                 cache = lax.optimization_barrier(cache)
                 k_BSHK, v_BSHK = (x_BHKS.transpose(0, 3, 1, 2) for x_BHKS in cache)
@@ -208,13 +206,22 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD, cache, deterministic: bool):
+    def __call__(self, x_BTD, cache, deterministic: bool, embedding_BTD=None):
+        """Return (x_BTD, new): what KVCache holds of this block; cache is that after its length."""
         config, compute = self.config, self.compute
-        h_BTD = _norm(config, compute.dtype, "ln_1")(x_BTD)
-        y_BTD, kv = CausalSelfAttention(config, compute, name="attn")(h_BTD, cache, deterministic)
+        if config.embedding_shortcut:
+            scale = self.param("embedding_scale", nn.initializers.zeros, ())
+            x_BTD += scale.astype(compute.dtype) * embedding_BTD
+        attend = CausalSelfAttention(config, compute, name="attn")
+        mlp = MLP(config, compute, name="mlp")
+        a_BTD = _norm(config, compute.dtype, "ln_1")(x_BTD)
+        y_BTD, new = attend(_shifted(config, a_BTD, cache, 1), cache, deterministic)
         x_BTD = x_BTD + y_BTD
-        h_BTD = _norm(config, compute.dtype, "ln_2")(x_BTD)
-        return x_BTD + MLP(config, compute, name="mlp")(h_BTD, deterministic), kv
+        m_BTD = _norm(config, compute.dtype, "ln_2")(x_BTD)
+        x_BTD = x_BTD + mlp(_shifted(config, m_BTD, cache, 2), deterministic)
+        if cache is not None and config.token_shift:
+            new = (*new, a_BTD, m_BTD)
+        return x_BTD, new
 
 
 class GPT(nn.Module):
@@ -231,8 +238,6 @@ class GPT(nn.Module):
         self.wte = nn.Embed(V, config.n_embd, embedding_init=init)
         if config.positions == "learned":
             self.wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init)
-        if config.ngram_rows:
-            self.wne = nn.Embed(config.ngram_rows, config.n_embd, embedding_init=init)
         self.dropout = Dropout(config.dropout)
         # With remat a block keeps only its input; argument 3 of its __call__ is deterministic.
         block = nn.remat(Block, static_argnums=(3,)) if self.compute.remat else Block
@@ -240,12 +245,9 @@ class GPT(nn.Module):
         self.ln_f = _norm(config, dtype)
         if not config.tied_head:
             self.lm_head = nn.Dense(
-                V,
-                use_bias=False,
-                dtype=dtype,
+                V, use_bias=False, dtype=dtype, dot_general=float32_dot_general,
                 kernel_init=nn.initializers.zeros if config.zero_init else init,
-                dot_general=float32_dot_general,
-            )
+            )  # fmt: skip
 
     def __call__(self, tokens_BT, cache: KVCache | None = None, *, deterministic: bool = True):
         """Return (logits_BTV, cache), the logits in float32.
@@ -271,22 +273,15 @@ class GPT(nn.Module):
         if self.config.positions == "learned":
             # `decode` may read past the end, in vain: no NaN, or JAX_DEBUG_NANS would stop there.
             x_BTD += self.wpe(jnp.minimum(start + jnp.arange(T), block_size - 1))[None]
-        newest_B2 = None if cache is None else cache.newest_B2
-        if self.config.ngram_rows:
-            before_B2 = jnp.full((len(tokens_BT), 2), -1) if newest_B2 is None else newest_B2
-            tokens_BN = jnp.concatenate([before_B2, tokens_BT], axis=1)
-            x_BTD += self.wne(ngrams(tokens_BN, self.config.ngram_rows)).sum(axis=2)
-            newest_B2 = tokens_BN[:, -2:]
         x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
-        new_kv = []
+        new, embedding_BTD = [], x_BTD if self.config.embedding_shortcut else None
         for i, block in enumerate(self.h):
-            layer_cache = None if cache is None else (start, cache.k_BHKS[i], cache.v_BHKS[i])
+            layer_cache = cache and (start, *(arrays[i] for arrays in cache[1:] if arrays))
             x_BTD = shard_activations(x_BTD, self.compute.mesh)
-            x_BTD, kv = block(x_BTD, layer_cache, deterministic)
-            new_kv.append(kv)
+            x_BTD, of_layer = block(x_BTD, layer_cache, deterministic, embedding_BTD)
+            new.append(of_layer)
         if cache is not None:
-            ks, vs = zip(*new_kv, strict=True)
-            cache = KVCache(start + T, ks, vs, newest_B2)
+            cache = KVCache(start + T, *zip(*new, strict=True))
         return self.ln_f(shard_activations(x_BTD, self.compute.mesh)), cache
 
     def head(self, x_BTD):

@@ -97,12 +97,9 @@ def token_losses(model: Model, params, batch_BT1, dropout_key=None):
         n_tokens = config.known_tokens or config.vocab_size or 0
         noise_key = jax.random.fold_in(dropout_key, 1)
         tokens_BT = add_noise(tokens_BT, config.token_noise, n_tokens, noise_key)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
     x_BTD, _ = model.apply(
-        variables,
-        tokens_BT,
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-        method="hidden_states",
+        variables, tokens_BT, deterministic=dropout_key is None, rngs=rngs, method="hidden_states"
     )
 
     def losses(x_BTD, targets_BT):

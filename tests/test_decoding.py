@@ -20,12 +20,9 @@ CHARS = CharTokenizer("\n abcdefghi")
 GREEDY = Sampling(temperature=0)
 SAMPLING = Sampling(temperature=0.8, top_k=5)
 KINDS = {"learned": {}, "rotary": {"positions": "rotary", "n_layer": 2}, "modern": MODERN}
-KINDS |= {"ngrams": {"ngram_rows": 50}, "modern ngrams": {"ngram_rows": 50, **MODERN}}
-SLIDING = [
-    "rotary",
-    "modern",
-    "modern ngrams",
-]  # none re-reads a full cache
+SHORTCUTS = {"token_shift": True, "embedding_shortcut": True}
+KINDS |= {"shifted": SHORTCUTS, "modern shifted": SHORTCUTS | MODERN}
+SLIDING = ["rotary", "modern", "modern shifted"]  # none re-reads a full cache
 
 
 @cache

@@ -13,14 +13,14 @@ import pytest
 from nanogpt_jax.attention import drop, init_cache
 from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.hardware.products import flat_dot_general
-from nanogpt_jax.model import GPT, Compute, ngrams
+from nanogpt_jax.model import GPT, Compute
 from nanogpt_jax.steps import init_params, token_losses
 
 B, T, V = 3, 8, 11
 # Each part that is newer than GPT-2, alone and all together.
-NGRAMS = {"ngram_rows": 50}
+SHORTCUTS = {"token_shift": True, "embedding_shortcut": True}
 NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
-NEWER.append(NGRAMS)
+NEWER += [{name: value} for name, value in SHORTCUTS.items()]
 
 
 def name_of(fields):
@@ -34,7 +34,7 @@ def name_of(fields):
 newer_parts = pytest.mark.parametrize("fields", NEWER, ids=name_of)
 # For what only the cache or only the head can break: each kind costs a compilation.
 some_kinds = pytest.mark.parametrize(
-    "fields", [{}, {"positions": "rotary"}, MODERN, NGRAMS], ids=name_of
+    "fields", [{}, {"positions": "rotary"}, MODERN, SHORTCUTS], ids=name_of
 )
 heads = pytest.mark.parametrize("fields", [{}, {"tied_head": False}, MODERN], ids=name_of)
 
@@ -95,6 +95,12 @@ def naive_gpt(params, tokens_T, config):
         z_TK = (x_TK[:, :half] + 1j * x_TK[:, half:]) * np.exp(1j * angles_TK)
         return np.concatenate([z_TK.real, z_TK.imag], axis=-1)
 
+    def shift(x_TD, block, i):
+        if not config.token_shift:
+            return x_TD
+        previous_TD = np.concatenate([0 * x_TD[:1], x_TD[:-1]])
+        return x_TD + block[f"shift_{i}"]["scale"] * previous_TD
+
     def attend(x_TD, p):
         q_TD, k_TD, v_TD = np.split(dense(x_TD, p["c_attn"]), 3, axis=-1)
         y_TD = np.zeros_like(x_TD)
@@ -111,15 +117,14 @@ def naive_gpt(params, tokens_T, config):
         return dense(y_TD, p["c_proj"])
 
     x_TD = params["wte"]["embedding"][tokens_T]
-    if config.ngram_rows:
-        padded_1N = jnp.asarray([[-1, -1, *tokens_T]])
-        x_TD += params["wne"]["embedding"][ngrams(padded_1N, config.ngram_rows)[0]].sum(1)
     if config.positions == "learned":
         x_TD = x_TD + params["wpe"]["embedding"][: len(tokens_T)]
+    embedding_TD = x_TD
     for i in range(sum(name.startswith("h_") for name in params)):
         block = params[f"h_{i}"]
-        x_TD = x_TD + attend(norm(x_TD, block.get("ln_1")), block["attn"])
-        up_TF = dense(norm(x_TD, block.get("ln_2")), block["mlp"]["c_fc"])
+        x_TD = x_TD + block.get("embedding_scale", 0) * embedding_TD
+        x_TD = x_TD + attend(shift(norm(x_TD, block.get("ln_1")), block, 1), block["attn"])
+        up_TF = dense(shift(norm(x_TD, block.get("ln_2")), block, 2), block["mlp"]["c_fc"])
         x_TD = x_TD + dense(ACTIVATIONS[config.activation](up_TF), block["mlp"]["c_proj"])
     x_TD = norm(x_TD, params.get("ln_f"))
     tied = config.tied_head
@@ -206,7 +211,8 @@ OTHER_SHAPES = {  # what a field's value changes; None: does not exist
     ("positions", "rotary"): {"wpe/embedding": None},
     ("norm", "rmsnorm"): NONE_OF_NORMS,
     ("tied_head", False): {"lm_head/kernel": (12, 11)},
-    ("ngram_rows", 50): {"wne/embedding": (50, 12)},
+    ("token_shift", True): {"h/shift_1/scale": (12,), "h/shift_2/scale": (12,)},
+    ("embedding_shortcut", True): {"h/embedding_scale": ()},
     # 8/3 of 12 features, and as many gates: as many weights as 4 x 12 features without.
     ("activation", "swiglu"): {"h/mlp/c_fc/kernel": (12, 64), "h/mlp/c_proj/kernel": (32, 12)},
 }
@@ -220,10 +226,12 @@ def test_a_newer_part_changes_only_its_own_parameters(model_config, fields, bias
     expected = dict(GPT2_SHAPES)
     for field in fields.items():
         expected |= OTHER_SHAPES.get(field, {})
-    expected = {name: shape for name, shape in expected.items() if shape}
+    expected = {name: shape for name, shape in expected.items() if shape is not None}
     if bias:
         has_bias = {
-            name: shape for name, shape in expected.items() if name.startswith(("h/", "ln"))
+            name: shape
+            for name, shape in expected.items()
+            if name.startswith(("h/ln", "h/attn", "h/mlp", "ln"))
         }
         for name, shape in has_bias.items():
             expected[name.rpartition("/")[0] + "/bias"] = shape[-1:]
@@ -432,23 +440,6 @@ def test_one_compilation_serves_every_position_of_the_cache(model):
     for t in range(T):
         _, cache = step(params, tokens_BT[:, t : t + 1], cache)
     assert step._cache_size() == 1
-
-
-def test_ngrams_are_the_pair_and_the_triple_that_end_at_each_token():
-    tokens_BN = np.array([[-1, -1, 3, 4, 3, 4, 3], [9, 3, 4, 5, 3, 4, 5]])
-    rows_BT2 = np.asarray(ngrams(jnp.asarray(tokens_BN), 2**20))
-    assert rows_BT2.shape == (2, 5, 2)
-    table = {}
-    for rows_T2, tokens_N in zip(rows_BT2, tokens_BN.tolist(), strict=True):
-        for t, (pair, triple) in enumerate(rows_T2.tolist()):
-            second = tokens_N[t + 1]
-            table.setdefault((second, tokens_N[t + 2]), set()).add(pair)
-            table.setdefault((tokens_N[t], second, tokens_N[t + 2]), set()).add(triple)
-    assert {len(rows) for rows in table.values()} == {1}  # a function of the n-gram
-    rows = [row for (row,) in table.values()]
-    assert len({*rows}) == len(rows) - 2  # at the start of a text, a triple is the pair
-    many = np.asarray(ngrams(jnp.asarray(np.indices((65, 65, 65)).reshape(3, -1).T), 1000))[..., 1]
-    assert np.bincount(many.ravel(), minlength=1000).max() < 3 * 65**3 / 1000
 
 
 def test_flat_dense_equals_flax_dense_with_its_gradients():

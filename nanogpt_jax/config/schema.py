@@ -47,12 +47,12 @@ class ModelConfig:
     #: ReLU, or SwiGLU with a hidden layer 8/3 n_embd wide, for the same number of parameters
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     positions: Literal["learned", "rotary"] = "learned"  # position embeddings; rotary: RoPE
-    #: rows of a hashed embedding of the last two and the last three tokens at each position, so
-    #: that the first layer already sees them; for small character-level models; 0: none
-    ngram_rows: int = 0
+    #: attention and MLP read each token together with the one before it: for small models
+    token_shift: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores
     tied_head: bool = True  # share the token embedding with the output head
+    embedding_shortcut: bool = False  # each block adds the embedding again, times a learned number
     zero_init: bool = False  # start residual projections, and an untied head, at zero
     logit_cap: float = 0.0  # cap logits smoothly (tanh) at this value; 0: no cap
 
@@ -88,8 +88,8 @@ class ModelConfig:
 
 REGULARIZATION = "dropout", "token_noise"  # in training only, so weights do not determine them
 # GPT-2's choice of each part that has newer alternatives: the defaults above.
-_PARTS = ("activation", "positions", "ngram_rows", "norm", "qk_norm", "tied_head", "zero_init")
-_PARTS += ("logit_cap",)
+_PARTS = ("activation", "positions", "token_shift", "norm", "qk_norm", "tied_head", "logit_cap")
+_PARTS += ("embedding_shortcut", "zero_init")
 GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS}
 
 

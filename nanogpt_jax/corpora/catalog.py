@@ -267,15 +267,9 @@ def known_val_tokens(
     vocab_size: int | None = None, text_key: str = "text",
 ) -> int | None:  # fmt: skip
     """Return the size of a dataset's validation split; None if it is not prepared here."""
-    request = (
-        dataset or SHAKESPEARE,
-        Path(os.path.expanduser(data_dir)),
-        tokenizer,
-        vocab_size,
-        text_key,
-    )
+    request = dataset or SHAKESPEARE, Path(os.path.expanduser(data_dir)), tokenizer, vocab_size
     with contextlib.suppress(InputError):
-        folder, *_ = _locate(*request)
+        folder, *_ = _locate(*request, text_key)
         shards.check_finished(folder)
         meta = shards.read_meta(folder)
         paths = shards.files_of(folder, "val", meta)

@@ -96,11 +96,7 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
 
 
 def choose_training(
-    config: TrainConfig,
-    device,
-    mesh: "Mesh",
-    memory: float | None,
-    processes: Processes = ALONE,
+    config: TrainConfig, device, mesh: "Mesh", memory: float | None, processes: Processes = ALONE
 ) -> "tuple[Compute, str]":
     """Return what `choose_compute` does, with the loss in as few pieces as fit into the memory."""
     compute, reason = choose_compute(config.compute, config.model, device, mesh)

@@ -39,8 +39,6 @@ def parts(config: ModelConfig) -> list[Part]:
     found = [Part("token embedding", V * D)]
     if config.positions == "learned":
         found += [Part("position embedding", T * D)]
-    if config.ngram_rows:
-        found += [Part("n-gram embedding", config.ngram_rows * D)]
     found += [
         dense("attention: q, k, v", D, 3 * D, has_bias=bias and is_gpt),  # the lecture has none
         Part("attention: scores", 0, L * 2 * T * D),
@@ -56,6 +54,10 @@ def parts(config: ModelConfig) -> list[Part]:
         found += [dense("mlp", D, D)]
     if name in ("gpt", "layernorm") and config.norm == "layernorm":
         found += [Part("layer norm", (2 * L + 1) * D * (1 + bias))]
+    if config.token_shift:
+        found += [Part("token shift", 2 * L * D)]
+    if config.embedding_shortcut:
+        found += [Part("embedding shortcut", L)]
     head = dense("head", D, V, has_bias=bias and not is_gpt, times=1)
     is_tied = is_gpt and config.tied_head  # then its weights are the token embedding's
     return [*found, head._replace(n_params=0) if is_tied else head]

@@ -51,7 +51,6 @@ MEANINGS = {
     "max_new_tokens": {-1},  # with --stream: no limit
     "top_k": {0},  # all
     "loss_chunks": {0},  # as few as fit
-    "ngram_rows": {0},  # none
     "sample_chars": {0},  # none
     "seed": {0, 2**31, 2**32 - 1},
     "port": {0},  # a free one

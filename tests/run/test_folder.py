@@ -283,6 +283,16 @@ def test_resuming_updates_the_config(begun, tiny_config):
     assert run_folder.can_resume(begun, tiny_config, FINGERPRINT)
 
 
+def test_a_run_with_a_field_that_was_taken_out_resumes_if_the_field_did_nothing(begun, tiny_config):
+    path = begun / "config.json"
+    loaded = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(loaded | {"ngram_rows": 0}))
+    assert run_folder.can_resume(begun, tiny_config, FINGERPRINT)
+    path.write_text(json.dumps(loaded | {"ngram_rows": 64}))
+    with pytest.raises(InputError, match="another program wrote it"):
+        run_folder.can_resume(begun, tiny_config, FINGERPRINT)
+
+
 def test_awkward_numbers_survive_the_file(begun, tiny_config):
     optim = OptimConfig(learning_rate=0.1 + 0.2, min_lr=1e-300, beta2=1 - 2**-50)
     config = replace(tiny_config, optim=optim)

@@ -212,7 +212,10 @@ def test_a_shorter_context_and_a_padded_vocabulary(start):
 
 def test_a_modern_model_and_one_of_the_lecture(start):
     """`export` takes neither, so this is how they are finetuned."""
-    for preset, more in ("small-fast", ["--ngram_rows=64"]), ("lecture-layernorm", []):
+    for preset, more in (
+        ("small-fast", ["--token_shift", "--embedding_shortcut"]),
+        ("lecture-layernorm", []),
+    ):
         shape = ["--n_embd=16", "--n_head=2", "--n_layer=1", "--batch_size=8", *more]
         shape += [f"--config={preset}", "--token_noise=0.1"]
         first = *SHAPE, *shape, "--block_size=16", "--max_iters=4", "--eval_interval=4"

@@ -53,6 +53,14 @@ def test_another_text_than_shakespeare_has_no_target():
     assert "best validation loss 1.8900" in text
 
 
+def test_the_picture_has_the_times_that_nanogpt_takes_for_the_loss_of_the_laptops_preset():
+    texts = [
+        [text.get_text() for text in report.picture({f"train {name}": RUN}).axes[0].texts]
+        for name in ("shakespeare-laptop", "small-fast")
+    ]
+    assert texts == [["nanoGPT,\nA100", "nanoGPT,\nColab T4"], []]
+
+
 def test_every_preset_that_is_measured_exists_and_its_own_batch_comes_first():
     tasks = measure.tasks(measure.MeasureConfig(), "pydocs")
     assert {task.name for task in tasks if task.name.startswith("train ")} == {

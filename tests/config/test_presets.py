@@ -6,7 +6,7 @@ import pytest
 from nanogpt_jax.config import MODERN, PRESETS, parse_train_config, to_flat_dict, with_vocab_size
 from nanogpt_jax.config.presets import ABOUT
 from nanogpt_jax.errors import InputError
-from nanogpt_jax.hardware.flops import headline_params, n_params
+from nanogpt_jax.hardware import headline_params, n_params, run_flops
 
 # What nanoGPT's own command line or configuration file sets; see its README and config folder.
 ADAMW = {"weight_decay": 0.1, "beta1": 0.9, "grad_clip": 1.0, "decay_lr": True, "bias": False}
@@ -92,7 +92,7 @@ FAST = [name for name in PRESETS if name.endswith("-fast")]
 
 
 def test_every_preset_but_the_smoke_test_and_the_fast_ones_is_compared_with_its_original():
-    assert PRESETS.keys() - EXPECTED.keys() == {"tiny", *FAST}
+    assert PRESETS.keys() - EXPECTED.keys() == {"tiny", "shakespeare-laptop", *FAST}
     assert FAST
 
 
@@ -108,6 +108,12 @@ def test_a_fast_preset_has_the_task_of_its_slow_one_and_costs_less(name):
     assert fast.max_iters < slow.max_iters
     assert fast.eval_iters == slow.eval_iters  # the whole split of small: losses can be compared
     assert fast.compute == slow.compute
+
+
+def test_the_preset_for_laptops_has_the_task_of_shakespeare_and_takes_a_hundredth_of_its_flops():
+    laptop, large = (with_vocab_size(PRESETS[f"shakespeare{end}"]) for end in ("-laptop", ""))
+    assert (laptop.dataset, laptop.eval_iters) == (large.dataset, large.eval_iters)
+    assert sum(run_flops(laptop, 111_540)) < sum(run_flops(large, 111_540)) / 100
 
 
 def test_a_step_of_small_fast_sees_768_tokens():
@@ -181,7 +187,7 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
         *(("n_layer", 2), ("n_head", 1), ("n_embd", 64), ("bias", True), ("activation", "gelu")),
         *MODERN.items(),
         ("positions", "learned"),
-        ("ngram_rows", 64),
+        ("token_shift", True),
     ],
 )
 def test_a_flag_that_the_weights_determine_is_refused(flag, value):

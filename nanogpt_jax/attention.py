@@ -23,17 +23,17 @@ class KVCache(NamedTuple):
     length: jax.Array  # int32 scalar: tokens seen; the next one is written there, modulo S
     k_BHKS: tuple[jax.Array, ...]  # one array a layer; entries from `length` on are unused
     v_BHKS: tuple[jax.Array, ...]
-    #: with token_shift: what attention and MLP of each layer read at the newest token
-    attn_B1D: tuple[jax.Array, ...] = ()
-    mlp_B1D: tuple[jax.Array, ...] = ()
+    #: with token_shift: inputs of attention and MLP, before the shift; only the newest counts
+    attn_BND: tuple[jax.Array, ...] = ()
+    mlp_BND: tuple[jax.Array, ...] = ()
 
 
 def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCache:
     """Return an empty cache with room for block_size tokens in each of batch_size rows."""
     shape = (batch_size, config.n_head, config.n_embd // config.n_head, config.block_size)
-    newest = (batch_size, 1, config.n_embd) if config.token_shift else None
-    shapes = [shape, shape, newest, newest]
-    arrays = [tuple(jnp.zeros(s, dtype) for _ in range(config.n_layer) if s) for s in shapes]
+    newest = (batch_size, 1, config.n_embd)
+    shapes = [shape] * 2 + [newest] * 2 * config.token_shift
+    arrays = [tuple(jnp.zeros(s, dtype) for _ in range(config.n_layer)) for s in shapes]
     return KVCache(jnp.int32(0), *arrays)
 
 

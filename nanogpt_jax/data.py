@@ -124,13 +124,9 @@ class TrainLoader:
         corpus, rows = put_corpus(tokens, mesh), by_rows(mesh, axis=2)
 
         def load(i: int) -> Batch:
-            first = start_step + i * n_steps
-            offsets_NAB = np.stack(
-                [
-                    batch_offsets(seed, "train", step, len(tokens), block_size, shape)
-                    for step in range(first, first + n_steps)
-                ]
-            )
+            steps = range(start_step + i * n_steps, start_step + (i + 1) * n_steps)
+            of_split = len(tokens), block_size, shape
+            offsets_NAB = np.stack([batch_offsets(seed, "train", s, *of_split) for s in steps])
             return put_batch(tokens, corpus, offsets_NAB, block_size + 1, rows)
 
         self._load, self._next, self._read_ahead = load, 0, None

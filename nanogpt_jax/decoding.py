@@ -92,14 +92,14 @@ def prefill(
         window_BT: int32, the prompt padded to T with any ids: one compilation for all prompts.
         length: tokens of the prompt, 1 to T.
     """
-    B, at = window_BT.shape[0], partial(lax.dynamic_slice_in_dim, slice_size=1, axis=1)
+    B = window_BT.shape[0]
     cache = None if exact_window else init_cache(model.config, B, model.compute.dtype)
     variables = {"params": params}
     x_BTD, cache = model.apply(variables, window_BT, cache, method="hidden_states")
+    last = partial(lax.dynamic_slice_in_dim, start_index=length - 1, slice_size=1, axis=1)
     if cache is not None:  # what the padding left in it is overwritten before it is seen
-        newest = jax.tree.map(lambda x_BTD: at(x_BTD, length - 1), cache[3:])
-        cache = KVCache(jnp.int32(length), *cache[1:3], *newest)
-    x_B1D = at(x_BTD, length - 1)  # only that one's logits
+        cache = KVCache(jnp.int32(length), *cache[1:3], *jax.tree.map(last, cache[3:]))
+    x_B1D = last(x_BTD)  # only that one's logits
     return model.apply(variables, x_B1D, method="head")[:, 0], cache
 
 

@@ -107,9 +107,9 @@ class Dropout(nn.Module):
 
 
 class TokenShift(nn.Module):
-    """Add the position before, times a learned vector, 0 at first.
+    """Add the previous position, times a learned vector that starts at 0.
 
-    Source: Peng et al., "RWKV", 2023.
+    Source: Peng et al., "RWKV: reinventing RNNs for the Transformer era", 2023, which interpolates.
     """
 
     @nn.compact
@@ -118,14 +118,15 @@ class TokenShift(nn.Module):
         scale_D = self.param("scale", nn.initializers.zeros, x_BTD.shape[-1:])
         first_B1D = jnp.zeros_like(x_BTD[:, :1]) if before_BND is None else before_BND[:, -1:]
         previous_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
-        return x_BTD + scale_D.astype(x_BTD.dtype)[None, None] * previous_BTD
+        return x_BTD + (scale_D[None, None] * previous_BTD).astype(x_BTD.dtype)
 
 
 def _shifted(config: ModelConfig, x_BTD, cache, i: int):
-    """Return the input of a block's part 1 or 2, its attention or MLP."""
+    """Return what part i of a block reads: 1 is attention, 2 the MLP."""
     if not config.token_shift:
         return x_BTD
-    return TokenShift(name=f"shift_{i}")(x_BTD, None if cache is None else cache[2 + i])
+    before_BND = None if cache is None else cache[2 + i]  # after its length, keys and values
+    return TokenShift(name=f"shift_{i}")(x_BTD, before_BND)
 
 
 class CausalSelfAttention(nn.Module):
@@ -206,12 +207,13 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD, cache, deterministic: bool, embedding_BTD=None):
-        """Return (x_BTD, new): what KVCache holds of this block; cache is that after its length."""
+    def __call__(self, x_BTD, cache, deterministic: bool, embedding_BTD):
+        """Return (x_BTD, new), new being this block's part of KVCache; cache: (length, *part)."""
         config, compute = self.config, self.compute
         if config.embedding_shortcut:
+            # Source: Jordan et al., "modded-nanogpt", 2024.
             scale = self.param("embedding_scale", nn.initializers.zeros, ())
-            x_BTD += scale.astype(compute.dtype) * embedding_BTD
+            x_BTD += (scale * embedding_BTD).astype(compute.dtype)
         attend = CausalSelfAttention(config, compute, name="attn")
         mlp = MLP(config, compute, name="mlp")
         a_BTD = _norm(config, compute.dtype, "ln_1")(x_BTD)
@@ -219,7 +221,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + y_BTD
         m_BTD = _norm(config, compute.dtype, "ln_2")(x_BTD)
         x_BTD = x_BTD + mlp(_shifted(config, m_BTD, cache, 2), deterministic)
-        if cache is not None and config.token_shift:
+        if new is not None and config.token_shift:
             new = (*new, a_BTD, m_BTD)
         return x_BTD, new
 
@@ -239,7 +241,7 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.wpe = nn.Embed(config.block_size, config.n_embd, embedding_init=init)
         self.dropout = Dropout(config.dropout)
-        # With remat a block keeps only its input; argument 3 of its __call__ is deterministic.
+        # With remat a block keeps only its inputs; argument 3 of its __call__ is deterministic.
         block = nn.remat(Block, static_argnums=(3,)) if self.compute.remat else Block
         self.h = [block(config, self.compute) for _ in range(config.n_layer)]
         self.ln_f = _norm(config, dtype)
@@ -274,7 +276,7 @@ class GPT(nn.Module):
             # `decode` may read past the end, in vain: no NaN, or JAX_DEBUG_NANS would stop there.
             x_BTD += self.wpe(jnp.minimum(start + jnp.arange(T), block_size - 1))[None]
         x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
-        new, embedding_BTD = [], x_BTD if self.config.embedding_shortcut else None
+        embedding_BTD, new = shard_activations(x_BTD, self.compute.mesh), []
         for i, block in enumerate(self.h):
             layer_cache = cache and (start, *(arrays[i] for arrays in cache[1:] if arrays))
             x_BTD = shard_activations(x_BTD, self.compute.mesh)

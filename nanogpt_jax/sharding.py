@@ -23,7 +23,6 @@ from nanogpt_jax.errors import InputError
 # "Megatron-LM", 2019, section 3.
 TENSOR_AXIS = {
     "wte.embedding": 0,
-    "wne.embedding": 0,
     "attn.c_attn.kernel": -1,  # of (D, 3 D), and of Muon's momentum (D, 3, D)
     "attn.c_attn.bias": 0,
     "attn.c_proj.kernel": 0,

@@ -36,7 +36,9 @@ newer_parts = pytest.mark.parametrize("fields", NEWER, ids=name_of)
 some_kinds = pytest.mark.parametrize(
     "fields", [{}, {"positions": "rotary"}, MODERN, SHORTCUTS], ids=name_of
 )
-heads = pytest.mark.parametrize("fields", [{}, {"tied_head": False}, MODERN], ids=name_of)
+heads = pytest.mark.parametrize(
+    "fields", [{}, {"tied_head": False}, MODERN | SHORTCUTS], ids=name_of
+)
 
 
 @pytest.fixture
@@ -245,6 +247,13 @@ def test_a_newer_part_changes_only_its_own_parameters(model_config, fields, bias
     assert shapes == in_blocks | others
 
 
+def test_shortcuts_start_at_zero(model_config):
+    tokens_BT, key = random_tokens(B, T), jax.random.key(0)
+    models = [GPT(dataclasses.replace(model_config, **fields)) for fields in ({}, SHORTCUTS)]
+    with_none, with_all = (model.init_with_output(key, tokens_BT)[0][0] for model in models)
+    np.testing.assert_allclose(with_all, with_none, atol=1e-6)
+
+
 def test_bias_adds_a_bias_to_every_dense_and_layer_norm(model_config):
     model = GPT(dataclasses.replace(model_config, bias=True))
     names = set(flat_names(rough_params(model)))
@@ -374,7 +383,8 @@ def test_16_bit_logits_are_float32_and_close_to_exact_ones(model_config, fields,
 
 
 def test_remat_and_loss_chunks_change_nothing_in_a_modern_gpt(model_config):
-    config = dataclasses.replace(model_config, known_tokens=V - 1, n_layer=1, **MODERN)
+    newer = MODERN | SHORTCUTS
+    config = dataclasses.replace(model_config, known_tokens=V - 1, n_layer=1, **newer)
     params = rough_params(GPT(config))
     batch_BT1 = random_tokens(B, T + 1) % (V - 1)
 

@@ -1,4 +1,7 @@
-"""The README's main job in full: `small` on tiny Shakespeare, against nanoGPT's own result."""
+"""The README's main job in full: `small` on tiny Shakespeare, against nanoGPT's own result.
+
+Of the preset for laptops, whose 2800 steps take five minutes, a shorter run.
+"""
 
 import json
 from pathlib import Path
@@ -27,6 +30,12 @@ def shakespeare(tmp_path_factory) -> Path:
     return data_dir
 
 
+def val_losses(folder: Path) -> dict[int, float]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+
 @pytest.mark.slow
 def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
     """nanoGPT's own results: 1.9006 to 1.9159 for five seeds on the same machine."""
@@ -36,10 +45,17 @@ def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
         flags = ["--config=small", f"--seed={seed}", f"--data_dir={shakespeare}"]
         result = run("train.py", *flags, "--dataset=shakespeare_char", f"--out_dir={out_dir}")
         assert result.returncode == 0, result.stderr
-        lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+        losses = val_losses(out_dir)
         first.append(losses[0])
         last.append(losses[2000])
     assert first == pytest.approx([4.17] * 3, abs=0.15)  # ln 65
     assert max(last) <= 1.92, last
+
+
+@pytest.mark.slow
+def test_the_preset_for_laptops_learns_fast(run, shakespeare, tmp_path):
+    """It ended at 1.6025."""
+    flags = ["--config=shakespeare-laptop", "--max_iters=500", "--dataset=shakespeare_char"]
+    result = run("train.py", *flags, f"--data_dir={shakespeare}", f"--out_dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert val_losses(tmp_path / "run") == {500: pytest.approx(1.60, abs=0.03)}

@@ -47,7 +47,7 @@ class ModelConfig:
     #: ReLU, or SwiGLU with a hidden layer 8/3 n_embd wide, for the same number of parameters
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     positions: Literal["learned", "rotary"] = "learned"  # position embeddings; rotary: RoPE
-    #: attention and MLP read each token together with the one before it: for small models
+    #: attention and MLP read each position together with the one before it; helps small models
     token_shift: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores

@@ -143,7 +143,8 @@ def estimate_memory(config: TrainConfig) -> dict[str, int]:
     mlp = (model.mlp_in_features + model.hidden_size) * width
     scores = 0 if is_fused else model.n_head * T * (4 + width + has_dropout)
     masks = 2 * D * has_dropout  # a byte per element
-    block = 7 * stream + mlp + scores + masks  # two norms, q k v, attention, the stream
+    streams = 7 + 2 * model.token_shift  # two norms, q k v, attention, the stream
+    block = streams * stream + mlp + scores + masks
     layers = L * stream + (block if compute.remat else L * block)
     logits = 2 * 4 * V // (compute.loss_chunks or 1)  # and their gradient
     weights = 4 * n_params(model)

@@ -266,7 +266,7 @@ def read_config(folder: Path) -> dict:
             raise InputError(f"{folder} is not a run: there is no {path}")
         loaded = files.read_json(path)
         is_ours = isinstance(loaded, dict) and isinstance(loaded.get("made_with"), dict)
-        if is_ours and loaded.get("ngram_rows") == 0:  # a field that was taken out again
+        if is_ours and loaded.get("ngram_rows") == 0:  # removed since; 0 meant none
             del loaded["ngram_rows"]
         if not is_ours or not loaded.keys() <= {*types, "made_with"}:
             raise ValueError("another program wrote it")

@@ -58,7 +58,7 @@ def test_the_picture_has_the_times_that_nanogpt_takes_for_the_loss_of_the_laptop
         [text.get_text() for text in report.picture({f"train {name}": RUN}).axes[0].texts]
         for name in ("shakespeare-laptop", "small-fast")
     ]
-    assert texts == [["nanoGPT,\nA100", "nanoGPT,\nColab T4"], []]
+    assert texts == [["nanoGPT's run,\nA100", "nanoGPT's run,\nColab T4"], []]
 
 
 def test_every_preset_that_is_measured_exists_and_its_own_batch_comes_first():

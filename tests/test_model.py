@@ -17,8 +17,8 @@ from nanogpt_jax.model import GPT, Compute
 from nanogpt_jax.steps import init_params, token_losses
 
 B, T, V = 3, 8, 11
-# Each part that is newer than GPT-2, alone and all together.
 SHORTCUTS = {"token_shift": True, "embedding_shortcut": True}
+# Each part that is newer than GPT-2, alone and all together.
 NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
 NEWER += [{name: value} for name, value in SHORTCUTS.items()]
 

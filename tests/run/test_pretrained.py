@@ -213,7 +213,7 @@ def test_a_shorter_context_and_a_padded_vocabulary(start):
 def test_a_modern_model_and_one_of_the_lecture(start):
     """`export` takes neither, so this is how they are finetuned."""
     for preset, more in (
-        ("small-fast", ["--token_shift", "--embedding_shortcut"]),
+        ("small-fast", ["--embedding_shortcut"]),
         ("lecture-layernorm", []),
     ):
         shape = ["--n_embd=16", "--n_head=2", "--n_layer=1", "--batch_size=8", *more]

@@ -31,8 +31,7 @@ class KVCache(NamedTuple):
 def init_cache(config: ModelConfig, batch_size: int, dtype=jnp.float32) -> KVCache:
     """Return an empty cache with room for block_size tokens in each of batch_size rows."""
     shape = (batch_size, config.n_head, config.n_embd // config.n_head, config.block_size)
-    newest = (batch_size, 1, config.n_embd)
-    shapes = [shape] * 2 + [newest] * 2 * config.token_shift
+    shapes = [shape] * 2 + [(batch_size, 1, config.n_embd)] * 2 * config.token_shift
     arrays = [tuple(jnp.zeros(s, dtype) for _ in range(config.n_layer)) for s in shapes]
     return KVCache(jnp.int32(0), *arrays)
 

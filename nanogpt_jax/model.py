@@ -276,15 +276,16 @@ class GPT(nn.Module):
             # `decode` may read past the end, in vain: no NaN, or JAX_DEBUG_NANS would stop there.
             x_BTD += self.wpe(jnp.minimum(start + jnp.arange(T), block_size - 1))[None]
         x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
-        embedding_BTD, new = shard_activations(x_BTD, self.compute.mesh), []
+        x_BTD = embedding_BTD = shard_activations(x_BTD, self.compute.mesh)
+        new = []
         for i, block in enumerate(self.h):
             layer_cache = cache and (start, *(arrays[i] for arrays in cache[1:] if arrays))
-            x_BTD = shard_activations(x_BTD, self.compute.mesh)
             x_BTD, of_layer = block(x_BTD, layer_cache, deterministic, embedding_BTD)
+            x_BTD = shard_activations(x_BTD, self.compute.mesh)
             new.append(of_layer)
         if cache is not None:
             cache = KVCache(start + T, *zip(*new, strict=True))
-        return self.ln_f(shard_activations(x_BTD, self.compute.mesh)), cache
+        return self.ln_f(x_BTD), cache
 
     def head(self, x_BTD):
         """Return logits_BTV; a tied head's weights are the token embedding's, transposed.

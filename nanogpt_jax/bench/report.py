@@ -96,10 +96,10 @@ def picture(curves: dict[str, dict[str, Any]]):
         axes.axhline(target, color="gray", linestyle="--", linewidth=1, label=f"nanoGPT: {target}")
     if "train shakespeare-laptop" in curves:
         for chip, seconds in NANOGPT_S.items():
-            axes.plot(seconds, TARGETS["shakespeare"], "D", color="gray", markersize=6)
-            axes.annotate(
-                f"nanoGPT's run,\n{chip}", (seconds, 1.45), ha="center", va="top", fontsize=8
-            )
+            at = seconds, TARGETS["shakespeare-laptop"]
+            axes.plot(*at, "D", color="gray", markersize=6)
+            below = {"xytext": (0, -5), "textcoords": "offset points", "va": "top"}
+            axes.annotate(f"nanoGPT's run,\n{chip}", at, ha="center", fontsize=8, **below)
     lowest = min(loss for row in curves.values() for _, loss in row["val"])
     axes.set(
         xlabel="time since the command, start-up and compilation included",
@@ -110,7 +110,7 @@ def picture(curves: dict[str, dict[str, Any]]):
     )
     first, last = axes.get_xlim()
     marks = [s for s in (1, 3, 6, 10, 30, 60, 180, 600, 1800, 3600) if first < s < last]
-    axes.set_xticks(marks, [duration(s) for s in marks], minor=False)
+    axes.set_xticks(marks, [duration(s) for s in marks])
     axes.set_xticks([], minor=True)
     axes.legend(frameon=False, loc="upper right")
     return figure

@@ -37,7 +37,7 @@ from runs import (
 from nanogpt_jax import bench, corpora, data, errors
 from nanogpt_jax.config import MODERN, parse_train_config, to_flat_dict
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.hardware import chip_named, chips, devices
+from nanogpt_jax.hardware import chip_named, chips, devices, memory
 from nanogpt_jax.run import folder as run_folder
 from nanogpt_jax.run import progress, read_metrics
 from nanogpt_jax.run.checkpoint import Checkpoints
@@ -398,7 +398,7 @@ def test_a_run_resumes_on_any_mesh_and_in_any_dtype(
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_is_made(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "memory_bytes", lambda device: 100_000)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: 100_000)
     with pytest.raises(RunError, match=r"a step needs .* of 0 MiB on each device: try a sm"):
         start(tmp_path, dataset, "--max_iters=40")
     assert not saved_steps(tmp_path)

@@ -5,7 +5,6 @@
 from nanogpt_jax.hardware.chips import Chip, chip_named, find_chip
 from nanogpt_jax.hardware.devices import (
     Machine,
-    check_sampling_memory,
     choose,
     choose_compute,
     choose_training,
@@ -15,16 +14,19 @@ from nanogpt_jax.hardware.devices import (
 )
 from nanogpt_jax.hardware.estimate import amount, duration, run_flops, run_line, updates_within
 from nanogpt_jax.hardware.flops import (
-    checkpoint_bytes,
-    estimate_memory,
     forward_flops_per_token,
     headline_params,
     is_float32,
     n_params,
-    needed_bytes,
     parts,
     size_in_words,
     steps_per_call,
     train_flops_per_token,
+)
+from nanogpt_jax.hardware.memory import (
+    check_sampling_memory,
+    checkpoint_bytes,
+    estimate_memory,
+    needed_bytes,
 )
 from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use_compile_cache

@@ -3,19 +3,15 @@
 Every decision that depends on the platform is made here. JAX is imported when one is.
 """
 
-import contextlib
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig, replace_fields
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.hardware import chips, flops
+from nanogpt_jax.hardware import chips, flops, memory
 from nanogpt_jax.hardware.processes import ALONE, Processes, use_compile_cache
 
 if TYPE_CHECKING:
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
     from nanogpt_jax.model import Compute
 
 CUDA_EXTRA, TPU_EXTRA = "'.[cuda12]' or '.[cuda13]'", "'.[tpu]'"
-CGROUPS, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # With either, XLA cannot find its cuDNN kernels again: https://github.com/openxla/xla/pull/46500
 DETERMINISTIC = "xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops"
 SPLASH_BLOCK = 128  # the splash kernel works on blocks of this many positions
@@ -49,7 +44,7 @@ class Machine(NamedTuple):
 
     def check_fits(self, step: "Compiled", config: TrainConfig) -> str:
         """Return a line about the memory that a step needs; raise RunError if a device has less."""
-        needed, limit = flops.needed_bytes(step), self.memory_bytes
+        needed, limit = memory.needed_bytes(step), self.memory_bytes
         of_limit = f" of {limit / 2**20:,.0f}" if limit else ""
         line = f"a step needs {needed / 2**20:,.0f}{of_limit} MiB on each device"
         if limit and needed > limit:
@@ -77,33 +72,33 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
         )
     n_devices, device = jax.device_count(), jax.local_devices()[0]
     mesh = make_mesh(choose_sizes(config, n_devices, use_all=processes.count > 1))
-    memory = memory_bytes(device)
-    compute, reason = choose_training(config, device, mesh, memory, processes)
+    limit = memory.memory_bytes(device)
+    compute, reason = choose_training(config, device, mesh, limit, processes)
     if config.eval_only:
-        needed = flops.least_sampling_bytes(config.model)
+        needed = memory.least_sampling_bytes(config.model)
     else:
-        needed = flops.checkpoint_bytes(config.model, config.optim.optimizer)
+        needed = memory.checkpoint_bytes(config.model, config.optim.optimizer)
         needed += 4 * flops.n_params(config.model)  # gradients
     n_parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     advice = "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1"
-    flops.check_memory(config.model, needed, memory, n_parts, advice)
+    memory.check_memory(config.model, needed, limit, n_parts, advice)
     description = f"jax {jax.__version__} on {describe(mesh)}: {reason}"
     if idle := n_devices - mesh.size:
         why = "--mesh says so" if config.compute.mesh else "they do not divide --batch_size"
         description += f"\n{idle} of {n_devices} devices are idle: {why}"
     chip = chips.find_chip(device.device_kind)
-    return Machine(mesh, compute, describe(mesh), reason, description, memory, chip)
+    return Machine(mesh, compute, describe(mesh), reason, description, limit, chip)
 
 
 def choose_training(
-    config: TrainConfig, device, mesh: "Mesh", memory: float | None, processes: Processes = ALONE
+    config: TrainConfig, device, mesh: "Mesh", limit: float | None, processes: Processes = ALONE
 ) -> "tuple[Compute, str]":
     """Return what `choose_compute` does, with the loss in as few pieces as fit into the memory."""
     compute, reason = choose_compute(config.compute, config.model, device, mesh)
-    if config.compute.loss_chunks or memory is None:
+    if config.compute.loss_chunks or limit is None:
         return compute, reason
     names = {"dtype": np.dtype(compute.dtype).name, "attention": compute.attention}
-    n_chunks = flops.fewest_loss_chunks(replace_fields(config, names), memory, mesh.shape)
+    n_chunks = memory.fewest_loss_chunks(replace_fields(config, names), limit, mesh.shape)
     n_chunks = processes.max(n_chunks)  # all must compile the same program
     if n_chunks > 1:
         reason += f"; the loss in {n_chunks} pieces, to save memory"
@@ -210,40 +205,6 @@ def describe(mesh: "Mesh") -> str:
     count = f"{mesh.size} x " if mesh.size > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     return f"{count}{device.platform}{kind}" + (f" ({axes})" if axes else "")
-
-
-def memory_bytes(device) -> int | None:
-    """Return the memory that programs can use on a device; None if unknown."""
-    if limit := (device.memory_stats() or {}).get("bytes_limit"):
-        return limit
-    if device.platform != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_memory_limits())
-
-
-def _memory_limits() -> Iterator[int]:
-    """Yield what this process's memory is limited to, in bytes: as by `ulimit -v` or a container.
-
-    To Linux a container, of Docker or Slurm, is a control group within others, of version 2 or 1.
-    """
-    import resource  # not on Windows
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    yield sys.maxsize if limit == resource.RLIM_INFINITY else limit
-    for line in CGROUPS.read_text().splitlines() if CGROUPS.exists() else ():
-        group = line.split(":", 2)[2].strip("/")
-        for top, name in ("", "memory.max"), ("memory", "memory.limit_in_bytes"):
-            for level in (Path(group), *Path(group).parents):
-                with contextlib.suppress(OSError, ValueError):  # not visible here; "max"
-                    yield int((CGROUP_FILES / top / level / name).read_text())
-
-
-def check_sampling_memory(config: ModelConfig, n_rows: int, advice: str) -> None:
-    """Raise InputError if the first device cannot hold a model and a cache of n_rows."""
-    import jax
-
-    memory = memory_bytes(jax.local_devices()[0])
-    flops.check_memory(config, flops.least_sampling_bytes(config, n_rows), memory, 1, advice)
 
 
 def memory_levers(config: TrainConfig, compute: "Compute") -> str:

@@ -82,13 +82,10 @@ def _wandb(config: TrainConfig, folder: Path) -> Logger:
         id_file.write_text(secrets.token_hex(4), encoding="utf-8")
     try:
         run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "nanogpt_jax"),
-            name=folder.name,
-            dir=str(folder),
-            config=to_flat_dict(config),
-            id=id_file.read_text(encoding="utf-8"),
-            resume="allow",
-        )
+            project=os.environ.get("WANDB_PROJECT", "nanogpt_jax"), name=folder.name,
+            dir=str(folder), config=to_flat_dict(config),
+            id=id_file.read_text(encoding="utf-8"), resume="allow",
+        )  # fmt: skip
     except wandb.Error as error:
         raise InputError(f"--wandb: Weights & Biases refuses: {error}") from error
     # If it already has a step, as after a kill, it keeps the first row: they are equal.

@@ -195,14 +195,11 @@ def loss_figure(runs: dict[str, list[dict]], x: str = "step") -> "Figure":
             axes.plot(xs, losses, "o-", color=color, markersize=4, label=label)
             axes.plot(xs[best], losses[best], "*", color="tab:red", markersize=14, zorder=3)
             if is_single:
+                text = f"best {losses[best]:.4f}\nat {x} {xs[best]:,.0f}"
                 axes.annotate(
-                    f"best {losses[best]:.4f}\nat {x} {xs[best]:,.0f}",
-                    (xs[best], losses[best]),
-                    xytext=(-6, 14),
-                    textcoords="offset points",
-                    ha="right" if best else "left",
-                    color="tab:red",
-                )
+                    text, (xs[best], losses[best]), xytext=(-6, 14), textcoords="offset points",
+                    ha="right" if best else "left", color="tab:red",
+                )  # fmt: skip
     title = names[0] if is_single else "validation (dots) and train loss"
     x_label = {"step": "step", "tokens": "tokens read", "time": "seconds of training"}[x]
     axes.set(xlabel=x_label, ylabel="loss (nats per token)", title=title)

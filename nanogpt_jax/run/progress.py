@@ -76,15 +76,12 @@ class Progress:
         self._pending: tuple[int, Metrics] | None = None
         self._timed_from: tuple[int, float] | None = None  # step and time that speed counts from
         self._bar = tqdm(
-            initial=self.resumed_at or 0,
-            total=self.config.max_iters,
-            unit="step",
+            initial=self.resumed_at or 0, total=self.config.max_iters, unit="step",
             # No bar if standard error is a file: there the lines below serve.
-            disable=None if self.is_first else True,
-            dynamic_ncols=True,
+            disable=None if self.is_first else True, dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
             "[{elapsed}, {remaining} left{postfix}]",
-        )
+        )  # fmt: skip
 
     def print(self, line: str) -> None:
         with contextlib.suppress(OSError):  # the terminal may be gone

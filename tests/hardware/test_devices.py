@@ -22,7 +22,7 @@ from nanogpt_jax.config import (
     with_vocab_size,
 )
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.hardware import devices
+from nanogpt_jax.hardware import devices, memory
 from nanogpt_jax.hardware.devices import (
     choose_compute,
     choose_training,
@@ -166,8 +166,8 @@ def test_the_loss_is_computed_in_as_few_pieces_as_fit_the_memory():
     assert compute.loss_chunks == 8
     assert "the loss in 8 pieces, to save memory" in reason
     requested = replace(gpt2, compute=ComputeConfig(loss_chunks=2))
-    for memory in 40 * 2**30, None:
-        assert choose_training(requested, A100, mesh, memory)[0].loss_chunks == 2
+    for limit in 40 * 2**30, None:
+        assert choose_training(requested, A100, mesh, limit)[0].loss_chunks == 2
     assert choose_training(gpt2, A100, mesh, None)[0].loss_chunks == 1  # unknown
     four = sharding.make_mesh((4, 1, 1))
     assert choose_training(gpt2, A100, four, 8 * 2**30)[0].loss_chunks == 1
@@ -219,17 +219,17 @@ def test_idle_devices_and_a_step_that_does_not_fit_are_reported(monkeypatch):
 def test_the_memory_of_a_container_is_what_it_may_use(
     tmp_path, monkeypatch, version, group, limits, expected
 ):
-    monkeypatch.setattr(devices, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(devices, "CGROUP_FILES", tmp_path / "fs")
-    unlimited = devices.memory_bytes(CPU)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUP_FILES", tmp_path / "fs")
+    unlimited = memory.memory_bytes(CPU)
     (tmp_path / "cgroup").write_text(f"3:cpu:/\n{version}{group}\n")
     for name, limit in limits.items():
         path = tmp_path / "fs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(limit + "\n")
-    assert devices.memory_bytes(CPU) == (expected or unlimited)
+    assert memory.memory_bytes(CPU) == (expected or unlimited)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1000, 2000))  # by ulimit -v 1
-    assert devices.memory_bytes(CPU) == 1000
+    assert memory.memory_bytes(CPU) == 1000
 
 
 # As JAX words it, after it looked for /dev/nvidia0 and the like, and for a TPU's PCI number.

@@ -22,16 +22,18 @@ from nanogpt_jax.config import (
 )
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware.flops import (
-    check_memory,
-    estimate_memory,
     forward_flops_per_token,
     headline_params,
     n_params,
-    needed_bytes,
-    optimizer_bytes,
     parts,
     steps_per_call,
     train_flops_per_token,
+)
+from nanogpt_jax.hardware.memory import (
+    check_memory,
+    estimate_memory,
+    needed_bytes,
+    optimizer_bytes,
 )
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer

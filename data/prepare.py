@@ -9,7 +9,6 @@ for one without. If it is interrupted, run the same command again to continue.
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanogpt_jax import corpora
 from nanogpt_jax.config import check_fields, parse_args, split_words
@@ -45,14 +44,7 @@ def main(argv: list[str]) -> None:
             f"exactly one dataset must be named, before any flag, got {len(datasets)}: name one of "
             f"{', '.join(corpora.NAMES)}, or a path"
         )
-    folder = corpora.prepare(
-        datasets[0],
-        Path(flags.data_dir),
-        tokenizer=flags.tokenizer,
-        vocab_size=flags.vocab_size,
-        shard_tokens=flags.shard_tokens,
-        text_key=flags.text_key,
-    )
+    folder = corpora.prepare(corpora.Request(datasets[0], **vars(flags)))
     corpus = corpora.open_corpus(folder, min_tokens=1)
     sizes = ", ".join(f"{len(ids):,} {split} tokens" for split, ids in corpus.splits.items())
     print(

@@ -126,7 +126,7 @@ def read_run(folder: Path) -> None:
 def write_corpus(folder: Path) -> None:
     """A prepared text."""
     (folder / "book.txt").write_text("the cat sat on the mat\n" * 9)
-    prepared = corpora.prepare(str(folder / "book.txt"), folder / "data", 9)
+    prepared = corpora.prepare(corpora.Request(str(folder / "book.txt"), folder / "data", 9))
     for path in prepared.iterdir():
         path.rename(folder / path.name)
 
@@ -291,7 +291,7 @@ def home(tmp_path_factory) -> Path:
     """A folder with a trained run and its prepared corpus. Not to be changed."""
     place = tmp_path_factory.mktemp("home")
     shutil.copytree(OLD_RUN / "run", place / "run")
-    corpora.prepare(str(OLD_RUN / "text.txt"), place / "data", 17)
+    corpora.prepare(corpora.Request(str(OLD_RUN / "text.txt"), place / "data", 17))
     return place
 
 

@@ -24,7 +24,7 @@ def shakespeare(tmp_path_factory) -> Path:
         (data_dir / corpora.SHAKESPEARE / "input.txt").write_bytes(path.read_bytes())
         return data_dir
     try:
-        corpora.prepare(corpora.SHAKESPEARE, data_dir)
+        corpora.prepare(corpora.Request(corpora.SHAKESPEARE, data_dir))
     except download.Unavailable as error:
         pytest.skip(str(error))
     return data_dir

@@ -9,7 +9,6 @@ hours and dollars that the run takes on known chips. Needs no chip and no JAX, a
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from nanogpt_jax import corpora
 from nanogpt_jax.bench import published
@@ -103,10 +102,7 @@ def validation_tokens(config: TrainConfig) -> tuple[int, str]:
     """Return the size of the validation split, and what an evaluation reads, in words."""
     if config.eval_iters:
         return 2**62, f"{config.eval_iters} batches each"
-    known = corpora.known_val_tokens(
-        config.dataset, Path(config.data_dir), config.tokenizer, config.model.vocab_size,
-        config.text_key,
-    )  # fmt: skip
+    known = corpora.known_val_tokens(corpora.request_of(config))
     if known is not None:
         return known, f"the validation split's {known:,} tokens each"
     n = corpora.SHAKESPEARE_VAL_TOKENS

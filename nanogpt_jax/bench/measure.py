@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
     found = read_rows(path)
-    dataset = corpora.resolve(None, Path(config.data_dir), 257).name
+    dataset = corpora.resolve(corpora.Request(None, Path(config.data_dir), 257)).name
     for task in tasks(config, dataset):
         if "error" not in found.get(task.name, {"error": ""}):
             print(f"{task.name}: measured before")

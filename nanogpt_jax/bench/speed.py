@@ -87,7 +87,7 @@ def start_figures(argv: list[str]) -> dict:
     if not TRAIN.exists():  # installed without the repository
         return figures
     with tempfile.TemporaryDirectory() as folder:
-        corpora.prepare("pydocs", Path(folder))
+        corpora.prepare(corpora.Request(corpora.PYDOCS, Path(folder)))
         for name in figures:
             lines = run_train(
                 [*argv, "--dataset=pydocs", f"--data_dir={folder}", f"--out_dir={folder}/{name}"],

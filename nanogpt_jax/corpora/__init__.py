@@ -8,9 +8,11 @@ from nanogpt_jax.corpora.catalog import (
     SHAKESPEARE_BPE,
     SHAKESPEARE_FINGERPRINT,
     SHAKESPEARE_VAL_TOKENS,
+    Request,
     known_val_tokens,
     load,
     prepare,
+    request_of,
     resolve,
     with_vocabulary,
 )

@@ -5,13 +5,13 @@ A corpus is a name; a text, JSON or Parquet file or a folder of them; or a folde
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -36,6 +36,23 @@ SHAKESPEARE_FINGERPRINT = "a320d332271226fa"
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Request:
+    """The corpus that a user asks for."""
+
+    dataset: str | None  # a name or a path; None: tiny Shakespeare, or Python's manual
+    data_dir: Path
+    min_tokens: int = 1  # of each split; nothing is written for a shorter text
+    tokenizer: str | None = None  # char, gpt2, bpe or a tokenizer.json; None: the usual one
+    vocab_size: int | None = None  # of bpe
+    shard_tokens: int = SHARD_TOKENS  # the most in a file
+    text_key: str = "text"  # the key or column of a document's text
+    default_tokenizer: str | None = None  # of a text, in place of its usual one
+
+    def __post_init__(self):  # ~ stands for a folder, which shells forget after --data_dir=
+        object.__setattr__(self, "data_dir", Path(os.path.expanduser(self.data_dir)))
+
+
 class Processes(Protocol):
     """The processes of a run; the first one writes files."""
 
@@ -54,13 +71,19 @@ def load(
     Raises:
         InputError: the corpus cannot be prepared here, is damaged, or too short for block_size.
     """
-    min_tokens, vocab_size = config.model.block_size + 1, config.model.vocab_size
-    request = config.dataset, Path(config.data_dir), min_tokens, config.tokenizer, vocab_size
-    folder = processes.first_alone(
-        lambda: resolve(*request, config.text_key, tokenizer), "prepared"
-    )
-    corpus = open_corpus(folder, min_tokens, vocab_size, config.model.known_tokens)
-    return corpus, dataclasses.replace(config, model=with_vocabulary(config.model, corpus))
+    request = replace(request_of(config), default_tokenizer=tokenizer)
+    folder = processes.first_alone(lambda: resolve(request), "prepared")
+    model = config.model
+    corpus = open_corpus(folder, request.min_tokens, model.vocab_size, model.known_tokens)
+    return corpus, replace(config, model=with_vocabulary(model, corpus))
+
+
+def request_of(config: TrainConfig) -> Request:
+    """Return what a training asks for."""
+    return Request(
+        config.dataset, Path(config.data_dir), config.model.block_size + 1, config.tokenizer,
+        config.model.vocab_size, text_key=config.text_key,
+    )  # fmt: skip
 
 
 def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
@@ -72,27 +95,19 @@ def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
             f"vocab_size must be {known}, the tokens of {corpus.name}, since the lecture's models "
             f"cannot mask others, got {corpus.vocab_size}: leave it out"
         )
-    return dataclasses.replace(model, vocab_size=corpus.vocab_size, known_tokens=known)
+    return replace(model, vocab_size=corpus.vocab_size, known_tokens=known)
 
 
-def resolve(
-    dataset: str | None, data_dir: Path, min_tokens: int,
-    tokenizer: str | None = None, vocab_size: int | None = None, text_key: str = "text",
-    default_tokenizer: str | None = None,
-) -> Path:  # fmt: skip
+def resolve(request: Request) -> Path:
     """Return the folder of a dataset, prepared first unless that takes hours.
 
     Only if no dataset is named and nothing can be downloaded, Python's own manual replaces tiny
     Shakespeare, with a notice. See `prepare`.
     """
-    if dataset is not None:
-        return prepare(
-            dataset, data_dir, min_tokens, tokenizer, vocab_size, text_key=text_key,
-            is_training=True, default_tokenizer=default_tokenizer,
-        )  # fmt: skip
-    tokenizer = tokenizer or default_tokenizer
+    if request.dataset is not None:
+        return prepare(request, is_training=True)
     try:
-        return prepare(SHAKESPEARE, data_dir, min_tokens, tokenizer, vocab_size)
+        return prepare(replace(request, dataset=SHAKESPEARE))
     except download.Unavailable as error:
         stars = "*" * 88
         print(
@@ -101,21 +116,20 @@ def resolve(
             "  Python's own manual, instead: the model will write Python prose, and its losses\n"
             "  will not be those in the README.\n"
             f"  To train on Shakespeare, save\n    {download.SHAKESPEARE_URLS[0]}\n"
-            f"  as\n    {Path(data_dir, SHAKESPEARE, 'input.txt')}\n"
+            f"  as\n    {request.data_dir / SHAKESPEARE / 'input.txt'}\n"
             f"  and run the same command again. The error was: {error.reason}\n{stars}\n",
             flush=True,
         )
-        return prepare(PYDOCS, data_dir, min_tokens, tokenizer, vocab_size)
+        return prepare(replace(request, dataset=PYDOCS))
 
 
-def _how_to_prepare(
-    source: Source, data_dir: Path, tokenizer: str | None, vocab_size: int | None, text_key: str
-) -> str:
+def _how_to_prepare(source: Source, request: Request) -> str:
+    tokenizer, text_key = request.tokenizer or request.default_tokenizer, request.text_key
     flags = {
         "tokenizer": tokenizer,
-        "vocab_size": vocab_size if tokenizer == "bpe" else None,
+        "vocab_size": request.vocab_size if tokenizer == "bpe" else None,
         "text_key": text_key if text_key != "text" else None,
-        "data_dir": data_dir if data_dir != Path("data") else None,
+        "data_dir": request.data_dir if request.data_dir != Path("data") else None,
     }
     quoted = {name: shlex.quote(str(value)) for name, value in flags.items() if value}
     given = "".join(f" --{name} {value}" for name, value in quoted.items())
@@ -130,49 +144,31 @@ def _how_to_prepare(
     )
 
 
-def prepare(
-    dataset: str, data_dir: Path, min_tokens: int = 1,
-    tokenizer: str | None = None, vocab_size: int | None = None,
-    shard_tokens: int = SHARD_TOKENS, text_key: str = "text", is_training: bool = False,
-    default_tokenizer: str | None = None,
-) -> Path:  # fmt: skip
-    """Prepare a dataset, however long it takes, and return its folder.
-
-    Args:
-        dataset: a name or a path.
-        min_tokens: what each split must have; nothing is written for a shorter text.
-        tokenizer: char, gpt2, bpe or a tokenizer.json; None: the dataset's usual one.
-        vocab_size: of bpe.
-        shard_tokens: the most tokens in a file.
-        text_key: the key or column of a document's text.
-        is_training: refuse what takes long.
-        default_tokenizer: for a text, in place of its usual one.
+def prepare(request: Request, is_training: bool = False) -> Path:
+    """Prepare a dataset, however long it takes unless `is_training`, and return its folder.
 
     Raises:
         InputError: the name is unknown, or the text is unreadable, empty or too short.
         download.Unavailable: the dataset cannot be downloaded.
     """
-    data_dir = Path(os.path.expanduser(data_dir))  # which shells do not after --data_dir=
-    files.check_place(data_dir, "data_dir")
-    request = dataset, data_dir, tokenizer, vocab_size, text_key, default_tokenizer
-    folder, spec, source = _locate(*request)
-    if source is None and (dataset not in NAMES or shards.is_foreign(folder)):
-        if tokenizer or (dataset in NAMES and load_tokenizer(folder) is None):
+    files.check_place(request.data_dir, "data_dir")
+    folder, spec, source = _locate(request)
+    dataset, tokenizer = request.dataset or SHAKESPEARE, request.tokenizer
+    is_named = dataset in NAMES
+    if source is None and (not is_named or shards.is_foreign(folder)):
+        if tokenizer or (is_named and load_tokenizer(folder) is None):
             _add_tokenizer(folder, tokenizer or spec.label, spec)
         return folder
-    source = source or _named_source(dataset, data_dir)
-    refusal = None
-    if is_training and source.text_bytes > preparation.LARGE_BYTES:
-        named = tokenizer or default_tokenizer
-        refusal = _how_to_prepare(source, data_dir, named, vocab_size, text_key)
-    return preparation.prepare_folder(source, folder, spec, min_tokens, shard_tokens, refusal)
+    source = source or _named_source(dataset, request.data_dir)
+    is_too_large = is_training and source.text_bytes > preparation.LARGE_BYTES
+    refusal = _how_to_prepare(source, request) if is_too_large else None
+    sizes = request.min_tokens, request.shard_tokens
+    return preparation.prepare_folder(source, folder, spec, *sizes, refusal)
 
 
-def _locate(
-    dataset: str, data_dir: Path, tokenizer: str | None, vocab_size: int | None,
-    text_key: str = "text", default_tokenizer: str | None = None,
-) -> tuple[Path, TokenizerSpec, Source | None]:  # fmt: skip
+def _locate(request: Request) -> tuple[Path, TokenizerSpec, Source | None]:
     """Return the folder of a dataset's tokens, its tokenizer, and the user's text if it is one."""
+    dataset, data_dir, text_key = request.dataset or SHAKESPEARE, request.data_dir, request.text_key
     name, source, default = dataset, None, "gpt2"
     if dataset in (SHAKESPEARE, PYDOCS):
         default = "char"
@@ -180,7 +176,7 @@ def _locate(
     if dataset not in NAMES:
         path = _existing(dataset, data_dir)
         if shards.has_tokens(path):
-            return path, TokenizerSpec.parse(tokenizer or default, vocab_size), None
+            return path, TokenizerSpec.parse(request.tokenizer or default, request.vocab_size), None
         source, usual = Files(path, text_key), "char"
         default = "char" if source.kind == TEXT else "gpt2"
         # A hash keeps two files called input.txt apart. A name has at most 255 bytes.
@@ -188,7 +184,8 @@ def _locate(
         path_hash = hashlib.sha256(os.fsencode(f"{path.resolve()}{key}")).hexdigest()[:8]
         stem = re.sub("[*?[]", "_", path.resolve().stem[:50])  # which out_dir may not have
         name = f"{stem}-{path_hash}"
-    spec = TokenizerSpec.parse(tokenizer or default_tokenizer or default, vocab_size)
+    asked = request.tokenizer or request.default_tokenizer or default
+    spec = TokenizerSpec.parse(asked, request.vocab_size)
     return data_dir / (name if spec.label == usual else f"{name}-{spec.label}"), spec, source
 
 
@@ -262,14 +259,10 @@ def _add_tokenizer(folder: Path, requested: str, spec: TokenizerSpec) -> None:
         save_tokenizer(made, folder)
 
 
-def known_val_tokens(
-    dataset: str | None, data_dir: Path, tokenizer: str | None = None,
-    vocab_size: int | None = None, text_key: str = "text",
-) -> int | None:  # fmt: skip
+def known_val_tokens(request: Request) -> int | None:
     """Return the size of a dataset's validation split; None if it is not prepared here."""
-    request = dataset or SHAKESPEARE, Path(os.path.expanduser(data_dir)), tokenizer, vocab_size
     with contextlib.suppress(InputError):
-        folder, *_ = _locate(*request, text_key)
+        folder, *_ = _locate(request)
         shards.check_finished(folder)
         meta = shards.read_meta(folder)
         paths = shards.files_of(folder, "val", meta)

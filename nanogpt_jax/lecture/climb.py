@@ -87,7 +87,8 @@ def main(argv: list[str]) -> None:
         configs = [config for config in configs if config.config != "lecture-scaled"]
         skipped = "; lecture-scaled needs a GPU or TPU"
     min_tokens = 1 + max(config.model.block_size for config in configs)
-    dataset = corpora.resolve(request.dataset, Path(request.data_dir), min_tokens)
+    wanted = corpora.Request(request.dataset, Path(request.data_dir), min_tokens)
+    dataset = corpora.resolve(wanted)
     corpus = corpora.open_corpus(dataset, min_tokens)
     if corpus.tokenizer is None:
         raise InputError(

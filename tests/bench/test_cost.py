@@ -70,7 +70,7 @@ def test_evaluation_is_listed_apart_and_reads_the_datasets_split(page, tmp_path,
 
     assert "tiny Shakespeare's 111,540" in evaluations()
     assert "since book.txt is not prepared here" in evaluations("--dataset=book.txt")
-    corpora.prepare(str(book), tmp_path / "data")
+    corpora.prepare(corpora.Request(str(book), tmp_path / "data"))
     assert "600 tokens" in evaluations("--dataset=book.txt")
     (tmp_path / "bins").mkdir()
     (tmp_path / "bins" / "val.bin").write_bytes(bytes(2 * 4321))

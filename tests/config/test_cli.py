@@ -146,7 +146,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "thesis").mkdir()
     (folder / "thesis" / "thesis.tex").write_text("years of work")
 
-    prepared = corpora.prepare(str(folder / "book.txt"), folder / "data")
+    prepared = corpora.prepare(corpora.Request(str(folder / "book.txt"), folder / "data"))
     corpus = corpora.open_corpus(prepared, 33)
     config = parse_train_config(["--config=tiny", "--n_layer=3", "--dropout=0.1"])
     config = replace_fields(config, {"vocab_size": corpus.vocab_size, "lr_decay_iters": 60})

@@ -1,8 +1,19 @@
-"""Documents in the formats of files."""
+"""Documents in the formats of files, and corpora asked for in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
+
+from nanogpt_jax import corpora
+
+
+def prepare(*wanted, **more) -> Path:
+    return corpora.prepare(corpora.Request(*wanted, **more))
+
+
+def resolve(*wanted, **more) -> Path:
+    return corpora.resolve(corpora.Request(*wanted, **more))
 
 
 def parquet_of(texts, kind: str | None = None) -> bytes:

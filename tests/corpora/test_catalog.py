@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from formats import prepare, resolve
 
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.corpora import (
@@ -22,8 +23,6 @@ from nanogpt_jax.corpora import (
     load,
     open_corpus,
     preparation,
-    prepare,
-    resolve,
 )
 from nanogpt_jax.corpora import text as texts
 from nanogpt_jax.corpora.download import Unavailable

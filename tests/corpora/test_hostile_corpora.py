@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from formats import prepare
 from hostile import (
     BAD_JSON,
     DAMAGES,
@@ -25,9 +26,9 @@ from nanogpt_jax.corpora import (
     END_OF_TEXT,
     BPETokenizer,
     CharTokenizer,
+    Request,
     known_val_tokens,
     open_corpus,
-    prepare,
 )
 from nanogpt_jax.corpora.tokenizer_spec import tokenizer_hash
 
@@ -54,7 +55,7 @@ def read(folder: Path, name: str) -> None:
             prepare(str(folder / name), Path(data), 1, "char")
             assert len([*Path(data).glob("[!.]*")]) == 1
         return
-    known_val_tokens(str(folder), folder)
+    known_val_tokens(Request(str(folder), folder))
     corpus = open_corpus(folder, 9)
     for ids in corpus.splits.values():
         assert int(np.asarray(ids).max()) < corpus.vocab_size

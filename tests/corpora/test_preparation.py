@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 import pytest
 from conftest import ROOT
-from formats import jsonl_of, parquet_of
+from formats import jsonl_of, parquet_of, prepare, resolve
 from make_text import make_text
 
 from nanogpt_jax import corpora
@@ -25,8 +25,6 @@ from nanogpt_jax.corpora import (
     encoding,
     open_corpus,
     preparation,
-    prepare,
-    resolve,
     shards,
     sources,
     tokenizer_spec,
@@ -133,7 +131,7 @@ def test_shakespeare_has_gpt2s_tokens_and_is_split_by_characters(data_dir, bpe, 
     assert decoded(open_corpus(folder, 9), "train") == text[:2700]
     assert resolve("shakespeare_char", data_dir, 9) == data_dir / "shakespeare_char"
     assert (
-        corpora.known_val_tokens("shakespeare", data_dir)
+        corpora.known_val_tokens(corpora.Request("shakespeare", data_dir))
         == json.loads((folder / "meta.json").read_text())["val_tokens"]
     )
 
@@ -464,7 +462,8 @@ def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, dat
             break
         assert process.returncode == -signal.SIGKILL, err
         kills += 1
-        assert corpora.known_val_tokens(str(path), data_dir, str(bpe)) is None
+        wanted = corpora.Request(str(path), data_dir, tokenizer=str(bpe))
+        assert corpora.known_val_tokens(wanted) is None
         with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
             open_corpus(folder, 9)
         with pytest.raises(InputError, match=r"is incomplete: run the same data/prepare\.py"):
@@ -719,7 +718,7 @@ def test_ctrl_c_is_heard_at_once(tmp_path, data_dir, bpe, phase):
 
 def test_a_second_process_waits(book, data_dir):
     data_dir.mkdir()
-    folder = catalog._locate(str(book), data_dir, None, None)[0]
+    folder = catalog._locate(corpora.Request(str(book), data_dir))[0]
     with filelock.FileLock(data_dir / f".{folder.name}.lock"):
         process = start(book, "--data_dir", data_dir)
         assert "waiting" in process.stderr.readline()
@@ -750,7 +749,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, bpe, kind):
         "import re, sys\n"
         "from pathlib import Path\n"
         "from nanogpt_jax import corpora\n"
-        "corpora.prepare(sys.argv[1], Path(sys.argv[2]), tokenizer=sys.argv[3])\n"
+        "corpora.prepare(corpora.Request(sys.argv[1], Path(sys.argv[2]), tokenizer=sys.argv[3]))\n"
         # Of this process alone: ru_maxrss begins with that of the one that started it.
         "peak = re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())\n"
         "print(int(peak[1]) // 1024)\n"

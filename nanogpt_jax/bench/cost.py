@@ -102,8 +102,7 @@ def validation_tokens(config: TrainConfig) -> tuple[int, str]:
     """Return the size of the validation split, and what an evaluation reads, in words."""
     if config.eval_iters:
         return 2**62, f"{config.eval_iters} batches each"
-    known = corpora.known_val_tokens(corpora.request_of(config))
-    if known is not None:
+    if (known := corpora.known_val_tokens(corpora.request_of(config))) is not None:
         return known, f"the validation split's {known:,} tokens each"
     n = corpora.SHAKESPEARE_VAL_TOKENS
     stand_in = f", since {config.dataset} is not prepared here" if config.dataset else ""

@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 (what other packages import)
 
-from nanogpt_jax.config.cli import parse_args, split_flags, split_words
+from nanogpt_jax.config.cli import parse_args, split_flags, split_words, without_removed
 from nanogpt_jax.config.fields import (
     MAX_FLOAT,
     MAX_INT,

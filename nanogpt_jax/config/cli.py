@@ -32,6 +32,8 @@ START_FIELDS = {
     "out_dir", "overwrite", "compile_cache", "compile_for", "coordinator_address", "num_processes",
     "process_id",
 }  # fmt: skip
+# Fields of earlier versions, each with the value at which it did nothing.
+REMOVED_FIELDS = {"ngram_rows": 0}
 
 
 def parse_args(cls: type[Config], argv: list[str], about: str | None) -> Config:
@@ -89,6 +91,7 @@ def read_settings(path: Path, cls: type) -> dict[str, str]:
         loaded = {name: value for name, value in loaded.items() if name not in START_FIELDS}
         if str(loaded.get("config")).endswith(".json"):  # every field of that file is here too
             del loaded["config"]
+    loaded = without_removed(loaded)
     for name, value in loaded.items():
         if name not in field_types(cls):
             hint = did_you_mean(name, field_types(cls))
@@ -96,6 +99,12 @@ def read_settings(path: Path, cls: type) -> dict[str, str]:
         if isinstance(value, list | dict):
             raise InputError(f"{path}: {name} must be a single value, got {value!r}")
     return {name: str(value) for name, value in loaded.items()}
+
+
+def without_removed(loaded: dict[str, Any]) -> dict[str, Any]:
+    """Return a file's fields without those of earlier versions that did nothing."""
+    pairs, removed = loaded.items(), REMOVED_FIELDS.items()
+    return {name: value for name, value in pairs if (name, value) not in removed}
 
 
 def configure(default: Config, settings: dict[str, str], about: str | None) -> Config:

@@ -181,9 +181,10 @@ def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
         return f"compute capability 8.0, but this is {capability or 'not an NVIDIA GPU'}"
     if dtype == "float32":
         return "a 16-bit dtype, but this is float32"
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    # The last one of a name counts; without a value it is on.
+    flags = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
     for flag in DETERMINISTIC:
-        if {f"--{flag}", f"--{flag}=true", f"--{flag}=1"} & {*flags}:
+        if flags.get(f"--{flag}") in ("", "true", "1"):
             return f"XLA_FLAGS without --{flag}, under which XLA fails to run it"
     if head_size % 8 or head_size > largest:
         return f"a head size up to {largest} that is a multiple of 8, but it is {head_size}"

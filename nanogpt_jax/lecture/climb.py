@@ -87,8 +87,7 @@ def main(argv: list[str]) -> None:
         configs = [config for config in configs if config.config != "lecture-scaled"]
         skipped = "; lecture-scaled needs a GPU or TPU"
     min_tokens = 1 + max(config.model.block_size for config in configs)
-    wanted = corpora.Request(request.dataset, Path(request.data_dir), min_tokens)
-    dataset = corpora.resolve(wanted)
+    dataset = corpora.resolve(corpora.Request(request.dataset, Path(request.data_dir), min_tokens))
     corpus = corpora.open_corpus(dataset, min_tokens)
     if corpus.tokenizer is None:
         raise InputError(

@@ -25,6 +25,7 @@ from nanogpt_jax.config import (
     check_value,
     field_types,
     to_flat_dict,
+    without_removed,
 )
 from nanogpt_jax.corpora import SHAKESPEARE, TOKENIZER_FILE, Corpus
 from nanogpt_jax.errors import InputError, reading
@@ -266,9 +267,8 @@ def read_config(folder: Path) -> dict:
             raise InputError(f"{folder} is not a run: there is no {path}")
         loaded = files.read_json(path)
         is_ours = isinstance(loaded, dict) and isinstance(loaded.get("made_with"), dict)
-        if is_ours and loaded.get("ngram_rows") == 0:  # removed since; 0 meant none
-            del loaded["ngram_rows"]
-        if not is_ours or not loaded.keys() <= {*types, "made_with"}:
+        loaded = without_removed(loaded) if is_ours else {}
+        if not {"made_with"} <= loaded.keys() <= {*types, "made_with"}:
             raise ValueError("another program wrote it")
     try:
         for name in loaded.keys() - {"made_with"}:

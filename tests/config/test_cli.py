@@ -212,17 +212,26 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
     assert result.stderr.count("\n") == 1
 
 
-def test_help_comes_quickly_and_names_every_preset(run, without_jax):
-    """CPU seconds count: the clock includes waiting for other programs."""
-    for _ in range(3):
+def test_help_comes_quickly_and_names_every_preset(run, without_jax, tmp_path):
+    """On a slow machine, where 0.7 s are not enough, in three times what two libraries take.
+
+    CPU seconds count: the clock includes waiting for other programs.
+    """
+
+    def seconds(*command: str) -> float:
         begun_s, begun = time.perf_counter(), os.times()
-        result = run("train.py", "--help", env=without_jax)
+        results.append(run(*command, env=without_jax))
         wall_s, ended = time.perf_counter() - begun_s, os.times()
         worked_s = sum(ended[2:4]) - sum(begun[2:4])  # of the child; Windows does not report it
-        if (seconds := min(wall_s, worked_s or wall_s)) < 0.7:
-            break
+        return min(wall_s, worked_s or wall_s)
+
+    results = []
+    (tmp_path / "libraries.py").write_text("import numpy, tyro")
+    libraries_s = min(seconds(str(tmp_path / "libraries.py")) for _ in range(3))
+    help_s = min(seconds("train.py", "--help") for _ in range(3))
+    result = results[-1]
     assert (result.returncode, result.stderr) == (0, "")
-    assert seconds < 0.7
+    assert help_s < max(0.7, 3 * libraries_s)
     for name in PRESETS:
         assert f"  {name} " in result.stdout
         assert ABOUT[name] in result.stdout

@@ -107,6 +107,7 @@ def test_sums_in_a_fixed_order_do_without_cudnn(monkeypatch):
         ("--xla_gpu_deterministic_ops=true", "xla"),
         ("--xla_dump_to=x --xla_gpu_exclude_nondeterministic_ops", "xla"),
         ("--xla_gpu_deterministic_ops=false", "cudnn"),
+        ("--xla_gpu_deterministic_ops --xla_gpu_deterministic_ops=false", "cudnn"),
     ]:
         monkeypatch.setenv("XLA_FLAGS", flags)
         assert chosen(H100)[1] == kernel

@@ -15,6 +15,7 @@ from nanogpt_jax.config import (
     TrainConfig,
     check_value,
     field_types,
+    parse_train_config,
     to_flat_dict,
 )
 from nanogpt_jax.corpora import Corpus
@@ -288,6 +289,7 @@ def test_a_run_with_a_field_that_was_taken_out_resumes_if_the_field_did_nothing(
     loaded = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(loaded | {"ngram_rows": 0}))
     assert run_folder.can_resume(begun, tiny_config, FINGERPRINT)
+    assert parse_train_config(["--config", str(path)]).model == tiny_config.model
     path.write_text(json.dumps(loaded | {"ngram_rows": 64}))
     with pytest.raises(InputError, match="another program wrote it"):
         run_folder.can_resume(begun, tiny_config, FINGERPRINT)

@@ -181,10 +181,10 @@ def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
         return f"compute capability 8.0, but this is {capability or 'not an NVIDIA GPU'}"
     if dtype == "float32":
         return "a 16-bit dtype, but this is float32"
-    # The last one of a name counts; without a value it is on.
-    flags = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
+    flags = (flag.partition("=") for flag in os.environ.get("XLA_FLAGS", "").split())
+    values = {name: value for name, _, value in flags}  # the last of a name counts, as in XLA
     for flag in DETERMINISTIC:
-        if flags.get(f"--{flag}") in ("", "true", "1"):
+        if values.get(f"--{flag}") in ("", "true", "1"):  # without a value it is on
             return f"XLA_FLAGS without --{flag}, under which XLA fails to run it"
     if head_size % 8 or head_size > largest:
         return f"a head size up to {largest} that is a multiple of 8, but it is {head_size}"

@@ -141,7 +141,7 @@ def evaluate_only(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     eval_step = compile_eval_step(model, abstract, batches, machine.mesh)
     val_loss = steps.evaluate(eval_step, params, batches)
     assert val_loss is not None, "nothing stops it"
-    loss = describe_loss(val_loss, corpus.bytes_per_token)
+    loss = describe_loss(val_loss, corpus.bits_per_byte(val_loss))
     print(f"{source}: {loss}, {batches.n_targets:,} tokens")
     return 0
 

@@ -171,35 +171,29 @@ def write(
     at_once = min(at_once, max(1, S // 2))
     if model.compute.dtype != jnp.float32:
         params = _cast(params, dtype=model.compute.dtype)
-    window_BN, n_kept = prompt_BT, max(1, S // 2)
-    n_padded = S  # only a prompt is padded: what is kept afterwards is always as long
+    window_BN, n_window = prompt_BT, S  # the text so far, and how much of it is read (again)
+    cache, newest_B, n_room = None, None, 0  # n_room: tokens until the window is full
     while True:
-        window_BT, length = start_window(window_BN, n_padded)
-        logits_BV, cache = _prefill(model, params, window_BT, length, exact_window)
-        newest_B = _draw(logits_BV, keys_B, n_generated, sampling)
-        made = [to_host(newest_B)[:, None]]
-        yield made[0]
-        n_made, n_room = 1, 0 if cache is None else S - length  # tokens that can still be read
-        while cache is not None and (n_room > 0 or slides):
-            index = n_generated + n_made
-            if at_once == 1:
-                logits_BV, cache = _read(model, params, cache, newest_B)
-                newest_B = _draw(logits_BV, keys_B, index, sampling)
-                tokens_BN = to_host(newest_B)[:, None]
-            else:
-                (cache, newest_B), tokens_BN = _decode(
-                    model, params, cache, newest_B, keys_B, index, at_once, sampling
-                )
-                tokens_BN = to_host(tokens_BN)
-            if not slides:  # those past the window's end are wrong
-                tokens_BN = tokens_BN[:, :n_room]
-            yield tokens_BN
-            made = [tokens_BN] if slides else [*made, tokens_BN]
-            n_made, n_room = n_made + tokens_BN.shape[1], n_room - tokens_BN.shape[1]
-        n_generated += n_made
-        window_BN = np.concatenate([window_BN, *made], axis=1)[:, -S:]
-        if not exact_window:
-            window_BN, n_padded = window_BN[:, -n_kept:], n_kept
+        if cache is None or (n_room == 0 and not slides):
+            window_BT, length = start_window(window_BN, n_window)
+            logits_BV, cache = _prefill(model, params, window_BT, length, exact_window)
+            newest_B = _draw(logits_BV, keys_B, n_generated, sampling)
+            tokens_BN, n_room = to_host(newest_B)[:, None], S - length + 1  # the last is not read
+            n_window = S if exact_window else max(1, S // 2)  # always full: only prompts are padded
+        elif at_once == 1:
+            logits_BV, cache = _read(model, params, cache, newest_B)
+            newest_B = _draw(logits_BV, keys_B, n_generated, sampling)
+            tokens_BN = to_host(newest_B)[:, None]
+        else:
+            (cache, newest_B), tokens_BN = _decode(
+                model, params, cache, newest_B, keys_B, n_generated, at_once, sampling
+            )
+            tokens_BN = to_host(tokens_BN)
+        if not slides:  # those past the window's end are wrong
+            tokens_BN = tokens_BN[:, :n_room]
+        yield tokens_BN
+        n_generated, n_room = n_generated + tokens_BN.shape[1], n_room - tokens_BN.shape[1]
+        window_BN = np.concatenate([window_BN, tokens_BN], axis=1)[:, -S:]
 
 
 def generate(

@@ -1,6 +1,6 @@
 """The learning rate's schedule, which parameters decay, and the optax chain."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -69,19 +69,14 @@ def _adamw(
 
 
 def _muon_and_adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    def labels(params):
-        return jax.tree.map(lambda is_muon: "muon" if is_muon else "adamw", is_for_muon(params))
-
     adamw = _adamw(config, schedule, nesterov=True)
-    parts: dict[Hashable, optax.GradientTransformation]
-    parts = {"muon": _muon(config, schedule), "adamw": adamw}
-    return optax.partition(parts, labels)
+    return optax.partition({"muon": _muon(config, schedule), "adamw": adamw}, muon_or_adamw)
 
 
-def is_for_muon(params):
-    """Return which parameters Muon updates: the matrices of the blocks, not embedding or head."""
+def muon_or_adamw(params):
+    """Return what updates each parameter: Muon the blocks' matrices, not embedding or head."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, param: param.ndim == 2 and path[0].key.startswith("h_"), params
+        lambda path, x: "muon" if x.ndim == 2 and path[0].key.startswith("h_") else "adamw", params
     )
 
 

@@ -57,39 +57,30 @@ def partition_spec(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> 
     return PartitionSpec(*spec)
 
 
-def tree_shardings(mesh: Mesh | AbstractMesh, tree) -> Any:
-    """Return the sharding of every array of a tree, from its name and shape."""
-
-    def sharding(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return NamedSharding(mesh, partition_spec(name, leaf.shape, dict(mesh.shape)))
-
-    return jax.tree_util.tree_map_with_path(sharding, tree)
-
-
 def place(tree, mesh: Mesh | AbstractMesh) -> Any:
     """Return the shapes of a tree, each with its sharding: the target of a restore or a lowering.
 
     Args:
         tree: from `jax.eval_shape`.
     """
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        tree,
-        tree_shardings(mesh, tree),
-    )
+
+    def placed(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        sharding = NamedSharding(mesh, partition_spec(name, x.shape, dict(mesh.shape)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(placed, tree)
 
 
 def unsplit_note(mesh: Mesh | AbstractMesh, params) -> str:
     """Return a line about parameters that `fsdp` cannot split; "" if they are few."""
-    fsdp, shardings = mesh.shape["fsdp"], jax.tree.leaves(tree_shardings(mesh, params))
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    pairs = zip(sizes, shardings, strict=True)
-    unsplit = sum(size for size, sharding in pairs if "fsdp" not in sharding.spec)
-    if fsdp == 1 or unsplit <= 0.05 * sum(sizes):
+    fsdp, leaves = mesh.shape["fsdp"], jax.tree.leaves(place(params, mesh))
+    total = sum(leaf.size for leaf in leaves)
+    unsplit = sum(leaf.size for leaf in leaves if "fsdp" not in leaf.sharding.spec)
+    if fsdp == 1 or unsplit <= 0.05 * total:
         return ""
     return (
-        f"{unsplit / sum(sizes):.0%} of the parameters have no axis that fsdp={fsdp} divides: "
+        f"{unsplit / total:.0%} of the parameters have no axis that fsdp={fsdp} divides: "
         "a smaller fsdp saves more memory\n"
     )
 

@@ -14,7 +14,7 @@ from nanogpt_jax import steps
 from nanogpt_jax.config import OptimConfig
 from nanogpt_jax.config.presets import MODERN
 from nanogpt_jax.model import GPT
-from nanogpt_jax.optim import decay_mask, is_for_muon, learning_rate_schedule, make_optimizer
+from nanogpt_jax.optim import decay_mask, learning_rate_schedule, make_optimizer, muon_or_adamw
 
 OPTIM = OptimConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=10)
 
@@ -214,10 +214,10 @@ def squares(name, matrix):
 def test_muon_updates_only_the_matrices_of_the_blocks(model_config, fields):
     params = random_params(dataclasses.replace(model_config, **fields))
     matrices = {f"h_{i}.{kernel}" for i in range(2) for kernel in KERNELS}
-    chosen = flatten_dict(is_for_muon(params), sep=".")
+    chosen = flatten_dict(muon_or_adamw(params), sep=".")
     assert chosen.keys() == flatten_dict(params, sep=".").keys()
-    assert {name for name, is_muons in chosen.items() if is_muons is True} == matrices
-    others = {name for name, is_muons in chosen.items() if is_muons is False}
+    assert {name for name, by in chosen.items() if by == "muon"} == matrices
+    others = {name for name, by in chosen.items() if by == "adamw"}
     assert others == chosen.keys() - matrices
 
 

@@ -59,10 +59,14 @@ def abstract_mesh(*sizes):
 # Where the state is stored
 
 
+def shardings_of(tree, mesh):
+    return jax.tree.map(lambda leaf: leaf.sharding, sharding.place(tree, mesh))
+
+
 def device_bytes(state, mesh):
     """The bytes of a state that one device stores."""
     leaves = jax.tree.leaves(state)
-    shardings = jax.tree.leaves(sharding.tree_shardings(mesh, state))
+    shardings = jax.tree.leaves(shardings_of(state, mesh))
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, sharding in zip(leaves, shardings, strict=True)
@@ -120,7 +124,7 @@ def test_only_rows_of_an_embedding_are_split_and_none_of_an_odd_vocabulary():
 
 def test_averages_are_stored_like_their_parameters():
     state = abstract_state(with_vocab_size(PRESETS["small"]))
-    shardings = sharding.tree_shardings(abstract_mesh(1, 2, 2), state)
+    shardings = shardings_of(state, abstract_mesh(1, 2, 2))
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     of_params = dict(names_and_leaves(shardings.params))
     adam = shardings.opt_state[1][0]
@@ -135,7 +139,7 @@ def test_every_matrix_of_every_gpt_is_split_over_eight_devices(preset):
     one_layer = dataclasses.replace(config.model, n_layer=1)  # the others are split alike
     state = abstract_state(dataclasses.replace(config, model=one_layer))
     mesh = abstract_mesh(1, 8, 1)
-    shardings = dict(names_and_leaves(sharding.tree_shardings(mesh, state)))
+    shardings = dict(names_and_leaves(shardings_of(state, mesh)))
     whole = {name: leaf for name, leaf in names_and_leaves(state) if not any(shardings[name].spec)}
     matrices = {name.split(".")[-2] for name, leaf in whole.items() if leaf.ndim >= 2}
     assert matrices == ({"wte"} if config.model.vocab_size == 65 else set())
@@ -147,7 +151,7 @@ def test_every_matrix_of_every_gpt_is_split_over_eight_devices(preset):
 def test_arrays_are_really_stored_as_the_rules_say():
     state = abstract_state(with_vocab_size(PRESETS["tiny"]))
     mesh = make_mesh((1, 2, 2))
-    shardings = sharding.tree_shardings(mesh, state)
+    shardings = shardings_of(state, mesh)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     stored = jax.device_put(zeros, shardings)
     on_first = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(stored.params))
@@ -352,7 +356,7 @@ def train(config: TrainConfig, sizes):
     model = steps.make_model(config.model, compute)
     tx = make_optimizer(config.optim, config.max_iters)
     abstract = abstract_state(config)
-    shardings = sharding.tree_shardings(mesh, abstract)
+    shardings = shardings_of(abstract, mesh)
 
     @partial(jax.jit, out_shardings=(shardings, sharding.replicated(mesh)))
     def train_step(state, batch, key):

@@ -23,7 +23,6 @@ from nanogpt_jax.corpora.tokenizer import (
     BPETokenizer,
     CharTokenizer,
     Tokenizer,
-    bits_per_byte,
 )
 from nanogpt_jax.corpora.tokenizer_files import (
     TOKENIZER_FILE,

@@ -1,5 +1,6 @@
 """Open a prepared folder, made here, by nanoGPT or by anything else, and check it."""
 
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class Corpus:
             return None
         lengths, val = token_lengths(self.tokenizer), self.splits["val"]
         return sum(int(lengths[piece].sum()) for piece in tokens.pieces_of(val)) / len(val)
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Convert nats per token to bits per byte of text, comparable across tokenizers."""
+        return loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
 
 def open_corpus(

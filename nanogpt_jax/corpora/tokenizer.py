@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -217,11 +216,6 @@ class BPETokenizer:
 
 
 Tokenizer: TypeAlias = CharTokenizer | BPETokenizer
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Convert a loss in nats per token to bits per byte of text, comparable across tokenizers."""
-    return loss / math.log(2) / bytes_per_token
 
 
 def token_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -54,15 +54,11 @@ class CheckpointReader:
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
         self._found: dict[int, dict] = {}  # the metadata of each step
         self._damaged: dict[int, Damaged] = {}
-        for step in self.steps():
+        for step in saved_steps(self.folder):
             try:
                 self._metadata(step)
             except Damaged as error:
                 self._note_damage(step, error)
-
-    def steps(self) -> list[int]:
-        """Return the steps of all checkpoints on disk now, newest first."""
-        return saved_steps(self.folder)
 
     def best_step(self) -> int | None:
         """Return the step of lowest validation loss; None if no checkpoint has one."""
@@ -91,7 +87,7 @@ class CheckpointReader:
     def _restore(self, items: dict[str, Any], prefer: int | None) -> tuple[Any, int]:
         """Return ({item: its arrays}, step) of the newest undamaged checkpoint."""
         # Listed again each time: a training in progress deletes steps and adds others.
-        while steps := [step for step in self.steps() if step not in self._damaged]:
+        while steps := [step for step in saved_steps(self.folder) if step not in self._damaged]:
             step = prefer if prefer in steps else steps[0]
             try:
                 sums = self._metadata(step)["checksums"]

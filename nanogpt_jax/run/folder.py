@@ -24,6 +24,7 @@ from nanogpt_jax.config import (
     TrainConfig,
     check_value,
     field_types,
+    replace_fields,
     to_flat_dict,
     without_removed,
 )
@@ -61,6 +62,19 @@ def choose(config: TrainConfig, corpus: Corpus) -> Path:
     usual = PRESETS[config.config].dataset if config.config in PRESETS else None
     is_usual = corpus.name == (usual or SHAKESPEARE)
     return OUT / (path.stem if is_usual else f"{path.stem}-{corpus.name}")
+
+
+def settled(folder: Path, config: TrainConfig) -> TrainConfig:
+    """Return a configuration that says over how many updates the rate falls: max_iters by default.
+
+    With --minutes, both are those that an earlier start of the run in this folder found.
+    """
+    found = {"lr_decay_iters": config.optim.lr_decay_iters or config.max_iters}
+    if config.minutes and not config.overwrite and saved_steps(folder / CHECKPOINTS):
+        old = read_config(folder)
+        if old["minutes"] == config.minutes:
+            found = {name: old[name] for name in ("max_iters", "lr_decay_iters")}
+    return replace_fields(config, found)
 
 
 def check_usable(folder: Path) -> None:
@@ -106,8 +120,8 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
     if not (folder / CONFIG).exists():
         return False
     old = read_config(folder)
-    if _has_same_start(old, config):
-        old["init_from"] = config.init_from
+    if os.path.abspath(old["init_from"]) == os.path.abspath(config.init_from):
+        old["init_from"] = config.init_from  # the same, in whatever words
     minutes = old["minutes"]
     if not config.minutes:  # it continues for max_iters
         old["minutes"] = 0.0
@@ -135,11 +149,6 @@ def can_resume(folder: Path, config: TrainConfig, fingerprint: str) -> bool:
             f"{hint}"
         )
     return True
-
-
-def _has_same_start(old: dict, config: TrainConfig) -> bool:
-    """Return whether a run and a request have the same init_from, in whatever words."""
-    return os.path.abspath(old["init_from"]) == os.path.abspath(config.init_from)
 
 
 def saved_steps(checkpoints: Path) -> list[int]:
@@ -179,9 +188,8 @@ def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:
     """Create the folder, or update its config.json to the current request."""
     folder.mkdir(parents=True, exist_ok=True)
     files.delete_partials(folder)
-    old = read_config(folder) if (folder / CONFIG).exists() else {}
-    if old and _has_same_start(old, config) and "init_from" in old["made_with"]:
-        made_with = made_with | {"init_from": old["made_with"]["init_from"]}
+    if saved_steps(folder / CHECKPOINTS):  # it resumes, and keeps the origin of its weights
+        made_with = read_config(folder)["made_with"] | made_with
     files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": made_with})
 
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from nanogpt_jax import files
 from nanogpt_jax.config import MAX_FLOAT, check_fields, parse_args, split_words
-from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.run.folder import METRICS, PICTURE, read_config
 
@@ -120,21 +119,17 @@ def describe(rows: list[dict]) -> str:
     """Return a run in a line."""
     evaluated = [row for row in rows if "val_loss" in row]
     best = min(evaluated, key=lambda row: row["val_loss"], default={})
-    loss, step, bits = best.get("val_loss", math.nan), best.get("step", 0), ""
-    if "val_bits_per_byte" in best:  # runs with different tokenizers can only compare these
-        bits = f" ({best['val_bits_per_byte']:.3f} bits per byte)"
+    loss = describe_loss(best.get("val_loss", math.nan), best.get("val_bits_per_byte"))
     last = rows[-1]
     return (
-        f"best val loss {loss:.4f}{bits} at step {step:,}; {last['step']:,} steps in "
+        f"best {loss} at step {best.get('step', 0):,}; {last['step']:,} steps in "
         f"{last['elapsed_s']:,.0f} s, {last['tokens_per_s']:,} tokens/s"
     )
 
 
-def describe_loss(val_loss: float, bytes_per_token: float | None) -> str:
+def describe_loss(val_loss: float, bits: float | None) -> str:
     """Return a validation loss in words: "val loss 1.9180 (2.767 bits per byte)"."""
-    if not bytes_per_token:
-        return f"val loss {val_loss:.4f}"
-    return f"val loss {val_loss:.4f} ({bits_per_byte(val_loss, bytes_per_token):.3f} bits per byte)"
+    return f"val loss {val_loss:.4f}" + (f" ({bits:.3f} bits per byte)" if bits else "")
 
 
 def draw(folder: Path, title: str) -> None:

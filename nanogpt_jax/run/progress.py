@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from nanogpt_jax import files
 from nanogpt_jax.config import TrainConfig
-from nanogpt_jax.corpora import bits_per_byte
 from nanogpt_jax.errors import RunError, first_line, visible
 from nanogpt_jax.hardware import train_flops_per_token
 from nanogpt_jax.run.folder import METRICS, PICTURE, SAMPLES
@@ -44,10 +43,10 @@ class Progress:
     evaluates_first: bool = False  # an evaluation is due at the step that the run resumes from
     is_first: bool = True  # only one of several processes writes files and shows the bar
     peak_flops: float | None = None  # FLOP/s that the makers publish for all devices; None: unknown
-    bytes_per_token: float | None = None  # of the validation split; None: unknown
+    bits_per_byte: Callable[[float], float | None] = lambda loss: None  # of a loss; None: unknown
 
     def __post_init__(self):
-        self.train_loss, self.steps_per_s, self._skipped_in_a_row = None, 0.0, 0
+        self.train_loss, self.tokens_per_s, self._skipped_in_a_row = None, 0.0, 0
         self._flops_per_token = train_flops_per_token(self.config.model)
         # A run that was killed may have logged past the checkpoint that it resumes from.
         start_step = -1 if self.resumed_at is None else self.resumed_at
@@ -64,10 +63,12 @@ class Progress:
             self._loggers = open_loggers(self.config, self.folder, self.resumed_at)
         self._file = path.open("a", encoding="utf-8")
         self._samples = self.folder / SAMPLES
-        samples = self._kept_samples(start_step)
-        self.sampled_steps = {*samples}
-        if self.is_first and self._samples.exists():
-            files.write_atomically(self._samples, "".join(samples.values()).encode())
+        text = self._samples.read_text("utf-8", "replace") if self._samples.exists() else ""
+        lines = re.findall(r"^(step +(\d+): .*\n)", text, re.MULTILINE)
+        kept = {int(step): line for line, step in lines if int(step) <= start_step}
+        self.sampled_steps = {*kept}
+        if self.is_first and text:
+            files.write_atomically(self._samples, "".join(kept.values()).encode())
         # Step 0 is not saved, so it cannot be the best.
         evaluated = [(r["val_loss"], r["step"]) for r in rows if "val_loss" in r and r["step"] > 0]
         self.best = min(evaluated, default=None)
@@ -105,7 +106,7 @@ class Progress:
         arrays = [np.atleast_1d(metric) for metric in metrics]  # (N,)
         assert self._timed_from is not None
         (from_step, from_s), now_s = self._timed_from, time.perf_counter()
-        self.steps_per_s = (last - from_step) / (now_s - from_s)
+        self.tokens_per_s = (last - from_step) * self.config.tokens_per_iter / (now_s - from_s)
         first = last - len(arrays[0]) + 1
         for step, *values in zip(range(first, last + 1), *arrays, strict=True):
             self._report(step, *values, has_row=not (is_evaluated and step == last))
@@ -113,7 +114,7 @@ class Progress:
                 self._timed_from = last, now_s
         loss = math.nan if self.train_loss is None else self.train_loss
         mfu = f", MFU {mfu:.1%}" if (mfu := self.mfu()) else ""
-        speed = f"{self.tokens_per_s():,.0f} tokens/s{mfu}{self._skips()}"
+        speed = f"{self.tokens_per_s:,.0f} tokens/s{mfu}{self._skips()}"
         self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
         with contextlib.suppress(OSError):
             self._bar.update(len(arrays[0]))
@@ -158,15 +159,9 @@ class Progress:
             self.best = val_loss, step
         self._write_row(step, val_loss)
         train = "" if self.train_loss is None else f"train loss {self.train_loss:.4f}, "
-        speed = f", {self.tokens_per_s():,.0f} tokens/s" if self.steps_per_s else ""
-        loss = describe_loss(val_loss, self.bytes_per_token)
+        speed = f", {self.tokens_per_s:,.0f} tokens/s" if self.tokens_per_s else ""
+        loss = describe_loss(val_loss, self.bits_per_byte(val_loss))
         self.print(f"step {step:6d}: {train}{loss}{best}{speed}{self._skips()}")
-
-    def _kept_samples(self, last_step: int) -> dict[int, str]:
-        """Return the lines of samples.txt up to a step, by their steps."""
-        text = self._samples.read_text("utf-8", "replace") if self._samples.exists() else ""
-        steps = ((re.match(r"step +(\d+): .*\n", line), line) for line in text.splitlines(True))
-        return {int(step[1]): line for step, line in steps if step and int(step[1]) <= last_step}
 
     def sampled(self, step: int, text: str) -> None:
         """Show text by the model as it is, and keep it; a new line is written as in verse."""
@@ -183,10 +178,6 @@ class Progress:
             self._draw()
             self._drawn_s = time.perf_counter()
 
-    def tokens_per_s(self) -> float:
-        """Return the speed of training since the last logged step."""
-        return self.steps_per_s * self.config.tokens_per_iter
-
     def mfu(self) -> float | None:
         """Return the share of the peak FLOP/s reached; None for an unknown chip.
 
@@ -194,7 +185,7 @@ class Progress:
         """
         if self.peak_flops is None:
             return None
-        return self._flops_per_token * self.tokens_per_s() / self.peak_flops
+        return self._flops_per_token * self.tokens_per_s / self.peak_flops
 
     def elapsed_s(self) -> float:
         """Return the seconds that the run has trained, earlier starts included."""
@@ -226,12 +217,12 @@ class Progress:
             row["train_loss"] = self.train_loss
         if val_loss is not None:
             row["val_loss"] = val_loss
-            if self.bytes_per_token:
-                row["val_bits_per_byte"] = bits_per_byte(val_loss, self.bytes_per_token)
+            if bits := self.bits_per_byte(val_loss):
+                row["val_bits_per_byte"] = bits
         row["lr"] = self.learning_rate
         if self.counts_skips:
             row["skipped_updates"] = self.skipped
-        row["tokens_per_s"] = round(self.tokens_per_s())
+        row["tokens_per_s"] = round(self.tokens_per_s)
         if mfu := self.mfu():
             row["mfu"] = float(f"{mfu:.3g}")
         row["elapsed_s"] = round(self.elapsed_s(), 2)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import string
 import threading
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from nanogpt_jax import corpora
-from nanogpt_jax.corpora import END_OF_TEXT, BPETokenizer, CharTokenizer
+from nanogpt_jax.corpora import END_OF_TEXT, BPETokenizer, CharTokenizer, Corpus
 from nanogpt_jax.corpora.tokenizer import token_lengths
 from nanogpt_jax.corpora.tokenizer_files import tokenizer_from_json
 from nanogpt_jax.corpora.tokenizer_spec import tokenizer_hash
@@ -365,5 +366,8 @@ def test_token_lengths_count_text_and_not_separators(bpe):
 
 
 def test_a_uniform_guess_of_a_byte_is_eight_bits():
-    assert corpora.bits_per_byte(np.log(256), 1.0) == pytest.approx(8)
-    assert corpora.bits_per_byte(2 * np.log(256), 2.0) == pytest.approx(8)
+    for chars, n_bytes in ("ab", 1), ("éß", 2):
+        ids = np.array([0, 1, 0], np.uint16)
+        corpus = Corpus("it", {"val": ids}, 2, CharTokenizer(chars), "")
+        assert corpus.bits_per_byte(n_bytes * np.log(256)) == pytest.approx(8)
+    assert dataclasses.replace(corpus, tokenizer=None).bits_per_byte(1.0) is None

@@ -24,6 +24,7 @@ from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import checkpoint
 from nanogpt_jax.run.checkpoint import CheckpointReader, Checkpoints
+from nanogpt_jax.run.folder import saved_steps
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_the_newest_and_the_best_are_kept_and_nothing_else(folder, abstract, sta
     for step, val_loss in (10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5):
         checkpoints.save(state_at(step), val_loss)
     checkpoints.wait()
-    assert (checkpoints.best_step(), checkpoints.steps()) == (20, [40, 20])
+    assert (checkpoints.best_step(), saved_steps(checkpoints.folder)) == (20, [40, 20])
     checkpoints.close()
     assert {path.name for path in folder.iterdir()} == {"20", "40"}
     assert_equal(restore(folder, abstract, 20), state_at(20))
@@ -144,7 +145,7 @@ def test_fifty_saves_of_a_worsening_loss_leave_the_first_and_the_last(folder, ab
 def test_a_new_process_still_knows_the_best(two, state_at):
     save(two, state_at(30), state_at(40), val_losses=[3.0, 1.5])
     checkpoints = Checkpoints(two)
-    assert (checkpoints.best_step(), checkpoints.steps()) == (10, [40, 10])
+    assert (checkpoints.best_step(), saved_steps(checkpoints.folder)) == (10, [40, 10])
     checkpoints.close()
     assert {path.name for path in two.iterdir()} == {"10", "40"}
 
@@ -156,7 +157,7 @@ def test_a_save_without_val_loss_is_newest_but_never_best(folder, state_at):
     checkpoints.save(state_at(10), 1.0)
     checkpoints.save(state_at(20))
     checkpoints.wait()
-    assert (checkpoints.best_step(), checkpoints.steps()) == (10, [20, 10])
+    assert (checkpoints.best_step(), saved_steps(checkpoints.folder)) == (10, [20, 10])
     checkpoints.save(state_at(30), 2.0)
     checkpoints.close()
     assert {path.name for path in folder.iterdir()} == {"10", "30"}
@@ -164,7 +165,7 @@ def test_a_save_without_val_loss_is_newest_but_never_best(folder, state_at):
 
 def test_an_empty_folder_has_no_checkpoint(folder):
     checkpoints = Checkpoints(folder)
-    assert (checkpoints.best_step(), checkpoints.steps()) == (None, [])
+    assert (checkpoints.best_step(), saved_steps(checkpoints.folder)) == (None, [])
     checkpoints.close()
 
 
@@ -186,7 +187,7 @@ def test_what_a_kill_left_behind_is_cleaned_up(two, abstract, state_at):
     (leftover / "params").mkdir(parents=True)
     (leftover / "params" / "half").write_bytes(b"half")
     checkpoints = Checkpoints(two)
-    assert checkpoints.steps() == [20, 10]
+    assert saved_steps(checkpoints.folder) == [20, 10]
     assert not leftover.exists()
     checkpoints.save(state_at(30))
     checkpoints.close()
@@ -255,7 +256,7 @@ def test_a_training_may_delete_a_checkpoint_at_any_moment_of_reading(two):
         try:
             for _ in range(30):
                 checkpoints = CheckpointReader(two)
-                assert checkpoints.steps()[0] == 20
+                assert saved_steps(checkpoints.folder)[0] == 20
                 checkpoints.close()
             assert process.poll() is None
         finally:
@@ -319,10 +320,10 @@ def test_any_damage_to_any_file_gives_what_was_saved_or_the_checkpoint_before(
         assert len(told.splitlines()) == 2 * fallen_back[-1], (path, name, told)
         if fallen_back[-1]:
             assert "using step 10 instead" in told
-            assert checkpoints.steps() == [10]
+            assert saved_steps(checkpoints.folder) == [10]
             checkpoints.save(state_at(20), 2.0)
             checkpoints.wait()
-        assert checkpoints.steps() == [20, 10]
+        assert saved_steps(checkpoints.folder) == [20, 10]
         checkpoints.close()
         gc.collect()
     assert 0 < sum(fallen_back) < len(fallen_back)

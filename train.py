@@ -68,7 +68,7 @@ def train(config: TrainConfig, corpus: Corpus, run: Run) -> int:
     block_size, batch_size, mesh = config.model.block_size, config.batch_size, machine.mesh
     tokens, shape = corpus.splits["train"], (config.gradient_accumulation_steps, batch_size)
     start_step, n_steps = run.start_step, hardware.steps_per_call(config, run.start_step)
-    batches = data.TrainLoader(tokens, config.seed, block_size, shape, mesh, start_step, n_steps)
+    batches = data.train_batches(tokens, config.seed, block_size, shape, mesh, start_step, n_steps)
     batch, val_tokens = next(batches), corpus.splits["val"]
     val_batches = data.EvalLoader(val_tokens, block_size, batch_size, mesh, config.eval_iters)
 

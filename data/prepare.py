@@ -11,12 +11,12 @@ import shlex
 from dataclasses import dataclass
 
 from nanogpt_jax import corpora
-from nanogpt_jax.config import check_fields, parse_args, split_words
+from nanogpt_jax.config import Checked, parse_args, split_words
 from nanogpt_jax.errors import InputError, run_command
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(Checked):
     """How to prepare it."""
 
     #: char, gpt2, bpe (trained on your text), a tokenizer.json or the folder of one; None: char for
@@ -28,7 +28,7 @@ class Flags:
     data_dir: str = "data"  # folder of prepared datasets, as train.py's
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         if self.vocab_size is not None and self.tokenizer != "bpe":
             raise InputError(
                 f"vocab_size must be left out without --tokenizer bpe, got {self.vocab_size}"

@@ -8,9 +8,9 @@ windows themselves are read in the background and sent. Either way the batch of 
 Array names end in their shape; the letters are explained in model.py.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+import itertools
+from collections.abc import Generator, Iterator
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from nanogpt_jax.config import SPLITS
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import read_ahead
 from nanogpt_jax.sharding import by_rows, put, replicated
 
 RESIDENT_BYTES = 256 * 2**20  # a larger split is not stored on the devices
@@ -108,69 +109,32 @@ def put_batch(
     return Batch(None, jax.make_array_from_callback((*offsets.shape, length), rows, read))
 
 
-class TrainLoader:
-    """The batches of a run from a step on, n_steps of them for each `next`: shape (N, A, B).
+def train_batches(
+    tokens: Tokens, seed: int, block_size: int, shape: tuple[int, int], mesh: Mesh,
+    start_step: int = 0, n_steps: int = 1,
+) -> Generator[Batch]:  # fmt: skip
+    """Yield the batches of a run from a step on, n_steps of them at a time: shape (N, A, B).
+
+    Raises InputError if ids are past the vocabulary.
 
     Args:
         tokens: ids of the train split.
         shape: (A, B): micro-batches in an update, sequences in each.
         start_step: the step of the first batch.
     """
+    corpus, rows = put_corpus(tokens, mesh), by_rows(mesh, axis=2)
 
-    def __init__(
-        self, tokens: Tokens, seed: int, block_size: int, shape: tuple[int, int], mesh: Mesh,
-        start_step: int = 0, n_steps: int = 1,
-    ):  # fmt: skip
-        corpus, rows = put_corpus(tokens, mesh), by_rows(mesh, axis=2)
+    def load(first: int) -> Batch:
+        of_split = len(tokens), block_size, shape
+        steps = range(first, first + n_steps)
+        offsets_NAB = np.stack([batch_offsets(seed, "train", s, *of_split) for s in steps])
+        return put_batch(tokens, corpus, offsets_NAB, block_size + 1, rows)
 
-        def load(i: int) -> Batch:
-            steps = range(start_step + i * n_steps, start_step + (i + 1) * n_steps)
-            of_split = len(tokens), block_size, shape
-            offsets_NAB = np.stack([batch_offsets(seed, "train", s, *of_split) for s in steps])
-            return put_batch(tokens, corpus, offsets_NAB, block_size + 1, rows)
-
-        self._load, self._next, self._read_ahead = load, 0, None
-        if corpus is None:
-            self._read_ahead = ReadAhead(load, 0, READ_AHEAD)
-
-    def __next__(self) -> Batch:
-        """Return the next batches; raise InputError if their ids are past the vocabulary."""
-        if self._read_ahead is not None:
-            return self._read_ahead.take()
-        self._next += 1
-        return self._load(self._next - 1)
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        if self._read_ahead is not None:
-            self._read_ahead.close()
+    batches = map(load, itertools.count(start_step, n_steps))
+    yield from batches if corpus is not None else read_ahead(batches, READ_AHEAD)
 
 
-class ReadAhead:
-    """Results of read(step) for one step after another, computed some steps ahead in a thread.
-
-    By hand, since a library's loader carries an iterator's state, which would have to be saved.
-    """
-
-    def __init__(self, read: Callable[[int], Any], first_step: int, ahead: int):
-        self._read, self._next = read, first_step + ahead
-        self._pool = ThreadPoolExecutor(1, "read-ahead")
-        steps = range(first_step, first_step + ahead)
-        self._pending = [self._pool.submit(read, step) for step in steps]
-
-    def take(self) -> Any:
-        """Return the next result; raises what reading raised."""
-        result = self._pending.pop(0).result()
-        self._pending.append(self._pool.submit(self._read, self._next))
-        self._next += 1
-        return result
-
-    def close(self) -> None:
-        """Stop reading."""
-        self._pool.shutdown(cancel_futures=True)
-
-
-def eval_batches(
+def eval_offsets(
     tokens: Tokens, block_size: int, batch_size: int, n_batches: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (offsets_NB, counts_NB): the fixed windows of every evaluation.
@@ -203,13 +167,13 @@ class EvalLoader:
 
     Args:
         tokens: ids of the split.
-        n_batches: 0 for the whole split, see `eval_batches`.
+        n_batches: 0 for the whole split, see `eval_offsets`.
     """
 
     def __init__(
         self, tokens: Tokens, block_size: int, batch_size: int, mesh: Mesh, n_batches: int = 0
     ):
-        self._offsets_NB, self._counts_NB = eval_batches(tokens, block_size, batch_size, n_batches)
+        self._offsets_NB, self._counts_NB = eval_offsets(tokens, block_size, batch_size, n_batches)
         self._tokens, self._length, self._rows = tokens, block_size + 1, by_rows(mesh, axis=0)
         self._corpus = put_corpus(tokens, mesh)
         self.n_targets = int(self._counts_NB.sum())

@@ -4,9 +4,10 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nanogpt_jax.errors import InputError, first_line
 
@@ -14,6 +15,7 @@ LOCK = ".in_use.lock"  # in a folder that is locked
 MAX_NAME_BYTES = 255  # in all common file systems
 MAX_JSON_BYTES = 2**24  # parsed, a file takes twenty times its size
 HUB_TIMEOUT_S = 10
+Item = TypeVar("Item")
 
 
 def read_text(path: Path, max_bytes: int) -> str:
@@ -82,6 +84,21 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def read_ahead(items: Iterator[Item], ahead: int) -> Generator[Item]:
+    """Yield items; a thread reads the next few meanwhile. None of them may be None.
+
+    By hand, since a library's loader carries an iterator's state, which would have to be saved.
+    """
+    pool = ThreadPoolExecutor(1, "read-ahead")
+    try:
+        pending = [pool.submit(next, items, None) for _ in range(ahead)]
+        while (item := pending.pop(0).result()) is not None:
+            pending.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager

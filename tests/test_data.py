@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from nanogpt_jax import data, steps
-from nanogpt_jax.data import EvalLoader, ReadAhead, TrainLoader, batch_offsets, eval_batches, gather
+from nanogpt_jax.data import EvalLoader, batch_offsets, eval_offsets, gather, train_batches
 from nanogpt_jax.errors import InputError
+from nanogpt_jax.files import read_ahead
 from nanogpt_jax.sharding import by_rows, make_mesh
 
 TOKENS = np.random.default_rng(0).integers(0, 999, 501).astype(np.uint16)
@@ -105,8 +106,8 @@ def is_resident(request, monkeypatch):
     return request.param
 
 
-def train_loader(mesh, start_step=0, tokens=TOKENS, n_steps=1) -> TrainLoader:
-    return TrainLoader(tokens, 1337, BLOCK_SIZE, SHAPE, mesh, start_step, n_steps)
+def train_loader(mesh, start_step=0, tokens=TOKENS, n_steps=1):
+    return train_batches(tokens, 1337, BLOCK_SIZE, SHAPE, mesh, start_step, n_steps)
 
 
 def test_each_step_gets_its_batch_on_any_mesh(is_resident):
@@ -198,48 +199,53 @@ def test_a_bad_file_raises_where_its_batch_is_requested(monkeypatch):
 # Reading ahead
 
 
-def test_steps_are_read_while_nothing_is_requested():
+def test_items_are_read_while_nothing_is_requested():
     read, enough = [], threading.Event()
 
     def note(step):
         read.append(step)
-        if len(read) == 4:
+        if len(read) == 5:
             enough.set()
         return step
 
-    ahead = ReadAhead(note, first_step=3, ahead=4)
+    ahead = read_ahead(map(note, itertools.count(3)), 4)
+    assert next(ahead) == 3
     assert enough.wait(timeout=30)
-    assert [ahead.take() for _ in range(5)] == [3, 4, 5, 6, 7]
+    assert [next(ahead) for _ in range(5)] == [4, 5, 6, 7, 8]
     ahead.close()
     assert read == sorted(set(read))
 
 
-def test_reading_ahead_is_limited():
+def test_reading_ahead_is_limited_and_ends_with_the_items():
     read = []
-    ahead = ReadAhead(read.append, first_step=0, ahead=3)
+    ahead = read_ahead((read.append(i) or i for i in itertools.count()), 3)
+    assert next(ahead) == 0
     time.sleep(0.2)
-    assert read == [0, 1, 2]
+    assert read == [0, 1, 2, 3]
     ahead.close()
+    assert [*read_ahead(iter("ab"), 3)] == ["a", "b"]
 
 
-def test_an_error_of_reading_is_raised_when_its_step_is_taken():
-    def fail(step):
-        if step == 1:
-            raise ValueError("the disk is gone")
-        return step
+def test_an_error_of_reading_is_raised_when_its_item_is_taken():
+    def items():
+        yield 0
+        raise ValueError("the disk is gone")
 
-    ahead = ReadAhead(fail, first_step=0, ahead=3)
-    assert ahead.take() == 0
+    ahead = read_ahead(items(), 3)
+    assert next(ahead) == 0
     with pytest.raises(ValueError, match="the disk is gone"):
-        ahead.take()
-    ahead.close()
+        next(ahead)
 
 
 @pytest.mark.usefixtures("is_resident")
 def test_a_closed_loader_leaves_no_thread_behind():
     loader = train_loader(make_mesh())
+    next(loader)
     loader.close()
-    assert not [thread for thread in threading.enumerate() if "read-ahead" in thread.name]
+    for thread in threading.enumerate():
+        if "read-ahead" in thread.name:
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 # Evaluation
@@ -249,7 +255,7 @@ def test_an_evaluation_predicts_each_token_but_the_first_once():
     for block_size, batch_size in itertools.product((1, 2, 5, 8), (1, 3, 4)):
         for n_tokens in range(block_size + 1, 4 * block_size + 4):
             ids = np.arange(n_tokens, dtype="<u2")  # each id is its position
-            offsets_NB, counts_NB = eval_batches(ids, block_size, batch_size)
+            offsets_NB, counts_NB = eval_offsets(ids, block_size, batch_size)
             assert offsets_NB.shape == counts_NB.shape
             assert offsets_NB.shape[1] == batch_size
             windows = windows_at(ids, offsets_NB.ravel(), block_size + 1)
@@ -265,13 +271,13 @@ def test_an_evaluation_predicts_each_token_but_the_first_once():
 
 def test_a_whole_evaluation_has_no_empty_batch():
     for n_tokens in range(9, 60):
-        _, counts_NB = eval_batches(np.zeros(n_tokens, "<u2"), 8, 3)
+        _, counts_NB = eval_offsets(np.zeros(n_tokens, "<u2"), 8, 3)
         assert counts_NB.sum(axis=1).all()
 
 
 def test_a_limited_evaluation_has_a_fixed_set_of_batches():
     ids = np.arange(1001, dtype="<u2")
-    first, again = (eval_batches(ids, 8, 3, n_batches=5) for _ in range(2))
+    first, again = (eval_offsets(ids, 8, 3, n_batches=5) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
     offsets_NB, counts_NB = first
@@ -281,7 +287,7 @@ def test_a_limited_evaluation_has_a_fixed_set_of_batches():
 
 def test_a_limited_evaluation_is_evenly_spread_from_first_to_last_window():
     ids = np.arange(1001, dtype="<u2")
-    offsets_NB, _ = eval_batches(ids, 8, 3, n_batches=5)
+    offsets_NB, _ = eval_offsets(ids, 8, 3, n_batches=5)
     offsets = offsets_NB.ravel()
     assert offsets[0] == 0
     assert offsets[-1] + 9 == len(ids)
@@ -292,25 +298,25 @@ def test_a_limited_evaluation_is_evenly_spread_from_first_to_last_window():
 
 def test_a_limit_above_the_whole_split_is_the_whole_split():
     ids = np.arange(101, dtype="<u2")
-    whole = eval_batches(ids, 8, 3)
+    whole = eval_offsets(ids, 8, 3)
     for n_batches in (5, 6, 1000):
-        limited = eval_batches(ids, 8, 3, n_batches)
+        limited = eval_offsets(ids, 8, 3, n_batches)
         for one, other in zip(limited, whole, strict=True):
             np.testing.assert_array_equal(one, other)
 
 
 def test_an_evaluation_takes_no_more_memory_than_its_windows():
     """However many batches are requested, and however long the split is."""
-    short = eval_batches(np.zeros(101, "<u2"), 8, 3, 2**30)
+    short = eval_offsets(np.zeros(101, "<u2"), 8, 3, 2**30)
     assert short[0].shape == (5, 3)
     long = np.lib.stride_tricks.as_strided(np.zeros(1, "<u2"), [10**11], [0])
-    offsets_NB, counts_NB = eval_batches(long, 1, 3, 2)
+    offsets_NB, counts_NB = eval_offsets(long, 1, 3, 2)
     assert offsets_NB.tolist()[0][0] == 0
     assert offsets_NB.tolist()[-1][-1] == 10**11 - 2
     assert counts_NB.sum() == 6
     for n_batches in (0, 2**30):
         with pytest.raises(InputError, match=r"eval_iters must be set .* try --eval_iters 200"):
-            eval_batches(long, 1, 3, n_batches)
+            eval_offsets(long, 1, 3, n_batches)
 
 
 @pytest.mark.usefixtures("is_resident")
@@ -324,7 +330,7 @@ def test_an_evaluation_is_the_mean_over_its_targets_on_any_mesh():
 
     for sizes, n_batches in itertools.product(MESHES, (0, 3)):
         loader = EvalLoader(TOKENS, BLOCK_SIZE, 4, make_mesh(sizes), n_batches)
-        offsets_NB, counts_NB = eval_batches(TOKENS, BLOCK_SIZE, 4, n_batches)
+        offsets_NB, counts_NB = eval_offsets(TOKENS, BLOCK_SIZE, 4, n_batches)
         assert len(loader) == len(counts_NB)
         assert loader.n_targets == counts_NB.sum()
         targets = windows_at(TOKENS, offsets_NB)[..., 1:]

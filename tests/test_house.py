@@ -27,7 +27,8 @@ UPWARD = {
     ("gpt2.convert", "nanogpt_jax", "the export is built on nanogpt_jax.load, as a user's code is"),
     ("lecture.climb", "nanogpt_jax", "a model's text is that of nanogpt_jax.generate"),
     ("web.app", "nanogpt_jax", "the page is built on nanogpt_jax.load, as a user's code is"),
-    ("web.session", "nanogpt_jax", "the page is built on nanogpt_jax.stream"),
+    ("web.handlers", "nanogpt_jax", "the page is built on nanogpt_jax.stream"),
+    ("web.session", "nanogpt_jax", "the page is built on nanogpt_jax.TrainedModel"),
 }
 # Imports of another package's room in place of its face.
 ROOMS = {

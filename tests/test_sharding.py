@@ -371,7 +371,7 @@ def train(config: TrainConfig, sizes):
     state = jax.device_put(steps.init_state(tx, params), shardings)
     _, dropout_key = steps.stream_keys(config.seed)
     shape = config.gradient_accumulation_steps, config.batch_size
-    batches = data.TrainLoader(TOKENS, config.seed, length - 1, shape, mesh)
+    batches = data.train_batches(TOKENS, config.seed, length - 1, shape, mesh)
     metrics = []
     for _ in range(config.max_iters):
         state, now = train_step(state, next(batches), dropout_key)

@@ -186,7 +186,7 @@ def test_several_updates_in_a_call_are_those_of_as_many_calls_bit_for_bit():
 
     def train(n_calls, n_steps):
         state, metrics = jax.device_put(new_state(ADAMW), replicated(mesh)), []
-        batches = data.TrainLoader(tokens, 0, T, (2, 4), mesh, 0, n_steps)
+        batches = data.train_batches(tokens, 0, T, (2, 4), mesh, 0, n_steps)
         for _ in range(n_calls):
             state, now = step(state, next(batches), KEY)
             metrics.append(now)
@@ -207,7 +207,7 @@ def test_a_resumed_run_is_bit_equal_and_one_compiled_step_serves_it_all():
         return steps.train_steps(DROPOUT_MODEL, ADAMW, state, batch, KEY)
 
     def train(state, n_steps):
-        batches = data.TrainLoader(tokens, 0, T, (2, 4), mesh, int(state.step))
+        batches = data.train_batches(tokens, 0, T, (2, 4), mesh, int(state.step))
         state, losses = jax.device_put(state, replicated(mesh)), []
         for _ in range(n_steps):
             state, metrics = step(state, next(batches))

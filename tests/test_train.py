@@ -37,7 +37,7 @@ from runs import (
 from nanogpt_jax import bench, corpora, data, errors
 from nanogpt_jax.config import MODERN, parse_train_config, to_flat_dict
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.hardware import chip_named, chips, devices, memory
+from nanogpt_jax.hardware import chips, devices, find_chip, memory
 from nanogpt_jax.run import folder as run_folder
 from nanogpt_jax.run import progress, read_metrics
 from nanogpt_jax.run.checkpoint import Checkpoints
@@ -565,7 +565,8 @@ def test_a_known_chip_shows_its_cost_before_the_run_and_its_mfu(
     assert "FLOPs" in printed
     assert "MFU is not shown" in printed
     assert not any("mfu" in row for row in read_metrics(folder))
-    monkeypatch.setattr(chips, "find_chip", lambda kind: chip_named("H200"))
+    h200 = find_chip("H200")
+    monkeypatch.setattr(chips, "find_chip", lambda kind: h200)
     start(tmp_path, dataset, "--max_iters=4", "--eval_first=False")
     assert "at the 16-bit peak of 1 x H200" in capsys.readouterr().out
     rows = read_metrics(tmp_path)

@@ -23,7 +23,6 @@ from nanogpt_jax.config import TrainConfig, with_vocab_size
 from nanogpt_jax.errors import InputError, first_line
 from nanogpt_jax.hardware import (
     Chip,
-    chip_named,
     find_chip,
     forward_flops_per_token,
     n_params,
@@ -50,7 +49,6 @@ ENVIRONMENT = {
 }
 # Without a GPU jax 0.7 cannot choose among the kernels for a Hopper chip.
 UNTUNED = "--xla_gpu_autotune_level=0"
-CUDA_PLUGINS = {"jax-cuda13-plugin": ("cu13", 13, 0), "jax-cuda12-plugin": ("cu12", 12, 8)}
 GPU_SHARE = 0.75  # of a GPU's memory that JAX takes
 CORPUS_TOKENS = 1_000_000  # of a character corpus, which is stored on the chips
 ADAMW_BYTES = 8 * 4  # per parameter: read it, its gradient (twice: clipped) and moments, write 3
@@ -169,10 +167,7 @@ def absent_devices(target: str) -> list:
     if re.fullmatch(r"(?!v4)v\d+[a-z]?:\d+x\d+(x\d+)?", target):
         return _tpus(target)
     count, _, name = target.partition("x") if re.match(r"\d+x", target) else ("1", "", target)
-    try:
-        chip = chip_named(name)
-    except KeyError:
-        chip = None
+    chip = find_chip(name)
     if chip is None or chip.gpu is None or int(count) < 1:
         raise InputError(
             "compile_for must be an NVIDIA GPU of hardware/chips.py, like h100 or 8xa100, or a TPU "
@@ -184,23 +179,20 @@ def absent_devices(target: str) -> list:
 def _gpus(chip: Chip, count: int) -> list:
     gpu = chip.gpu
     assert gpu is not None
-    installed = {dist.metadata["Name"] for dist in metadata.distributions()}
-    is_old = float(gpu.capability) < 7.5  # CUDA 13 no longer compiles for them
-    plugins = {name: known for name, known in CUDA_PLUGINS.items() if not (is_old and "13" in name)}
-    plugin = next((known for name, known in plugins.items() if name in installed), None)
-    if plugin is None:
-        extra = "cuda12" if is_old else "cuda13"
+    capability, shared = float(gpu.capability), gpu.shared_kib * 2**10
+    versions = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    usable = (12,) if capability < 7.5 else (13, 12)  # CUDA 13 no longer compiles for old ones
+    cuda = next((n for n in usable if f"jax-cuda{n}-plugin" in versions), None)
+    if cuda is None:
         raise InputError(
-            f"compile_for needs NVIDIA's compiler: pip install -e '.[{extra}]' (no GPU needed)"
+            "compile_for needs NVIDIA's compiler: "
+            f"pip install -e '.[cuda{usable[0]}]' (no GPU needed)"
         )
-    cuda, *runtime = plugin
-    cudnn = f"nvidia-cudnn-{cuda}"
-    dnn = metadata.version(cudnn).split(".") if cudnn in installed else ["9", "10"]
-    if metadata.version("jax").startswith("0.7.") and float(gpu.capability) >= 9:
+    dnn = versions.get(f"nvidia-cudnn-cu{cuda}", "9.10").split(".")
+    if versions["jax"].startswith("0.7.") and capability >= 9:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNTUNED}"
     from jax.experimental import topologies
 
-    capability, shared = float(gpu.capability), gpu.shared_kib * 2**10
     major, minor = gpu.capability.split(".")
     threads = {7.5: 1024, 8.6: 1536, 8.9: 1536, 12.0: 1536}.get(capability, 2048)
     optin = 48 * 2**10 if capability < 7 else shared if capability < 8 else shared - 2**10
@@ -220,7 +212,7 @@ def _gpus(chip: Chip, count: int) -> list:
         }}
         platform_name: "CUDA" device_description_str: "{chip.name}"
         dnn_version_info {{ major: {dnn[0]} minor: {dnn[1]} }}
-        runtime_version {{ major: {runtime[0]} minor: {runtime[1]} patch: 0 }}
+        runtime_version {{ major: {cuda} minor: {0 if cuda == 13 else 8} patch: 0 }}
     """
     options = {"target_config": config, "topology": f"1x1x{count}"}  # slices, hosts, devices
     return list(topologies.get_topology_desc("", "cuda", **options).devices)

@@ -7,7 +7,6 @@ measures only what is missing. Training takes the text that train.py would take 
 """
 
 import json
-import math
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from nanogpt_jax import corpora, files
 from nanogpt_jax.bench import report
-from nanogpt_jax.config import PRESETS, check_fields, parse_args, with_vocab_size
+from nanogpt_jax.config import PRESETS, Checked, parse_args, with_vocab_size
 from nanogpt_jax.errors import InputError, RunError, UserError, first_line, reading
 from nanogpt_jax.hardware import duration, run_flops, train_flops_per_token
 from nanogpt_jax.run import read_metrics, save_figure
@@ -37,15 +37,12 @@ PEAK, SHARE, START_S = 1e11, 0.1, 20
 
 
 @dataclass(frozen=True)
-class MeasureConfig:
+class MeasureConfig(Checked):
     """What is measured, and where the report goes."""
 
     out_dir: str = "out/measured"  # folder of the report; delete it to measure again
     data_dir: str = "data"  # folder of prepared datasets
     minutes: float = 8.0  # leave out what would probably end later
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 class Task(NamedTuple):
@@ -140,15 +137,8 @@ def measure(task: Task, folder: Path, timeout_s: float) -> dict[str, Any]:
         if task.argv[0] == "train.py":
             out_dir = folder / task.name.replace("train ", "")
             return trained(task.argv[1:], out_dir, folder / "compiled" / out_dir.name, timeout_s)
-        done = subprocess.run(
-            [sys.executable, *task.argv, "--json", "--profile"],
-            capture_output=True, text=True, check=False, timeout=timeout_s,
-        )  # fmt: skip
-        if done.returncode:
-            return {"error": f"failed: {reason(done.stderr, done.returncode)}"}
-        return json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        return {"error": "stopped, it took too long"}
+        printed = run_python([*task.argv, "--json", "--profile"], timeout_s)
+        return json.loads("".join(text for _, text in printed))
     except (UserError, ValueError, LookupError) as error:
         return {"error": f"failed: {first_line(error)}"}
 
@@ -161,34 +151,36 @@ def reason(stderr: str, returncode: int) -> str:
     return (errors or stderr.splitlines() or ["no reason"])[-1].removeprefix("error: ")
 
 
-def run_train(
-    flags: Sequence[str], timeout_s: float = math.inf, **environment: str
+def run_python(
+    argv: Sequence[str], timeout_s: float = threading.TIMEOUT_MAX, **environment: str
 ) -> Generator[tuple[float, str]]:
-    """Run train.py; yield (seconds since the command, line) for each line that it prints.
+    """Run a script; yield (seconds since the command, line) for each line that it prints.
 
-    Raises RunError if it fails, or prints a line after timeout_s.
+    Raises RunError if it fails, or takes longer than timeout_s.
     """
     start_s = time.perf_counter()
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [sys.executable, str(TRAIN), *flags], env=os.environ | environment,
+            [sys.executable, *argv], env=os.environ | environment,
             stdout=subprocess.PIPE, stderr=errors, text=True,
         ) as process,
     ):  # fmt: skip
         assert process.stdout is not None
+        timer = threading.Timer(timeout_s, process.kill)
+        timer.start()
         try:
             for text in process.stdout:
-                seconds = time.perf_counter() - start_s
-                if seconds > timeout_s:
-                    raise RunError("it took too long")
-                yield seconds, text
-        except (GeneratorExit, RunError):  # the caller has seen enough
+                yield time.perf_counter() - start_s, text
+        except GeneratorExit:  # the caller has seen enough
             process.kill()
             raise
+        finally:
+            timer.cancel()
         if code := process.wait():
             errors.seek(0)
-            raise RunError(f"train.py failed: {reason(errors.read(), code)}")
+            is_late = time.perf_counter() - start_s > timeout_s
+            raise RunError("it took too long" if is_late else reason(errors.read(), code))
 
 
 def trained(flags: list[str], out_dir: Path, cache: Path, timeout_s: float) -> dict[str, Any]:
@@ -196,7 +188,7 @@ def trained(flags: list[str], out_dir: Path, cache: Path, timeout_s: float) -> d
     printed_s, first_step_s, end_s = {}, None, 0.0
     shutil.rmtree(cache, ignore_errors=True)
     own = [f"--out_dir={out_dir}", f"--compile_cache={cache}", "--overwrite"]
-    for end_s, text in run_train([*flags, *own], timeout_s):
+    for end_s, text in run_python([str(TRAIN), *flags, *own], timeout_s):
         if found := re.match(r"step +(\d+): .*val loss", text):
             printed_s[int(found[1])] = end_s
         elif "first step done" in text:

@@ -4,8 +4,6 @@ import collections
 import re
 from pathlib import Path
 
-import jax
-
 
 def time_by_operation(folder: Path, n_steps: int) -> dict[str, float]:
     """Return the seconds a step of each kind of operation, longest first, from the newest trace.
@@ -13,6 +11,8 @@ def time_by_operation(folder: Path, n_steps: int) -> dict[str, float]:
     The number at the end of a name is dropped, so that the same operation of all layers is summed.
     On a CPU several threads work at once, so the sum can exceed the elapsed time.
     """
+    import jax
+
     traces = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not traces:
         raise FileNotFoundError(f"{folder} holds no trace")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt_jax import corpora
+from nanogpt_jax.bench import profile
 from nanogpt_jax.hardware import duration
 from nanogpt_jax.run import new_figure, running_mean
 
@@ -16,11 +17,6 @@ TARGETS = {"small": 1.898, "small-fast": 1.898, "shakespeare-laptop": 1.4697}
 TARGETS |= {"shakespeare": 1.4697, "shakespeare-fast": 1.4697}
 # Seconds that its GPU recipe takes: on an A100 by its README, on a T4 by a user's report.
 NANOGPT_S = {"A100": 180, "Colab T4": 4080}
-
-
-def reached_s(val: list[tuple[float, float]], target: float) -> float:
-    """Return when the validation loss first was at or below a target; inf: never."""
-    return next((seconds for seconds, loss in val if loss <= target), math.inf)
 
 
 def lines(found: dict[str, Any], dataset: str) -> list[str]:
@@ -39,8 +35,7 @@ def lines(found: dict[str, Any], dataset: str) -> list[str]:
             figure = f"best validation loss {best:.4f}; {row['whole_s']:.0f} s in all, cold; first "
             figure += f"step after {row['first_step_s']:.1f} s"
             if dataset == corpora.SHAKESPEARE:
-                seconds = reached_s(row["val"], target)
-                at = "never" if math.isinf(seconds) else f"after {seconds:.1f} s"
+                at = next((f"after {s:.1f} s" for s, loss in row["val"] if loss <= target), "never")
                 figure = f"{target} (nanoGPT's) {at}; {figure}"
             add(name, f"{name}, on {dataset}", figure)
         else:
@@ -70,15 +65,10 @@ def lines(found: dict[str, Any], dataset: str) -> list[str]:
     ]
     if missing:
         report += ["", f"Not measured: {', '.join(missing)}."]
-    profiles = {name: row["operations"] for name, row in found.items() if row.get("operations")}
     for name in ("shakespeare", "gpt2", "small"):
-        if name not in profiles:
-            continue
-        report += ["", f"Where the time of a step of {name} goes:", ""]
-        report += ["| operation | ms | share |", "|---|---|---|"]
-        total = sum(profiles[name].values())
-        top = [*profiles[name].items()][:10]
-        report += [f"| `{op}` | {1e3 * s:.3f} | {s / total:.1%} |" for op, s in top]
+        if operations := found.get(name, {}).get("operations"):
+            report += ["", f"Where the time of a step of {name} goes:", ""]
+            report += ["```", *profile.table(operations, n_rows=10), "```"]
     return report
 
 

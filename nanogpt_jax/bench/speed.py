@@ -24,7 +24,7 @@ import numpy as np
 
 from nanogpt_jax import corpora, decoding, hardware, steps
 from nanogpt_jax.bench import profile
-from nanogpt_jax.bench.measure import TRAIN, run_train
+from nanogpt_jax.bench.measure import TRAIN, run_python
 from nanogpt_jax.bench.step import calls, compile_step, median_s, token_dtype
 from nanogpt_jax.config import (
     SCRATCH,
@@ -89,8 +89,9 @@ def start_figures(argv: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         corpora.prepare(corpora.Request(corpora.PYDOCS, Path(folder)))
         for name in figures:
-            lines = run_train(
-                [*argv, "--dataset=pydocs", f"--data_dir={folder}", f"--out_dir={folder}/{name}"],
+            own = "--dataset=pydocs", f"--data_dir={folder}", f"--out_dir={folder}/{name}"
+            lines = run_python(
+                [str(TRAIN), *argv, *own],
                 JAX_COMPILATION_CACHE_DIR=f"{folder}/cache",
                 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
             )

@@ -99,7 +99,7 @@ def calls(
             jax.block_until_ready(previous)
         return metrics
 
-    with contextlib.closing(data.TrainLoader(tokens, config.seed, *sizes)) as batches:
+    with contextlib.closing(data.train_batches(tokens, config.seed, *sizes)) as batches:
         yield train
 
 

@@ -7,7 +7,7 @@ from nanogpt_jax.config.fields import (
     MAX_FLOAT,
     MAX_INT,
     RANGES,
-    check_fields,
+    Checked,
     check_value,
     field_types,
     replace_fields,

@@ -1,16 +1,11 @@
 """Check the fields of a configuration's dataclass, and turn it into a flat dict and back."""
 
 import os
-from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import MAX_NAME_BYTES
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Config = TypeVar("Config", bound="DataclassInstance")
 
 MAX_INT = 2**30  # steps and tokens are counted in int32 on the device; the sum of two must fit
 MAX_FLOAT = 3e38  # anything larger is infinite in float32
@@ -33,9 +28,16 @@ TYPES_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false
 MAX_PATH_BYTES = 4000
 
 
-def check_fields(config: "DataclassInstance") -> None:
-    for own in fields(config):
-        check_value(own.name, own.type, getattr(config, own.name))
+@dataclass(frozen=True)
+class Checked:
+    """What configurations have in common: a wrong value of any field is refused."""
+
+    def __post_init__(self):
+        for own in fields(self):
+            check_value(own.name, own.type, getattr(self, own.name))
+
+
+Config = TypeVar("Config", bound=Checked)
 
 
 def check_value(name: str, hint: Any, value: Any) -> None:
@@ -91,14 +93,14 @@ def to_flat_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as one flat dict, nested parts merged: what config.json contains."""
     flat = {}
     for name, value in vars(config).items():
-        flat |= to_flat_dict(value) if is_dataclass(value) else {name: value}
+        flat |= to_flat_dict(value) if isinstance(value, Checked) else {name: value}
     return flat
 
 
 def replace_fields(config: Config, values: dict[str, Any]) -> Config:
     """Return a configuration with flat fields replaced, in whichever part they are."""
-    changes = {name: values.get(name, old) for name, old in vars(config).items()}
+    changes = {}
     for name, old in vars(config).items():
-        if is_dataclass(old) and not isinstance(old, type):
-            changes[name] = replace_fields(old, values)
+        is_part = isinstance(old, Checked)
+        changes[name] = replace_fields(old, values) if is_part else values.get(name, old)
     return replace(config, **changes)

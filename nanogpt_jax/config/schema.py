@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from nanogpt_jax.config.fields import MAX_INT, check_fields, require
+from nanogpt_jax.config.fields import MAX_INT, Checked, require
 from nanogpt_jax.errors import InputError
 
 SPLITS = ("train", "val")
@@ -24,7 +24,7 @@ LECTURE_MODELS = get_args(Architecture)[1:]  # in the order of "Let's build GPT"
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The model: GPT-2 by default, with newer parts to choose from."""
 
     architecture: Architecture = "gpt"  # GPT-2's, or a model of "Let's build GPT"
@@ -57,7 +57,7 @@ class ModelConfig:
     logit_cap: float = 0.0  # cap logits smoothly (tanh) at this value; 0: no cap
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         ok = not self.known_tokens or not self.vocab_size or self.known_tokens <= self.vocab_size
         require(ok, self, "known_tokens", f"from 1 to vocab_size={self.vocab_size}")
         twice = self.positions == "rotary"  # it rotates pairs of features
@@ -94,7 +94,7 @@ GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS}
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """The optimizer and the learning rate schedule."""
 
     #: AdamW, or Muon for the matrices of the blocks with Nesterov AdamW for everything else
@@ -115,7 +115,7 @@ class OptimConfig:
     grad_clip: float = 1.0  # clip the gradient's global norm to this value; 0: no clipping
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         if self.decay_lr and self.min_lr > self.learning_rate:  # the rate would rise above the peak
             raise InputError(
                 f"min_lr must be at most learning_rate = {self.learning_rate:g}, got "
@@ -140,7 +140,7 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class ComputeConfig:
+class ComputeConfig(Checked):
     """How the devices compute it. The results are the same up to rounding."""
 
     #: type of activations and matrix products; parameters, optimizer and loss stay in float32;
@@ -159,12 +159,12 @@ class ComputeConfig:
     mesh: str = ""
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         mesh_sizes(self.mesh)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """All settings of a training run."""
 
     config: str = "small"  # a preset, or a JSON file of these fields
@@ -215,7 +215,7 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         product = "batch_size x gradient_accumulation_steps x block_size"
         if self.tokens_per_iter > MAX_INT:
             raise InputError(f"{product} must be at most {MAX_INT}, got {self.tokens_per_iter}")
@@ -246,7 +246,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Checked):
     """What to generate, and how."""
 
     out_dir: str | None = None  # folder of the run; None: the newest run under out/
@@ -276,7 +276,7 @@ class SampleConfig:
     port: int = 7860  # with --web: the port; 0: any free one
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         ok = self.init_from is None or self.out_dir is None
         require(ok, self, "init_from", "left out if out_dir names a run")
         ok = self.max_new_tokens >= 1 or (self.max_new_tokens == -1 and self.stream)

@@ -5,7 +5,6 @@ from nanogpt_jax.corpora.catalog import (
     NAMES,
     PYDOCS,
     SHAKESPEARE,
-    SHAKESPEARE_BPE,
     SHAKESPEARE_FINGERPRINT,
     SHAKESPEARE_VAL_TOKENS,
     Request,
@@ -14,7 +13,6 @@ from nanogpt_jax.corpora.catalog import (
     prepare,
     request_of,
     resolve,
-    with_vocabulary,
 )
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus
 from nanogpt_jax.corpora.shards import SHARD_TOKENS

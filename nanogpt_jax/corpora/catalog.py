@@ -10,15 +10,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.config import ModelConfig, TrainConfig
+from nanogpt_jax.config import TrainConfig
 from nanogpt_jax.corpora import download, preparation, shards, tokens
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus, tokenizer_of_nanogpt
 from nanogpt_jax.corpora.readers import TEXT
@@ -27,13 +25,12 @@ from nanogpt_jax.corpora.sources import HUB, Files, Hub, Source
 from nanogpt_jax.corpora.tokenizer_files import load_tokenizer, save_tokenizer
 from nanogpt_jax.corpora.tokenizer_spec import TokenizerSpec
 from nanogpt_jax.errors import InputError, did_you_mean
+from nanogpt_jax.hardware import Processes
 
 SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS = "shakespeare_char", "shakespeare", "pydocs"
 NAMES = (SHAKESPEARE, SHAKESPEARE_BPE, PYDOCS, *HUB)
 SHAKESPEARE_VAL_TOKENS = 111_540
 SHAKESPEARE_FINGERPRINT = "a320d332271226fa"
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,6 @@ class Request:
         object.__setattr__(self, "data_dir", Path(os.path.expanduser(self.data_dir)))
 
 
-class Processes(Protocol):
-    """The processes of a run; the first one writes files."""
-
-    def first_alone(self, work: Callable[[], Result], point: str) -> Result: ...
-
-
 def load(
     config: TrainConfig, processes: Processes, tokenizer: str | None = None
 ) -> tuple[Corpus, TrainConfig]:
@@ -75,7 +66,14 @@ def load(
     folder = processes.first_alone(lambda: resolve(request), "prepared")
     model = config.model
     corpus = open_corpus(folder, request.min_tokens, model.vocab_size, model.known_tokens)
-    return corpus, replace(config, model=with_vocabulary(model, corpus))
+    known = corpus.known_tokens if corpus.known_tokens != corpus.vocab_size else None
+    if known and model.architecture != "gpt":
+        raise InputError(
+            f"vocab_size must be {known}, the tokens of {corpus.name}, since the lecture's models "
+            f"cannot mask others, got {corpus.vocab_size}: leave it out"
+        )
+    model = replace(model, vocab_size=corpus.vocab_size, known_tokens=known)  # the rest is padding
+    return corpus, replace(config, model=model)
 
 
 def request_of(config: TrainConfig) -> Request:
@@ -84,18 +82,6 @@ def request_of(config: TrainConfig) -> Request:
         config.dataset, Path(config.data_dir), config.model.block_size + 1, config.tokenizer,
         config.model.vocab_size, text_key=config.text_key,
     )  # fmt: skip
-
-
-def with_vocabulary(model: ModelConfig, corpus: Corpus) -> ModelConfig:
-    """Return a model's shape with the vocabulary of a corpus, its padding marked as such."""
-    known = corpus.known_tokens or model.known_tokens
-    known = known if known and known < corpus.vocab_size else None
-    if known and model.architecture != "gpt":
-        raise InputError(
-            f"vocab_size must be {known}, the tokens of {corpus.name}, since the lecture's models "
-            f"cannot mask others, got {corpus.vocab_size}: leave it out"
-        )
-    return replace(model, vocab_size=corpus.vocab_size, known_tokens=known)
 
 
 def resolve(request: Request) -> Path:

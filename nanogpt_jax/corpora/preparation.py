@@ -10,7 +10,6 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from nanogpt_jax import files
 from nanogpt_jax.corpora import encoding, shards
-from nanogpt_jax.corpora.readers import Item, Key, grouped
+from nanogpt_jax.corpora.readers import Key, grouped
 from nanogpt_jax.corpora.shards import PROGRESS, Counts, read_meta
 from nanogpt_jax.corpora.sources import START, Source
 from nanogpt_jax.corpora.text import anywhere
@@ -141,7 +140,7 @@ def _prepare(
     items = source.items(plan["info"], tokenizer.can_cut, key)
     batches = grouped(items, lambda item: sum(len(text or "") for text in item.texts), PART_CHARS)
     with _progress(source, str(folder), counts.done) as advance:
-        for batch in _read_ahead(batches):
+        for batch in files.read_ahead(batches, 1):
             ids = encoding.encode_items(batch, source, plan, tokenizer, counts)
             if key == START:
                 # Only now: a source that cannot be read leaves an older corpus as it was.
@@ -214,18 +213,6 @@ def _first_texts(source: Source, info: dict, max_chars: int) -> Iterator[str]:
             n_chars += len(text)
             if n_chars >= max_chars:
                 return
-
-
-def _read_ahead(batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-    """Yield batches; read the next one in a thread meanwhile."""
-    pool = ThreadPoolExecutor(1)
-    try:
-        upcoming = pool.submit(next, batches, None)
-        while (batch := upcoming.result()) is not None:
-            upcoming = pool.submit(next, batches, None)
-            yield batch
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _finish(source: Source, folder: Path, tokenizer: Tokenizer, plan: dict, counts: Counts) -> None:

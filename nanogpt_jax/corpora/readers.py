@@ -15,8 +15,6 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 from nanogpt_jax import files
 from nanogpt_jax.corpora.text import (
-    LONGEST_CHARS,
-    PIECE_CHARS,
     CanCut,
     check_encoding,
     last_cut,
@@ -112,12 +110,8 @@ def _text_items(stream: BinaryIO, name: str, can_cut: CanCut) -> Iterator[Item]:
     rest, number = "", 0
     for number, block in enumerate(read_blocks(stream, name), 1):
         text = rest + block
-        for length in (PIECE_CHARS, LONGEST_CHARS):
-            tail = max(0, len(text) - length)
-            if cut := last_cut(text[tail:], can_cut):
-                break
         # Without a good place one character stays, so that the last item has the end of the text.
-        end = tail + cut if cut else len(text) - 1
+        end = last_cut(text, can_cut) or len(text) - 1
         yield Item((0, number), [text[:end]], is_end=False)
         rest = text[end:]
     yield Item((0, number + 1), [rest])

@@ -180,18 +180,11 @@ class Hub:
     gpt2_tokens: int
     text_bytes: int
     size: int  # bytes of its files
-    is_split: bool = False  # whether it has validation files; otherwise every 2000th document
+    split_in_words: str = "every 2000th document is for validation"
+    is_split: bool = False  # whether it has validation files instead
 
     every, max_val_chars = 2000, float("inf")  # nanoGPT's 0.0005
     is_cut, has_separators, files_in_words = False, True, ""
-
-    @property
-    def split_in_words(self) -> str:
-        return (
-            "its own validation files"
-            if self.is_split
-            else "every 2000th document is for validation"
-        )
 
     def stat(self) -> str:
         """Return its name: the Hub is not asked for a newer revision."""
@@ -257,7 +250,8 @@ FINEWEB_EDU = Hub(
 )  # fmt: skip
 TINYSTORIES = Hub(
     "tinystories", "roneneldan/TinyStories", r"data/(train|validation)-.*\.parquet",
-    gpt2_tokens=470_000_000, text_bytes=1_930_000_000, size=1_000_000_000, is_split=True,
+    gpt2_tokens=470_000_000, text_bytes=1_930_000_000, size=1_000_000_000,
+    split_in_words="its own validation files", is_split=True,
 )  # fmt: skip
 HUB = {corpus.name: corpus for corpus in (OPENWEBTEXT, FINEWEB_EDU, TINYSTORIES)}
 Source: TypeAlias = Files | Hub

@@ -25,29 +25,24 @@ def anywhere(left: str, right: str) -> bool:
 
 def read_blocks(file: BinaryIO, name: str) -> Iterator[str]:
     """Yield the text of a UTF-8 file as Python reads one: no byte order mark, "\\n" as line end."""
-    utf8 = codecs.getincrementaldecoder("utf-8")()
-    decoder, begin, is_last = io.IncrementalNewlineDecoder(utf8, translate=True), 0, False
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder, is_last = io.IncrementalNewlineDecoder(utf8, translate=True), False
     while not is_last:
         content = file.read(BLOCK_BYTES)
         is_last = not content
-        if begin == 0:
+        if file.tell() == len(content):  # the first
             check_encoding(content, name)
-            begin = 3 if content.startswith(codecs.BOM_UTF8) else 0
-            content = content[begin:]
-        n_pending = len(utf8.getstate()[0])
         bad, at = content, content.find(b"\0")  # valid UTF-8, but only found in binary files
         try:
             text = decoder.decode(content, final=is_last)
         except UnicodeDecodeError as error:
-            bad, at, begin = error.object, error.start, begin - n_pending
+            bad, at = error.object, error.start
         if at >= 0:
+            byte = f"byte {file.tell() - len(bad) + at} is 0x{bad[at]:02x}"
             remedy = "unpack it" if name.lower().endswith(ARCHIVES) else "save it as UTF-8"
-            raise InputError(
-                f"{name}: must be UTF-8 text, but byte {begin + at} is 0x{bad[at]:02x}: {remedy}"
-            )
+            raise InputError(f"{name}: must be UTF-8 text, but {byte}: {remedy}")
         if text:
             yield text
-        begin += len(content)
 
 
 def check_encoding(content: bytes, name: str) -> None:

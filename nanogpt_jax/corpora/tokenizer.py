@@ -2,9 +2,8 @@
 
 import codecs
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from nanogpt_jax.errors import InputError, reading
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token after each document
 ROUND_TRIP = "\n The Cat's\n\n  sat \t🎭 日本. "  # what a tokenizer must decode to itself
-MAX_WORD_CHARS = 256
+LONG_WORD = r"\S{256}|\s{256}"  # where one is cut in training
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,6 @@ class CharTokenizer:
     """One token per distinct character; ids are in the order of code points."""
 
     chars: str
-
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """Return the tokenizer of all characters in `text`, like nanoGPT's prepare.py."""
-        return cls("".join(sorted(set(text))))
 
     @property
     def vocab_size(self) -> int:
@@ -125,28 +119,27 @@ class BPETokenizer:
 
         The vocabulary includes 256 bytes and END_OF_TEXT; it is smaller if the pairs are too few.
         """
-        from tokenizers import models, pre_tokenizers, trainers
+        from tokenizers import Regex, models, pre_tokenizers, trainers
 
         tokenizer = byte_level(models.BPE())
+        words = tokenizer.pre_tokenizer
+        # Training merges the pairs of a word one after the other, which takes minutes for a text
+        # without spaces, such as a genome.
+        cut = pre_tokenizers.Split(Regex(LONG_WORD), "merged_with_previous")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, words])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=sys.stderr.isatty(),
         )
-        words = (part for text in texts for part in _without_long_words(text))
         # In a thread, so that this one can handle Ctrl-C.
-        training = ThreadPoolExecutor(1).submit(tokenizer.train_from_iterator, words, trainer)
+        training = ThreadPoolExecutor(1).submit(tokenizer.train_from_iterator, texts, trainer)
         while not training.done():
             wait([training], timeout=0.1)
         training.result()
+        tokenizer.pre_tokenizer = words
         return cls(tokenizer.to_str())
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, BPETokenizer) and self.to_json() == other.to_json()
-
-    def __hash__(self) -> int:
-        return hash(self.to_json())
 
     @property
     def separator(self) -> str:
@@ -234,19 +227,6 @@ def byte_level(model) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def _without_long_words(text: str) -> Iterator[str]:
-    """Yield a text in parts that end within words of more than MAX_WORD_CHARS characters.
-
-    Training merges the pairs of a word one after the other, which takes minutes for a text without
-    spaces, such as a genome.
-    """
-    begin = 0
-    for match in re.finditer(rf"\S{{{MAX_WORD_CHARS}}}|\s{{{MAX_WORD_CHARS}}}", text):
-        yield text[begin : match.end()]
-        begin = match.end()
-    yield text[begin:]
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nanogpt_jax.config import ModelConfig, check_fields, parse_args, split_words
+from nanogpt_jax.config import Checked, ModelConfig, parse_args, split_words
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.gpt2 import config as gpt2_config
 from nanogpt_jax.gpt2 import hub, weights
@@ -64,13 +64,10 @@ def _read_part(tensor: weights.Tensor, shape: tuple[int, ...], index) -> np.ndar
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Checked):
     """What to export."""
 
     checkpoint: Literal["best", "latest"] = "best"  # best: the lowest validation loss
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 def main(argv: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 (what other packages import)
 
-from nanogpt_jax.hardware.chips import Chip, chip_named, find_chip
+from nanogpt_jax.hardware.chips import Chip, find_chip
 from nanogpt_jax.hardware.devices import (
     Machine,
     choose,
@@ -23,10 +23,5 @@ from nanogpt_jax.hardware.flops import (
     steps_per_call,
     train_flops_per_token,
 )
-from nanogpt_jax.hardware.memory import (
-    check_sampling_memory,
-    checkpoint_bytes,
-    estimate_memory,
-    needed_bytes,
-)
+from nanogpt_jax.hardware.memory import check_sampling_memory, estimate_memory, needed_bytes
 from nanogpt_jax.hardware.processes import ALONE, Processes, join_processes, use_compile_cache

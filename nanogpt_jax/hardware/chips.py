@@ -73,16 +73,11 @@ CHIPS = (
 # fmt: on
 
 
-def chip_named(name: str) -> Chip:
-    """Return the chip of a name, however it is written: "RTX 4090", "rtx4090", "a100" (40 GB).
+def find_chip(name: str) -> Chip | None:
+    """Return the chip of a JAX `device_kind`, or of a name as people write it; None: unknown.
 
-    Raises KeyError if it is not in the table.
+    "RTX 4090" and "rtx4090" are the same; "a100" is the one with 40 GB.
     """
     names = {chip.name.lower().replace(" ", ""): chip for chip in CHIPS}
-    return (names | {"a100": names["a10040gb"]})[name.lower().replace(" ", "")]
-
-
-def find_chip(device_kind: str) -> Chip | None:
-    """Return the chip of a JAX `device_kind` or of a name of the table; None if there is none."""
-    found = (c for c in CHIPS if re.search(c.pattern, device_kind) or c.name == device_kind)
-    return next(found, None)
+    named = (names | {"a100": names["a10040gb"]}).get(name.lower().replace(" ", ""))
+    return named or next((chip for chip in CHIPS if re.search(chip.pattern, name)), None)

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanogpt_jax.config import ComputeConfig, ModelConfig, TrainConfig, replace_fields
 from nanogpt_jax.errors import InputError, RunError
-from nanogpt_jax.hardware import chips, flops, memory
+from nanogpt_jax.hardware import chips, memory
 from nanogpt_jax.hardware.processes import ALONE, Processes, use_compile_cache
 
 if TYPE_CHECKING:
@@ -74,11 +74,8 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
     mesh = make_mesh(choose_sizes(config, n_devices, use_all=processes.count > 1))
     limit = memory.memory_bytes(device)
     compute, reason = choose_training(config, device, mesh, limit, processes)
-    if config.eval_only:
-        needed = memory.least_sampling_bytes(config.model)
-    else:
-        needed = memory.checkpoint_bytes(config.model, config.optim.optimizer)
-        needed += 4 * flops.n_params(config.model)  # gradients
+    sizes = memory.estimate_memory(replace_fields(config, {"gradient_accumulation_steps": 1}))
+    needed = sum(sizes.values()) - sizes["activations"]  # surely
     n_parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     advice = "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1"
     memory.check_memory(config.model, needed, limit, n_parts, advice)

@@ -39,23 +39,13 @@ def _memory_limits() -> Iterator[int]:
                     yield int((CGROUP_FILES / top / level / name).read_text())
 
 
-def optimizer_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
+def optimizer_bytes(config: ModelConfig, optimizer: str) -> int:
     """Return the size of the optimizer's moments: AdamW keeps two per parameter, Muon one."""
     n_moments = 2 * n_params(config)
     if optimizer == "muon":
         D = config.n_embd
         n_moments -= config.n_layer * D * (4 * D + config.mlp_in_features + config.hidden_size)
     return 4 * n_moments
-
-
-def checkpoint_bytes(config: ModelConfig, optimizer: str = "adamw") -> int:
-    """Return a checkpoint's size on disk: parameters and optimizer moments, in float32."""
-    return 4 * n_params(config) + optimizer_bytes(config, optimizer)
-
-
-def least_sampling_bytes(config: ModelConfig, n_rows: int = 0) -> int:
-    """Return the bytes sampling needs: weights, and a 16-bit key-value cache for each row."""
-    return 4 * (n_params(config) + n_rows * config.n_layer * config.block_size * config.n_embd)
 
 
 def check_memory(
@@ -70,15 +60,15 @@ def check_memory(
 
 
 def check_sampling_memory(config: ModelConfig, n_rows: int, advice: str) -> None:
-    """Raise InputError if the first device cannot hold a model and a cache of n_rows."""
+    """Raise InputError if the first device cannot hold a model and a 16-bit cache of n_rows."""
     import jax
 
-    memory = memory_bytes(jax.local_devices()[0])
-    check_memory(config, least_sampling_bytes(config, n_rows), memory, 1, advice)
+    needed = 4 * (n_params(config) + n_rows * config.n_layer * config.block_size * config.n_embd)
+    check_memory(config, needed, memory_bytes(jax.local_devices()[0]), 1, advice)
 
 
 def estimate_memory(config: TrainConfig) -> dict[str, int]:
-    """Estimate the bytes that a training step needs on one device, by kind.
+    """Estimate the bytes, by kind, that a step (with eval_only, an evaluation) needs on a device.
 
     Activations are what the backward pass of a GPT reads again: outputs of products, normalized
     streams, and attention weights unless a fused kernel is used. The compiler may do better.
@@ -97,13 +87,13 @@ def estimate_memory(config: TrainConfig) -> dict[str, int]:
     masks = 2 * D * has_dropout  # a byte per element
     streams = 7 + 2 * model.token_shift  # two norms, q k v, attention, the stream
     block = streams * stream + mlp + scores + masks
-    layers = L * stream + (block if compute.remat else L * block)
+    layers = L * stream + (block if compute.remat or config.eval_only else L * block)
     logits = 2 * 4 * V // (compute.loss_chunks or 1)  # and their gradient
-    weights = 4 * n_params(model)
+    weights, trains = 4 * n_params(model), not config.eval_only
     return {
         "weights": weights,
-        "gradients": weights * min(2, config.gradient_accumulation_steps),  # and their sum
-        "optimizer": optimizer_bytes(model, config.optim.optimizer),
+        "gradients": trains * weights * min(2, config.gradient_accumulation_steps),  # and their sum
+        "optimizer": trains * optimizer_bytes(model, config.optim.optimizer),
         "activations": config.batch_size * T * (layers + logits + stream),
     }
 
@@ -114,12 +104,8 @@ def fewest_loss_chunks(config: TrainConfig, memory: float, mesh: Mapping[str, in
     A tenth of the memory is left to what the estimate does not know.
     """
     counts = [n for n in (1, 2, 4, 8) if config.model.block_size % n == 0]
-    if config.eval_only:  # keeps no activations
-        config = replace_fields(config, {"remat": True})
     for n in counts:
         needed = estimate_memory(replace_fields(config, {"loss_chunks": n}))
-        if config.eval_only:
-            needed |= {"gradients": 0, "optimizer": 0}
         activations = needed.pop("activations") / (mesh["data"] * mesh["fsdp"])
         state = sum(needed.values()) / (mesh["fsdp"] * mesh["tensor"])
         if state + activations <= 0.9 * memory:

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 import nanogpt_jax
 from nanogpt_jax import corpora, steps
-from nanogpt_jax.config import LECTURE, TrainConfig, check_fields, parse_args
+from nanogpt_jax.config import LECTURE, Checked, TrainConfig, parse_args
 from nanogpt_jax.corpora import Corpus
-from nanogpt_jax.data import EvalLoader, TrainLoader
+from nanogpt_jax.data import EvalLoader, train_batches
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import check_writable
 from nanogpt_jax.hardware import (
@@ -51,7 +51,7 @@ EVAL_TOKENS = 16_384  # per batch: with few short windows a batch, evaluation wo
 
 
 @dataclass(frozen=True)
-class LectureConfig:
+class LectureConfig(Checked):
     """How the lecture's models are trained."""
 
     out_dir: str = "out/lecture"  # folder of ladder.png
@@ -61,9 +61,6 @@ class LectureConfig:
     most_iters: int = 5000  # steps per model, at most; the lecture's are 3000 and 5000
     seed: int = 1337  # seed of weights, batches and text
     compile_cache: str = ""  # folder for compiled functions; off: none; empty: your cache folder
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 class Climbed(NamedTuple):
@@ -132,7 +129,7 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     eval_step = jax.jit(partial(steps.eval_batch, model))
     n_steps, tokens = steps_per_call(config), corpus.splits["train"]
     shape = config.gradient_accumulation_steps, config.batch_size
-    batches = TrainLoader(tokens, config.seed, block_size, shape, mesh, 0, n_steps)
+    batches = train_batches(tokens, config.seed, block_size, shape, mesh, 0, n_steps)
     # The whole validation split, and as many windows spread over the train split.
     eval_rows = max(1, EVAL_TOKENS // block_size)
     val_loader = EvalLoader(corpus.splits["val"], block_size, eval_rows, mesh)

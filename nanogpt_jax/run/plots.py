@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from nanogpt_jax import files
-from nanogpt_jax.config import MAX_FLOAT, check_fields, parse_args, split_words
+from nanogpt_jax.config import MAX_FLOAT, Checked, parse_args, split_words
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.run.folder import METRICS, PICTURE, read_config
 
@@ -27,16 +27,13 @@ SMOOTHED_ROWS = 21  # widest window of the running mean
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Checked):
     """How runs are drawn."""
 
     x: Literal["step", "tokens", "time"] = "step"
     """The horizontal axis; time is seconds of training."""
     picture: str = ""
     """Path of the picture; empty: loss.png in the folder of a single run, else out/report.png."""
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 def main(argv: list[str]) -> None:

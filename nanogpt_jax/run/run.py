@@ -97,8 +97,8 @@ class Run:
             if writes:
                 loggers.check(config)
                 stack.enter_context(folders.locked(folder))
-                size = hardware.checkpoint_bytes(config.model, config.optim.optimizer)
-                folders.check_room(folder, size)
+                sizes = hardware.estimate_memory(config)
+                folders.check_room(folder, sizes["weights"] + sizes["optimizer"])
             signals = stack.enter_context(StopSignals())
             closing = stack.enter_context(contextlib.ExitStack())
             if source and not is_resuming:  # downloaded and found readable, or refused now

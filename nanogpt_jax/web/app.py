@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import nanogpt_jax
 from nanogpt_jax.config import MAX_PAGE_TOKENS, SampleConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.web.handlers import MAX_START, MEAN, Handlers
@@ -54,49 +55,31 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
     from nanogpt_jax.web.session import Session
 
     session = Session(run)
-    one_token = dataclasses.replace(config, max_new_tokens=1)
-    list(session.write(session.tokenizer.default_start, one_token))  # compile before anyone waits
+    two_tokens = nanogpt_jax.settings_of(dataclasses.replace(config, max_new_tokens=2))
+    list(nanogpt_jax.stream(run, **two_tokens))  # compile before anyone waits
     # The system's fonts, and explanations darker than Gradio's, which are hard to read.
     theme = gr.Theme(font=("system-ui", "sans-serif"), font_mono=("monospace",)).set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None), page(session, config), path="/", theme=theme,
-        css_paths=Path(__file__).with_name("page.css"), footer_links=[], show_error=False,
-        ssr_mode=False, max_file_size=1,  # nothing is uploaded
+        FastAPI(openapi_url=None, max_body_size=MAX_REQUEST_BYTES), page(session, config),
+        path="/", theme=theme, css_paths=Path(__file__).with_name("page.css"), footer_links=[],
+        show_error=False, ssr_mode=False, max_file_size=1,  # nothing is uploaded
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host)
+    name = f"[{host}]" if address.version == 6 else host
     if address.is_loopback:
-        # A site whose name is pointed at this machine afterwards still sends its own. "[" begins
-        # every IPv6 address, which is no name.
-        app = TrustedHostMiddleware(app, ["localhost", host, "["], www_redirect=False)
+        # A site whose name is pointed at this machine afterwards still sends its own.
+        app = TrustedHostMiddleware(app, ["localhost", name], www_redirect=False)
     options = uvicorn.Config(
-        limit_requests(app), headers=[("content-security-policy", POLICY)], log_level="critical",
+        app, headers=[("content-security-policy", POLICY)], log_level="critical",
         timeout_graceful_shutdown=1,
     )  # fmt: skip
-    name = f"[{host}]" if address.version == 6 else host
     print(f"the page is at http://{name}:{port} (Ctrl-C stops it)", flush=True)
     if not address.is_loopback:
         print("anyone who can reach this machine can use the page", flush=True)
     uvicorn.Server(options).run(sockets=[listener])
-
-
-def limit_requests(app):
-    """Return an ASGI app that hangs up on a request of more than MAX_REQUEST_BYTES."""
-
-    async def answer(scope, receive, send):
-        n_bytes = 0
-
-        async def receive_limited():
-            nonlocal n_bytes
-            message = await receive()
-            n_bytes += len(message.get("body", b""))
-            return message if n_bytes <= MAX_REQUEST_BYTES else {"type": "http.disconnect"}
-
-        await app(scope, receive_limited, send)
-
-    return answer
 
 
 def page(session: "Session", config: SampleConfig):

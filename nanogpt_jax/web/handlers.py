@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import nanogpt_jax
 from nanogpt_jax.config import SampleConfig
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.run import describe, loss_figure, read_run
@@ -47,7 +48,9 @@ class Handlers:
             n_generated = max(0, len(encode(text)) - len(encode(start)))
             yield text, ""
             shown_s = time.monotonic()
-            for piece in self.session.write(text, config, n_generated):
+            run, settings = self.session.run, nanogpt_jax.settings_of(config)
+            # What was stopped continues as if it never had been, until the context is first full.
+            for piece in nanogpt_jax.stream(run, text, n_generated=n_generated, **settings):
                 text += piece
                 if time.monotonic() - shown_s > PIECE_S:
                     yield text, ""
@@ -66,7 +69,7 @@ class Handlers:
         except InputError as error:
             return render.error(str(error)), "", 0, "", "", None
         position = len(insight.tokens) - 1
-        clickable = render.surprise(insight.tokens, insight.surprise_T, position)
+        clickable = render.surprise(insight.tokens, insight.probs_T, position)
         chosen = self.choose(seen, layer, head, position)
         return clickable, seen, *chosen, self.map(seen, layer, head)
 
@@ -77,8 +80,7 @@ class Handlers:
         insight = self._look(seen)
         position = min(max(0, int(position)), len(insight.tokens) - 1)
         likeliest = insight.likeliest(position, n=10)
-        came = insight.probability_of_next(position)
-        forecast = render.forecast(insight.tokens, position, likeliest, came)
+        forecast = render.forecast(insight.tokens, position, likeliest, insight.probs_T)
         return position, forecast, self.attention(seen, layer, head, position)
 
     def attention(self, seen: str, layer: str | None, head: str, position: int) -> str:

@@ -23,13 +23,14 @@ def error(sentence: str) -> str:
     return f'<p class="view-error" role="alert">{escape(sentence)}</p>'
 
 
-def surprise(tokens: list[str], surprise_T: np.ndarray, position: int) -> str:
+def surprise(tokens: list[str], probs_T: np.ndarray, position: int) -> str:
     """Return the text as radio buttons, each token coloured by how little it was expected."""
     parts = []
-    for i, (token, nats) in enumerate(zip(tokens, surprise_T, strict=True)):
-        title = f"probability {np.exp(-nats):.1%}"
-        title = "the first: nothing predicts it" if np.isnan(nats) else title
-        depth = np.nan_to_num(nats) / 5  # deepest at 5 nats, a probability below 1 %
+    for i, (token, probability) in enumerate(zip(tokens, probs_T, strict=True)):
+        title = f"probability {probability:.1%}"
+        title = "the first: nothing predicts it" if np.isnan(probability) else title
+        # Deepest at 5 nats, a probability below 1 %.
+        depth = np.nan_to_num(-np.log(np.maximum(probability, 1e-9))) / 5
         checked = " checked" if i == position else ""
         radio = f'<input type="radio" name="position" value="{i}"{checked}>'
         span = _span(token, f'title="{title}"', "235 120 0", depth)
@@ -38,18 +39,18 @@ def surprise(tokens: list[str], surprise_T: np.ndarray, position: int) -> str:
 
 
 def forecast(
-    tokens: list[str], position: int, likeliest: list[tuple[str, float]], came: float | None
+    tokens: list[str], position: int, likeliest: list[tuple[str, float]], probs_T: np.ndarray
 ) -> str:
     """Return a bar chart of the likeliest tokens after a position; the actual one is orange.
 
     Args:
         likeliest: tokens with their probabilities, best first.
-        came: the probability of the token that came next; None at the end of the text.
+        probs_T: the probability of each token of the text.
     """
     next_token = "".join(tokens[position + 1 : position + 2])
     rows = list(likeliest)
     if next_token and next_token not in dict(rows):
-        rows.append((next_token, came or 0.0))
+        rows.append((next_token, probs_T[position + 1]))
     highest = max(probability for _, probability in rows)
     bars = "".join(
         f"<span>{visible(token)}</span>"

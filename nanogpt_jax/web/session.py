@@ -1,7 +1,7 @@
-"""A trained model behind the page: it continues a text, and shows what it makes of one."""
+"""A trained model behind the page: what it makes of a text."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -14,7 +14,6 @@ from flax.traverse_util import flatten_dict
 import nanogpt_jax
 from nanogpt_jax import decoding
 from nanogpt_jax.attention import WEIGHTS
-from nanogpt_jax.config import SampleConfig
 from nanogpt_jax.corpora import CharTokenizer
 from nanogpt_jax.model import Model
 
@@ -47,7 +46,7 @@ class Insight(NamedTuple):
 
     tokens: list[str]
     decode: Callable[[list[int]], str]
-    surprise_T: np.ndarray  # nats: -log of the token's probability; nan for the first
+    probs_T: np.ndarray  # of each token, given those before it; nan for the first
     next_probs_TV: np.ndarray  # of the token after each position
     weights: tuple[jax.Array, ...]  # of attention, (H, S, S) per layer; after T comes padding
 
@@ -56,12 +55,6 @@ class Insight(NamedTuple):
         probs_V = self.next_probs_TV[position]
         likeliest = np.argsort(-probs_V, stable=True)[:n]
         return [(self.decode([v]), float(probs_V[v])) for v in likeliest if probs_V[v] > 0]
-
-    def probability_of_next(self, position: int) -> float | None:
-        """Return the probability of the token that followed a position; None at the end."""
-        if position == len(self.tokens) - 1:
-            return None
-        return float(np.exp(-self.surprise_T[position + 1]))
 
     def attention(self, layer: int, head: int | None) -> np.ndarray:
         """Return weights_TT, query by key, of one head of a layer; None: the mean of its heads."""
@@ -83,15 +76,6 @@ class Session:
         _, weights = jax.eval_shape(self._read_text, run.params, tokens_S)
         self.n_heads = [weights_HSS.shape[0] for weights_HSS in weights]  # by layer
 
-    def write(self, text: str, config: SampleConfig, n_generated: int = 0) -> Iterator[str]:
-        """Yield the continuation of a text as `nanogpt_jax.stream` does.
-
-        A text of characters that was stopped continues as if it never had been, until the context
-        is first full.
-        """
-        settings = nanogpt_jax.settings_of(config)
-        return nanogpt_jax.stream(self.run, text, n_generated=n_generated, **settings)
-
     def look(self, text: str) -> Insight:
         """Read the last block_size tokens of a text."""
         _, tokens = self.run.encode(text)
@@ -99,8 +83,6 @@ class Session:
         next_probs_SV, weights = self._read_text(self.run.params, window_BS[0])
         next_probs_TV = np.asarray(next_probs_SV)[:length]
         tokens_T = window_BS[0, :length]
-        had_T1 = next_probs_TV[np.arange(length - 1), tokens_T[1:]]
-        with np.errstate(divide="ignore"):  # infinite if the model held it to be impossible
-            surprise_T = np.concatenate([[np.nan], -np.log(had_T1)])
+        probs_T = np.append(np.nan, next_probs_TV[np.arange(length - 1), tokens_T[1:]])
         texts = [self.tokenizer.decode([token]) for token in tokens_T]
-        return Insight(texts, self.tokenizer.decode, surprise_T, next_probs_TV, weights)
+        return Insight(texts, self.tokenizer.decode, probs_T, next_probs_TV, weights)

@@ -8,7 +8,7 @@ from nanogpt_jax.config import PRESETS, with_vocab_size
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware import (
     amount,
-    chip_named,
+    find_chip,
     forward_flops_per_token,
     headline_params,
     run_flops,
@@ -46,7 +46,7 @@ def test_the_table_of_chips_is_arithmetic(page):
     rows = page("--config", "gpt2", "--mfu", "0.5")
     config = with_vocab_size(PRESETS["gpt2"])
     total = sum(run_flops(config, 2**62))
-    h100 = chip_named("H100")
+    h100 = find_chip("H100")
     hours = total / (0.5 * h100.flops) / 3600
     name, peak, days, unit, kwh, dollars = line(rows, "H100").split()
     assert (name, peak, unit) == ("H100", "989.4", "days")

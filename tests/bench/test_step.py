@@ -26,7 +26,9 @@ TOKENS = np.random.default_rng(0).integers(0, 12, 500).astype(np.uint16)
 def first_batch(mesh):
     shape = CONFIG.gradient_accumulation_steps, CONFIG.batch_size
     n_steps = steps_per_call(CONFIG)
-    loader = data.TrainLoader(TOKENS, CONFIG.seed, CONFIG.model.block_size, shape, mesh, 0, n_steps)
+    loader = data.train_batches(
+        TOKENS, CONFIG.seed, CONFIG.model.block_size, shape, mesh, 0, n_steps
+    )
     batch = next(loader)
     loader.close()
     return batch

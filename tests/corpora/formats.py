@@ -8,6 +8,10 @@ import pytest
 from nanogpt_jax import corpora
 
 
+def chars_of(text: str) -> corpora.CharTokenizer:
+    return corpora.CharTokenizer("".join(sorted(set(text))))
+
+
 def prepare(*wanted, **more) -> Path:
     return corpora.prepare(corpora.Request(*wanted, **more))
 

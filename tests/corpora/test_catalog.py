@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from formats import prepare, resolve
+from formats import chars_of, prepare, resolve
 
 from nanogpt_jax.config import ModelConfig, TrainConfig
 from nanogpt_jax.corpora import (
     BPETokenizer,
-    CharTokenizer,
     download,
     load,
     open_corpus,
@@ -402,7 +401,7 @@ def test_pretrained_weights_bring_a_tokenizer_unless_one_is_named(book, data_dir
     assert corpus.vocab_size == 300
     config = dataclasses.replace(config, tokenizer="char")
     corpus, _ = load(config, InOrder(), tokenizer="bpe")
-    assert corpus.tokenizer == CharTokenizer.from_text(book.read_text(encoding="utf-8"))
+    assert corpus.tokenizer == chars_of(book.read_text(encoding="utf-8"))
 
 
 # Token files made elsewhere

@@ -93,7 +93,8 @@ def test_bpe_is_trained_on_the_text_and_always_the_same(book, tmp_path):
     assert decoded(corpus, "val") == book.read_text(encoding="utf-8")[5400:]
     assert (corpus.vocab_size, corpus.known_tokens) == (320, 270)
     assert token_files(folders[0]) == token_files(folders[1])
-    assert corpora.load_tokenizer(folders[0]) == corpora.load_tokenizer(folders[1])
+    tokenizers = [corpora.load_tokenizer(folder).to_json() for folder in folders]
+    assert tokenizers[0] == tokenizers[1]
 
 
 def test_each_tokenizer_has_its_own_folder(book, data_dir, bpe):
@@ -610,7 +611,8 @@ def test_a_preparation_starts_over_if_anything_changed(
     assert "resuming" not in printed.out
     again = prepare(str(book), tmp_path / "again", 1, "bpe", 300, 900)
     assert token_files(begun) == token_files(again)
-    assert corpora.load_tokenizer(begun) == corpora.load_tokenizer(again)
+    tokenizers = [corpora.load_tokenizer(folder).to_json() for folder in (begun, again)]
+    assert tokenizers[0] == tokenizers[1]
 
 
 def test_a_damaged_part_is_one_line(book, data_dir, begun):

@@ -89,8 +89,6 @@ def test_a_text_is_read_in_items_of_which_any_can_be_skipped(tmp_path, monkeypat
 
 def test_an_item_ends_at_a_good_place_if_there_is_one_far_before(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(readers, "PIECE_CHARS", 100)
-    monkeypatch.setattr(readers, "LONGEST_CHARS", 400)
     items = read(write(tmp_path / "a.txt", b"word " * 140 + b"x" * 350 + b" y" * 300))
     assert items[0].texts[0] == "word " * 139 + "word"
 

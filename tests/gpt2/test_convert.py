@@ -573,7 +573,7 @@ def test_a_damaged_file_gives_tensors_or_an_input_error(gpt2):
 
 
 CONFIG = ModelConfig(block_size=16, n_layer=2, n_head=2, n_embd=12, bias=True)
-CHARS = CharTokenizer.from_text(TEXT)
+CHARS = CharTokenizer("".join(sorted(set(TEXT))))
 BPE = BPETokenizer.train([TEXT], 300)
 RUNS = {
     "chars": (replace(CONFIG, vocab_size=CHARS.vocab_size), CHARS),
@@ -600,7 +600,7 @@ def test_what_was_exported_comes_back_bit_for_bit(exported):
     assert again == replace(config, vocab_size=known, known_tokens=None)
     expected = params | {"wte": {"embedding": params["wte"]["embedding"][:known]}}
     assert_equal(load(str(folder))[1], expected)
-    assert load_tokenizer(folder) == tokenizer
+    assert load_tokenizer(folder).to_json() == tokenizer.to_json()
 
 
 def test_an_export_has_every_tensor_of_a_gpt2_in_float32(exported):

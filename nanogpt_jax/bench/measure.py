@@ -172,15 +172,17 @@ def run_python(
         try:
             for text in process.stdout:
                 yield time.perf_counter() - start_s, text
-        except GeneratorExit:  # the caller has seen enough
+            code = process.wait()
+        except BaseException:  # the caller has seen enough, for example
             process.kill()
             raise
         finally:
             timer.cancel()
-        if code := process.wait():
+        if code:
             errors.seek(0)
             is_late = time.perf_counter() - start_s > timeout_s
-            raise RunError("it took too long" if is_late else reason(errors.read(), code))
+            why = "it took too long" if is_late else reason(errors.read(), code)
+            raise RunError(f"{TRAIN.name} failed: {why}" if argv[0] == str(TRAIN) else why)
 
 
 def trained(flags: list[str], out_dir: Path, cache: Path, timeout_s: float) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Request:
     text_key: str = "text"  # the key or column of a document's text
     default_tokenizer: str | None = None  # of a text, in place of its usual one
 
-    def __post_init__(self):  # ~ stands for a folder, which shells forget after --data_dir=
+    def __post_init__(self):  # the shell does not expand ~ after --data_dir=
         object.__setattr__(self, "data_dir", Path(os.path.expanduser(self.data_dir)))
 
 
@@ -170,8 +170,8 @@ def _locate(request: Request) -> tuple[Path, TokenizerSpec, Source | None]:
         path_hash = hashlib.sha256(os.fsencode(f"{path.resolve()}{key}")).hexdigest()[:8]
         stem = re.sub("[*?[]", "_", path.resolve().stem[:50])  # which out_dir may not have
         name = f"{stem}-{path_hash}"
-    asked = request.tokenizer or request.default_tokenizer or default
-    spec = TokenizerSpec.parse(asked, request.vocab_size)
+    requested = request.tokenizer or request.default_tokenizer or default
+    spec = TokenizerSpec.parse(requested, request.vocab_size)
     return data_dir / (name if spec.label == usual else f"{name}-{spec.label}"), spec, source
 
 

@@ -200,8 +200,9 @@ def _begin(source: Source, folder: Path, spec: TokenizerSpec, min_tokens: int, n
         )
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     _check_space(source, folder, tokenizer, np.dtype(dtype).itemsize)
-    identity = {"tokenizer": spec.label, "tokenizer_hash": tokenizer_hash(tokenizer)}
-    return tokenizer, new | identity | {"info": info, "dtype": dtype}, START, Counts()
+    plan = new | {"info": info, "dtype": dtype, "items": shards.ITEMS}
+    plan |= {"tokenizer": spec.label, "tokenizer_hash": tokenizer_hash(tokenizer)}
+    return tokenizer, plan, START, Counts()
 
 
 def _first_texts(source: Source, info: dict, max_chars: int) -> Iterator[str]:

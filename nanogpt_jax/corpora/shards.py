@@ -21,7 +21,8 @@ from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import delete_partials, read_json, write_atomically, write_json
 
 PROGRESS = "progress.json"  # what is prepared; exists while that is unfinished
-PLAN_FIELDS = {"stat", "info", "shard_tokens", "tokenizer", "tokenizer_hash", "dtype"}
+ITEMS = 2  # the version of where items end; one of another version cannot be resumed
+PLAN_FIELDS = {"stat", "info", "shard_tokens", "tokenizer", "tokenizer_hash", "dtype", "items"}
 PARTS = "parts"  # a folder
 SHARD_TOKENS = 100_000_000  # 200 MB
 _TOKEN_FILE = re.compile(r"(train|val)(_\d{5})?\.bin(\.\d+)?(\.partial)?")
@@ -149,7 +150,8 @@ def read_plan(folder: Path) -> dict | None:
     """Return the plan of an unfinished preparation; None if there is none or it is unreadable."""
     try:
         plan = read_json(folder / PROGRESS)
-        return plan if PLAN_FIELDS <= plan.keys() and isinstance(plan["info"], dict) else None
+        is_ours = PLAN_FIELDS <= plan.keys() and isinstance(plan["info"], dict)
+        return plan if is_ours and plan["items"] == ITEMS else None
     except (OSError, ValueError, AttributeError):
         return None
 

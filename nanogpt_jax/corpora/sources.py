@@ -181,7 +181,7 @@ class Hub:
     text_bytes: int
     size: int  # bytes of its files
     split_in_words: str = "every 2000th document is for validation"
-    is_split: bool = False  # whether it has validation files instead
+    is_split: bool = False  # whether some of its files are for validation
 
     every, max_val_chars = 2000, float("inf")  # nanoGPT's 0.0005
     is_cut, has_separators, files_in_words = False, True, ""

@@ -75,7 +75,7 @@ def choose(config: TrainConfig, processes: Processes = ALONE) -> Machine:
     limit = memory.memory_bytes(device)
     compute, reason = choose_training(config, device, mesh, limit, processes)
     sizes = memory.estimate_memory(replace_fields(config, {"gradient_accumulation_steps": 1}))
-    needed = sum(sizes.values()) - sizes["activations"]  # surely
+    needed = sum(sizes.values()) - sizes["activations"]  # at the very least
     n_parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     advice = "a smaller --n_layer or --n_embd, or more devices with --mesh fsdp=-1"
     memory.check_memory(config.model, needed, limit, n_parts, advice)

@@ -188,8 +188,9 @@ def begin(folder: Path, config: TrainConfig, made_with: dict) -> None:
     """Create the folder, or update its config.json to the current request."""
     folder.mkdir(parents=True, exist_ok=True)
     files.delete_partials(folder)
-    if saved_steps(folder / CHECKPOINTS):  # it resumes, and keeps the origin of its weights
-        made_with = read_config(folder)["made_with"] | made_with
+    if saved_steps(folder / CHECKPOINTS):  # it resumes: its weights' origin is what it was
+        origin = read_config(folder)["made_with"].get("init_from")
+        made_with = made_with | ({"init_from": origin} if origin else {})
     files.write_json(folder / CONFIG, to_flat_dict(config) | {"made_with": made_with})
 
 

@@ -236,6 +236,7 @@ class Run:
         n_val, n_devices = len(self._corpus.splits["val"]), machine.mesh.size
         print(hardware.run_line(self.config, n_val, machine.chip, n_devices, self.start_step))
         self.processes.wait("compiled")
+        _ = self._corpus.bytes_per_token  # reads the validation split: now rather than after steps
         self._progress = Progress(
             self.folder,
             self.config,

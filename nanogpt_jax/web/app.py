@@ -50,7 +50,8 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
-    from fastapi.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from nanogpt_jax.web.session import Session
 
@@ -62,9 +63,9 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
     )
     app = gr.mount_gradio_app(
-        FastAPI(openapi_url=None, max_body_size=MAX_REQUEST_BYTES), page(session, config),
-        path="/", theme=theme, css_paths=Path(__file__).with_name("page.css"), footer_links=[],
-        show_error=False, ssr_mode=False, max_file_size=1,  # nothing is uploaded
+        FastAPI(openapi_url=None), page(session, config), path="/", theme=theme,
+        css_paths=Path(__file__).with_name("page.css"), footer_links=[], show_error=False,
+        ssr_mode=False, max_file_size=1,  # nothing is uploaded
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     address = ipaddress.ip_address(host)
@@ -73,8 +74,8 @@ def serve(run: "TrainedModel", config: SampleConfig, listener: socket.socket) ->
         # A site whose name is pointed at this machine afterwards still sends its own.
         app = TrustedHostMiddleware(app, ["localhost", name], www_redirect=False)
     options = uvicorn.Config(
-        app, headers=[("content-security-policy", POLICY)], log_level="critical",
-        timeout_graceful_shutdown=1,
+        RequestBodyLimitMiddleware(app, MAX_REQUEST_BYTES), log_level="critical",
+        headers=[("content-security-policy", POLICY)], timeout_graceful_shutdown=1,
     )  # fmt: skip
     print(f"the page is at http://{name}:{port} (Ctrl-C stops it)", flush=True)
     if not address.is_loopback:

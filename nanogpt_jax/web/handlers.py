@@ -49,7 +49,8 @@ class Handlers:
             yield text, ""
             shown_s = time.monotonic()
             run, settings = self.session.run, nanogpt_jax.settings_of(config)
-            # What was stopped continues as if it never had been, until the context is first full.
+            # In characters, a text that was stopped continues as if it had not been, until the
+            # context is first full.
             for piece in nanogpt_jax.stream(run, text, n_generated=n_generated, **settings):
                 text += piece
                 if time.monotonic() - shown_s > PIECE_S:

@@ -109,7 +109,7 @@ def test_a_command_that_fails_says_why(tmp_path):
     slow = "import time; time.sleep(60)"
     assert figures("x", "-c", slow, timeout_s=0.1) == {"error": "failed: it took too long"}
     answer = figures("train x", "train.py", "--config=x")["error"]
-    assert answer.startswith("failed: there is no preset 'x'")
+    assert answer.startswith("failed: train.py failed: there is no preset 'x'")
 
 
 def test_the_reason_is_the_error_and_not_what_jax_says_after_it():

@@ -593,6 +593,7 @@ def test_a_touched_source_or_another_shard_size_still_resumes(
         ("tokenizer", "tokenizer.json changed"),
         ("plan", "progress.json is damaged"),
         ("list", "progress.json is damaged"),
+        ("version", "or of another version"),
     ],
 )
 def test_a_preparation_starts_over_if_anything_changed(
@@ -602,6 +603,9 @@ def test_a_preparation_starts_over_if_anything_changed(
         book.write_text(book.read_text()[::-1])
     elif what == "tokenizer":
         (begun / "tokenizer.json").write_bytes(bpe.read_bytes())
+    elif what == "version":
+        plan = json.loads((begun / "progress.json").read_text())
+        (begun / "progress.json").write_text(json.dumps(plan | {"items": plan["items"] - 1}))
     else:
         (begun / "progress.json").write_text("[]" if what == "list" else "{")
     assert begun == prepare(str(book), data_dir, 1, "bpe", 300, 900)

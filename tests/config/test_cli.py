@@ -213,7 +213,7 @@ def test_standard_input_that_is_not_utf8_is_answered_in_one_line(run, place, wit
 
 
 def test_help_comes_quickly_and_names_every_preset(run, without_jax, tmp_path):
-    """On a slow machine, where 0.7 s are not enough, in 2.5 times what two libraries take.
+    """On a slow machine, where 0.7 s are not enough, in 3.5 times what two libraries take.
 
     CPU seconds count: the clock includes waiting for other programs.
     """
@@ -231,7 +231,7 @@ def test_help_comes_quickly_and_names_every_preset(run, without_jax, tmp_path):
     help_s = min(seconds("train.py", "--help") for _ in range(3))
     result = results[-1]
     assert (result.returncode, result.stderr) == (0, "")
-    assert help_s < max(0.7, 2.5 * libraries_s)
+    assert help_s < max(0.7, 3.5 * libraries_s)
     for name in PRESETS:
         assert f"  {name} " in result.stdout
         assert ABOUT[name] in result.stdout

@@ -21,13 +21,7 @@ import numpy as np
 from nanogpt_jax.bench import program
 from nanogpt_jax.config import TrainConfig, with_vocab_size
 from nanogpt_jax.errors import InputError, first_line
-from nanogpt_jax.hardware import (
-    Chip,
-    find_chip,
-    forward_flops_per_token,
-    n_params,
-    needed_bytes,
-)
+from nanogpt_jax.hardware import Chip, find_chip, forward_flops_per_token, n_params, needed_bytes
 
 if TYPE_CHECKING:
     import jax

@@ -16,12 +16,7 @@ from nanogpt_jax.corpora.catalog import (
 )
 from nanogpt_jax.corpora.dataset import Corpus, open_corpus
 from nanogpt_jax.corpora.shards import SHARD_TOKENS
-from nanogpt_jax.corpora.tokenizer import (
-    END_OF_TEXT,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-)
+from nanogpt_jax.corpora.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 from nanogpt_jax.corpora.tokenizer_files import (
     TOKENIZER_FILE,
     find_tokenizer,

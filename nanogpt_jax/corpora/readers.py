@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 from nanogpt_jax import files
-from nanogpt_jax.corpora.text import (
-    CanCut,
-    check_encoding,
-    last_cut,
-    read_blocks,
-)
+from nanogpt_jax.corpora.text import CanCut, check_encoding, last_cut, read_blocks
 from nanogpt_jax.errors import InputError, reading
 from nanogpt_jax.files import MAX_JSON_BYTES
 

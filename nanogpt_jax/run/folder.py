@@ -24,7 +24,6 @@ from nanogpt_jax.config import (
     TrainConfig,
     check_value,
     field_types,
-    replace_fields,
     to_flat_dict,
     without_removed,
 )
@@ -62,19 +61,6 @@ def choose(config: TrainConfig, corpus: Corpus) -> Path:
     usual = PRESETS[config.config].dataset if config.config in PRESETS else None
     is_usual = corpus.name == (usual or SHAKESPEARE)
     return OUT / (path.stem if is_usual else f"{path.stem}-{corpus.name}")
-
-
-def settled(folder: Path, config: TrainConfig) -> TrainConfig:
-    """Return a configuration that says over how many updates the rate falls: max_iters by default.
-
-    With --minutes, both are those that an earlier start of the run in this folder found.
-    """
-    found = {"lr_decay_iters": config.optim.lr_decay_iters or config.max_iters}
-    if config.minutes and not config.overwrite and saved_steps(folder / CHECKPOINTS):
-        old = read_config(folder)
-        if old["minutes"] == config.minutes:
-            found = {name: old[name] for name in ("max_iters", "lr_decay_iters")}
-    return replace_fields(config, found)
 
 
 def check_usable(folder: Path) -> None:

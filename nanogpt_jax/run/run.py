@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanogpt_jax import __version__, hardware
-from nanogpt_jax.config import TrainConfig, replace_fields, to_flat_dict
+from nanogpt_jax.config import TrainConfig, to_flat_dict
 from nanogpt_jax.corpora import Corpus, save_tokenizer
 from nanogpt_jax.errors import InputError, RunError, first_line
 from nanogpt_jax.hardware import Processes
 from nanogpt_jax.run import folder as folders
-from nanogpt_jax.run import loggers, pretrained
+from nanogpt_jax.run import length, loggers, pretrained
 from nanogpt_jax.run.plots import read_metrics
 from nanogpt_jax.run.signals import StopSignals
 
@@ -75,7 +75,7 @@ class Run:
         used, is in use, has no room, or holds another run, or if there are no initial weights.
         """
         folder = folders.choose(config, corpus)
-        config = folders.settled(folder, config)
+        config = length.settled(folder, config)
         is_resuming, writes = False, processes.is_first and not config.eval_only
         is_source = source and Path(config.init_from).resolve() == folder.resolve()
         if is_source and not config.eval_only:  # --overwrite would delete it
@@ -108,7 +108,7 @@ class Run:
     def fit_to_time(self, time_step: Callable[[], tuple[float, float]]) -> TrainConfig:
         """Choose max_iters such that a new run takes --minutes; return the configuration.
 
-        The same in all processes. Raises InputError if not even one update fits.
+        Raises InputError if not even one update fits.
 
         Args:
             time_step: returns the seconds to compile the step, and those of an update.
@@ -117,24 +117,13 @@ class Run:
         if not config.minutes:
             return config
         self._check_same({"the run to resume": self.is_resuming})  # before all compute together
-        if self.is_resuming:
-            return config
-        print(f"measuring how many updates fit into {hardware.duration(60 * config.minutes)}")
-        compile_s, step_s = time_step()
-        # It is compiled again, for the length that is found.
-        started_s = time.perf_counter() - self._opened_s + compile_s
-        left_s, n_val_tokens = 60 * config.minutes - started_s, len(self._corpus.splits["val"])
-        n = processes.max(hardware.updates_within(config, n_val_tokens, left_s, step_s))
-        if n < 1:
-            raise InputError(
-                f"minutes must leave time for an update of {hardware.duration(step_s)} and its "
-                f"evaluations after {hardware.duration(started_s)} of starting, got "
-                f"{config.minutes:g}"
-            )
-        print(f"{n:,} updates of {1e3 * step_s:,.1f} ms fit, with their evaluations")
-        follows = config.optim.lr_decay_iters == config.max_iters
-        changes = {"max_iters": n} | ({"lr_decay_iters": n} if follows else {})
-        self.config = replace_fields(config, changes)
+        if not self.is_resuming:
+            print(f"measuring how many updates fit into {hardware.duration(60 * config.minutes)}")
+            compile_s, step_s = time_step()
+            # It is compiled again, for the length that is found.
+            started_s = time.perf_counter() - self._opened_s + compile_s
+            n_val_tokens = len(self._corpus.splits["val"])
+            self.config = length.fitted(config, n_val_tokens, started_s, step_s, processes)
         return self.config
 
     def begin(self, machine: "Machine") -> None:

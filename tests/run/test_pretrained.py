@@ -210,23 +210,22 @@ def test_a_shorter_context_and_a_padded_vocabulary(start):
     assert set(text) <= set(load_tokenizer(RUN).chars)
 
 
-def test_a_modern_model_and_one_of_the_lecture(start):
+@pytest.mark.parametrize(
+    "preset", ["small-fast", pytest.param("lecture-layernorm", marks=pytest.mark.slow)]
+)
+def test_a_modern_model_and_one_of_the_lecture(start, preset):
     """`export` takes neither, so this is how they are finetuned."""
-    for preset, more in (
-        ("small-fast", ["--embedding_shortcut"]),
-        ("lecture-layernorm", []),
-    ):
-        shape = ["--n_embd=16", "--n_head=2", "--n_layer=1", "--batch_size=8", *more]
-        shape += [f"--config={preset}", "--token_noise=0.1"]
-        first = *SHAPE, *shape, "--block_size=16", "--max_iters=4", "--eval_interval=4"
-        assert train.main([*first, f"--out_dir={preset}"]) == 0
-        assert start(f"--init_from={preset}", f"--out_dir={preset}-tuned") == 0
-        best = nanogpt_jax.load(preset)
-        assert config_of(f"{preset}-tuned")["made_with"]["init_from"]["step"] == best.step
-        loaded = nanogpt_jax.load(f"{preset}-tuned")
-        assert loaded.config.token_noise == 0  # of training, so as requested now
-        kept = {"dropout": best.config.dropout, "token_noise": 0.1}
-        assert replace(loaded.config, **kept) == best.config
+    shape = ["--n_embd=16", "--n_head=2", "--n_layer=1", "--batch_size=8"]
+    shape += [f"--config={preset}", "--token_noise=0.1"]
+    first = *SHAPE, *shape, "--block_size=16", "--max_iters=4", "--eval_interval=4"
+    assert train.main([*first, f"--out_dir={preset}"]) == 0
+    assert start(f"--init_from={preset}", f"--out_dir={preset}-tuned") == 0
+    best = nanogpt_jax.load(preset)
+    assert config_of(f"{preset}-tuned")["made_with"]["init_from"]["step"] == best.step
+    loaded = nanogpt_jax.load(f"{preset}-tuned")
+    assert loaded.config.token_noise == 0  # of training, so as requested now
+    kept = {"dropout": best.config.dropout, "token_noise": 0.1}
+    assert replace(loaded.config, **kept) == best.config
 
 
 def test_rotary_positions_have_no_longest_context():
@@ -241,6 +240,7 @@ def test_rotary_positions_have_no_longest_context():
         adopt()
 
 
+@pytest.mark.slow
 def test_four_devices_start_like_one(start):
     same = "--learning_rate=1e-12", "--min_lr=0", "--weight_decay=0", "--vocab_size=16"
     assert start(*same) == 0

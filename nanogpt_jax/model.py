@@ -207,13 +207,9 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x_BTD, cache, deterministic: bool, embedding_BTD):
+    def __call__(self, x_BTD, cache, deterministic: bool):
         """Return (x_BTD, new), new being this block's part of KVCache; cache: (length, *part)."""
         config, compute = self.config, self.compute
-        if config.embedding_shortcut:
-            # Source: Jordan et al., "modded-nanogpt", 2024.
-            scale = self.param("embedding_scale", nn.initializers.zeros, ())
-            x_BTD += (scale * embedding_BTD).astype(compute.dtype)
         attend = CausalSelfAttention(config, compute, name="attn")
         mlp = MLP(config, compute, name="mlp")
         a_BTD = _norm(config, compute.dtype, "ln_1")(x_BTD)
@@ -276,11 +272,10 @@ class GPT(nn.Module):
             # `decode` may read past the end, in vain: no NaN, or JAX_DEBUG_NANS would stop there.
             x_BTD += self.wpe(jnp.minimum(start + jnp.arange(T), block_size - 1))[None]
         x_BTD = self.dropout(x_BTD.astype(self.compute.dtype), deterministic)
-        x_BTD = embedding_BTD = shard_activations(x_BTD, self.compute.mesh)
-        new = []
+        x_BTD, new = shard_activations(x_BTD, self.compute.mesh), []
         for i, block in enumerate(self.h):
             layer_cache = cache and (start, *(arrays[i] for arrays in cache[1:] if arrays))
-            x_BTD, of_layer = block(x_BTD, layer_cache, deterministic, embedding_BTD)
+            x_BTD, of_layer = block(x_BTD, layer_cache, deterministic)
             x_BTD = shard_activations(x_BTD, self.compute.mesh)
             new.append(of_layer)
         if cache is not None:

@@ -20,8 +20,8 @@ CHARS = CharTokenizer("\n abcdefghi")
 GREEDY = Sampling(temperature=0)
 SAMPLING = Sampling(temperature=0.8, top_k=5)
 KINDS = {"learned": {}, "rotary": {"positions": "rotary", "n_layer": 2}, "modern": MODERN}
-SHORTCUTS = {"token_shift": True, "embedding_shortcut": True}
-KINDS |= {"shifted": SHORTCUTS, "modern shifted": SHORTCUTS | MODERN}
+SHIFT = {"token_shift": True}
+KINDS |= {"shifted": SHIFT, "modern shifted": SHIFT | MODERN}
 SLIDING = ["rotary", "modern", "modern shifted"]  # none re-reads a full cache
 
 

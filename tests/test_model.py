@@ -17,10 +17,10 @@ from nanogpt_jax.model import GPT, Compute
 from nanogpt_jax.steps import init_params, token_losses
 
 B, T, V = 3, 8, 11
-SHORTCUTS = {"token_shift": True, "embedding_shortcut": True}
+SHIFT = {"token_shift": True}
 # Each part that is newer than GPT-2, alone and all together.
 NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
-NEWER += [{name: value} for name, value in SHORTCUTS.items()]
+NEWER += [SHIFT]
 
 
 def name_of(fields):
@@ -34,11 +34,9 @@ def name_of(fields):
 newer_parts = pytest.mark.parametrize("fields", NEWER, ids=name_of)
 # For what only the cache or only the head can break: each kind costs a compilation.
 some_kinds = pytest.mark.parametrize(
-    "fields", [{}, {"positions": "rotary"}, MODERN, SHORTCUTS], ids=name_of
+    "fields", [{}, {"positions": "rotary"}, MODERN, SHIFT], ids=name_of
 )
-heads = pytest.mark.parametrize(
-    "fields", [{}, {"tied_head": False}, MODERN | SHORTCUTS], ids=name_of
-)
+heads = pytest.mark.parametrize("fields", [{}, {"tied_head": False}, MODERN | SHIFT], ids=name_of)
 
 
 @pytest.fixture
@@ -214,7 +212,6 @@ OTHER_SHAPES = {  # what a field's value changes; None: does not exist
     ("norm", "rmsnorm"): NONE_OF_NORMS,
     ("tied_head", False): {"lm_head/kernel": (12, 11)},
     ("token_shift", True): {"h/shift_1/scale": (12,), "h/shift_2/scale": (12,)},
-    ("embedding_shortcut", True): {"h/embedding_scale": ()},
     # 8/3 of 12 features, and as many gates: as many weights as 4 x 12 features without.
     ("activation", "swiglu"): {"h/mlp/c_fc/kernel": (12, 64), "h/mlp/c_proj/kernel": (32, 12)},
 }
@@ -247,11 +244,11 @@ def test_a_newer_part_changes_only_its_own_parameters(model_config, fields, bias
     assert shapes == in_blocks | others
 
 
-def test_shortcuts_start_at_zero(model_config):
+def test_token_shift_starts_at_zero(model_config):
     tokens_BT, key = random_tokens(B, T), jax.random.key(0)
-    models = [GPT(dataclasses.replace(model_config, **fields)) for fields in ({}, SHORTCUTS)]
-    with_none, with_all = (model.init_with_output(key, tokens_BT)[0][0] for model in models)
-    np.testing.assert_allclose(with_all, with_none, atol=1e-6)
+    models = [GPT(dataclasses.replace(model_config, **fields)) for fields in ({}, SHIFT)]
+    without, with_shift = (model.init_with_output(key, tokens_BT)[0][0] for model in models)
+    np.testing.assert_allclose(with_shift, without, atol=1e-6)
 
 
 def test_bias_adds_a_bias_to_every_dense_and_layer_norm(model_config):
@@ -383,7 +380,7 @@ def test_16_bit_logits_are_float32_and_close_to_exact_ones(model_config, fields,
 
 
 def test_remat_and_loss_chunks_change_nothing_in_a_modern_gpt(model_config):
-    newer = MODERN | SHORTCUTS
+    newer = MODERN | SHIFT
     config = dataclasses.replace(model_config, known_tokens=V - 1, n_layer=1, **newer)
     params = rough_params(GPT(config))
     batch_BT1 = random_tokens(B, T + 1) % (V - 1)

@@ -334,7 +334,6 @@ SMALL = dataclasses.replace(
         dropout=0.2,
         token_noise=0.1,
         token_shift=True,
-        embedding_shortcut=True,
         bias=True,
     ),
     optim=dataclasses.replace(presets.TINY.optim, learning_rate=3e-2, warmup_iters=2),

@@ -52,7 +52,6 @@ class ModelConfig(Checked):
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores
     tied_head: bool = True  # share the token embedding with the output head
-    embedding_shortcut: bool = False  # each block adds the embedding again, times a learned number
     zero_init: bool = False  # start residual projections, and an untied head, at zero
     logit_cap: float = 0.0  # cap logits smoothly (tanh) at this value; 0: no cap
 
@@ -88,9 +87,8 @@ class ModelConfig(Checked):
 
 REGULARIZATION = "dropout", "token_noise"  # in training only, so weights do not determine them
 # GPT-2's choice of each part that has newer alternatives: the defaults above.
-_PARTS = ("activation", "positions", "token_shift", "norm", "qk_norm", "tied_head", "logit_cap")
-_PARTS += ("embedding_shortcut", "zero_init")
-GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS}
+_PARTS = "activation positions token_shift norm qk_norm tied_head logit_cap zero_init"
+GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS.split()}
 
 
 @dataclass(frozen=True)

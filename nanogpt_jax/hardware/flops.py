@@ -54,8 +54,6 @@ def parts(config: ModelConfig) -> list[Part]:
         found += [Part("layer norm", (2 * L + 1) * D * (1 + bias))]
     if config.token_shift:
         found += [Part("token shift", 2 * L * D)]
-    if config.embedding_shortcut:
-        found += [Part("embedding shortcut", L)]
     head = dense("head", D, V, has_bias=bias and not is_gpt, times=1)
     is_tied = is_gpt and config.tied_head  # then its weights are the token embedding's
     return [*found, head._replace(n_params=0) if is_tied else head]

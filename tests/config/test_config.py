@@ -299,7 +299,7 @@ def test_the_config_json_of_a_run_gives_the_same_configuration_again(tmp_path):
         "--learning_rate=0.00031 --lr_decay_iters=99 --decay_lr=False --activation=gelu_tanh "
         "--positions=rotary --norm=rmsnorm --qk_norm --tied_head=False --zero_init --logit_cap=15 "
         "--optimizer=muon --muon_momentum=0.9 --schedule=wsd --cooldown=0.3 --token_shift "
-        "--embedding_shortcut --token_noise=0.1"
+        "--token_noise=0.1"
     )
     config = parse_train_config(argv.split())
     run_folder.begin(tmp_path, config, {"jax": "0.1"})

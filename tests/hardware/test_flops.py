@@ -40,9 +40,8 @@ from nanogpt_jax.optim import make_optimizer
 
 PARTS = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "mlp"}
 PARTS |= {"lm_head": "head", "shift_1": "token shift", "shift_2": "token shift"}
-PARTS |= {"embedding_scale": "embedding shortcut"}
 NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
-NEWER += [{"token_shift": True}, {"embedding_shortcut": True}]
+NEWER += [{"token_shift": True}]
 OPENAI_GPT2 = [  # preset, (n_layer, n_head, n_embd), parameters
     ("gpt2", (12, 12, 768), 124_439_808),
     ("gpt2-medium", (24, 16, 1024), 354_823_168),
@@ -52,7 +51,7 @@ OPENAI_GPT2 = [  # preset, (n_layer, n_head, n_embd), parameters
 PRESET_SIZES = [  # preset, parameters, size in its original's words
     ("small", 804_096, "0.80M"),
     ("small-fast", 105_856, "0.11M"),
-    ("shakespeare-laptop", 795_908, "0.80M"),
+    ("shakespeare-laptop", 795_904, "0.80M"),
     ("shakespeare", 10_745_088, "10.65M"),
     ("lecture-colab", 209_729, "0.21M"),
     ("lecture-scaled", 10_788_929, "10.79M"),

@@ -40,8 +40,8 @@ from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.hardware import chips, devices, find_chip, memory
 from nanogpt_jax.run import folder as run_folder
 from nanogpt_jax.run import progress, read_metrics
-from nanogpt_jax.run.checkpoint import Checkpoints
 from nanogpt_jax.run.progress import Diverged, Progress
+from nanogpt_jax.run.saving import Checkpoints
 
 FILES = "config.json", "metrics.jsonl", "loss.png", "samples.txt", "tokenizer.json", "checkpoints"
 BEGUN = 16  # the steps of the run that tests resume

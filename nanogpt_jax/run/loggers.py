@@ -50,13 +50,9 @@ def open_loggers(config: TrainConfig, folder: Path, resumed_at: int | None) -> l
 
     Raises InputError with the reason if Weights & Biases refuses.
     """
-    loggers = []
-    if config.tensorboard:
-        first_step = 0 if resumed_at is None else resumed_at + 1
-        loggers.append(_tensorboard(folder / TENSORBOARD, first_step))
-    if config.wandb:
-        loggers.append(_wandb(config, folder))
-    return loggers
+    first_step = 0 if resumed_at is None else resumed_at + 1
+    loggers = [_tensorboard(folder / TENSORBOARD, first_step)] if config.tensorboard else []
+    return [*loggers, _wandb(config, folder)] if config.wandb else loggers
 
 
 def _tensorboard(folder: Path, first_step: int) -> Logger:

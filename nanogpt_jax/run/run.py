@@ -26,8 +26,8 @@ from nanogpt_jax.run.signals import StopSignals
 if TYPE_CHECKING:  # these import JAX
     from nanogpt_jax import Source
     from nanogpt_jax.hardware import Machine
-    from nanogpt_jax.run.checkpoint import Checkpoints
     from nanogpt_jax.run.progress import Progress
+    from nanogpt_jax.run.saving import Checkpoints
     from nanogpt_jax.steps import Metrics, TrainState
 
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -166,7 +166,7 @@ class Run:
 
     def restore(self, abstract: "TrainState") -> "TrainState | None":
         """Return the state of the newest checkpoint, sharded as `abstract`; None for a new run."""
-        from nanogpt_jax.run.checkpoint import Checkpoints
+        from nanogpt_jax.run.saving import Checkpoints
 
         self._checkpoints = Checkpoints(self.folder / folders.CHECKPOINTS, self.processes)
         self._closing.callback(self._checkpoints.close)

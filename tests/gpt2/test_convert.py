@@ -34,7 +34,7 @@ from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import folder as run_folder
 from nanogpt_jax.run import pretrained
-from nanogpt_jax.run.checkpoint import Checkpoints
+from nanogpt_jax.run.saving import Checkpoints
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "pretrained.npz"
 ONE_DEVICE = (1, 1, 1)
@@ -739,7 +739,7 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
 
 
 OTHER_THAN_GPT2 = {name: value for name, value in MODERN.items() if name != "zero_init"}
-OTHER_THAN_GPT2 |= {"token_shift": True, "embedding_shortcut": True}
+OTHER_THAN_GPT2 |= {"token_shift": True}
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from nanogpt_jax.errors import InputError, RunError
 from nanogpt_jax.model import GPT
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import checkpoint
-from nanogpt_jax.run.checkpoint import CheckpointReader, Checkpoints
+from nanogpt_jax.run.checkpoint import CheckpointReader
 from nanogpt_jax.run.folder import saved_steps
+from nanogpt_jax.run.saving import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +398,7 @@ def test_the_best_is_not_deleted_if_its_metadata_is_damaged_or_forged(
             path.write_text(path.read_text().replace("1.0", "0.4"))
         else:
             metadata = metadata | forged if forged else forged
-            path.write_text(json.dumps(metadata | {"crc32": checkpoint._crc32(metadata)}))
+            path.write_text(json.dumps(metadata | {"crc32": checkpoint.metadata_crc32(metadata)}))
         is_damage = forged != {"step": 10}
         checkpoints = Checkpoints(folder)
         assert checkpoints.best_step() == (20 if is_damage else 10)

@@ -410,6 +410,7 @@ def test_more_meshes_train_like_one_device(on_one_device):
         assert_same_training(train(SMALL, sizes), on_one_device)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_a_modern_gpt_with_muon_like_one_device():
     """Muon needs whole matrices, of which each device stores a part."""
     on_mesh = train(SMALL_MODERN, (1, 2, 2))

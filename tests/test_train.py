@@ -163,6 +163,7 @@ def test_a_modern_run_with_muon_resumes_as_one_straight_through(dataset, tmp_pat
     assert rows[-1]["val_loss"] < 1.75
 
 
+@pytest.mark.slow
 def test_float16_resumes_bit_for_bit_with_its_loss_scale(dataset, tmp_path):
     start(tmp_path / "straight", dataset, "--max_iters=24", "--dtype=float16")
     for n in 8, 24:
@@ -427,6 +428,7 @@ def test_a_diverging_run_stops_and_keeps_what_was_before(dataset, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state_of(tmp_path).params))
 
 
+@pytest.mark.slow
 def test_the_smallest_dataset_trains_without_its_tokenizer_and_resumes_with_it(tmp_path, capsys):
     """One window and one target a position; the tokenizer makes the vocabulary's padding known."""
     bins, folder = write_dataset(tmp_path / "bins", n_train=17, n_val=17), tmp_path / "run"

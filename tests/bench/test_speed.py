@@ -35,6 +35,7 @@ def test_one_json_object_with_all_figures_and_where_the_time_goes(tmp_path):
     assert list((tmp_path / "out" / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_figures_that_are_not_wanted_are_left_out(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(step, "REPEATS", 1)

@@ -73,6 +73,7 @@ def test_a_step_compiled_from_shapes_alone_is_the_step_that_trains(
 
 
 @pytest.mark.parametrize("resident_bytes", [0, 2**20], ids=["windows sent", "corpus on the device"])
+@pytest.mark.slow
 def test_an_update_is_timed_in_calls_as_train_makes_them(monkeypatch, resident_bytes):
     """A call makes ten of these updates."""
     monkeypatch.setattr(data, "RESIDENT_BYTES", resident_bytes)

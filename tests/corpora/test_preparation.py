@@ -436,7 +436,8 @@ def n_done(data_dir: Path) -> int:
     return next((counts.train + counts.val for _, counts in found), 0)
 
 
-@pytest.mark.parametrize("kind", ["txt", pytest.param("jsonl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
 def test_killed_at_any_moment_it_resumes_and_writes_the_same_bytes(tmp_path, data_dir, bpe, kind):
     path = tmp_path / f"text.{kind}"
     texts = list(make_text(13_000_000, n_words=3000))

@@ -54,6 +54,7 @@ def broadcasting():
 
 
 @pytest.mark.parametrize("architecture", LECTURE_MODELS[1:])
+@pytest.mark.slow
 def test_the_models_are_those_of_the_package(names, architecture):
     """The same logits with the same weights, which come in the same order."""
     Head, MultiHead, FeedForward = (names[name] for name in ("Head", "MultiHead", "FeedForward"))

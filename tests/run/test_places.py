@@ -46,6 +46,7 @@ def test_an_out_dir_that_cannot_be_is_refused_before_anything_is_written(start, 
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_run_in_an_unusual_place_resumes_and_is_sampled_by_the_command_it_prints(
     tmp_path, monkeypatch, capsys
 ):
@@ -168,6 +169,7 @@ def test_a_training_that_was_killed_leaves_its_folder_free(run, trainer):
     assert f"resuming out/run from step {stopped_at}" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_moved_while_it_trains_says_so(tmp_path, monkeypatch):
     """Otherwise its next checkpoint would begin a folder without a config.json, which is no run."""
     monkeypatch.chdir(tmp_path)
@@ -186,6 +188,7 @@ def test_a_run_that_is_moved_while_it_trains_says_so(tmp_path, monkeypatch):
     assert runs.start("moved", "letters", "--max_iters=16") == 0
 
 
+@pytest.mark.slow
 def test_evaluating_writes_nothing_and_needs_no_writable_folder(start, monkeypatch):
     assert start("--out_dir=run", "--max_iters=2") == 0
 

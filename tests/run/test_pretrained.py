@@ -69,6 +69,7 @@ def test_the_weights_are_those_of_the_best_checkpoint(start):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_origin_though_the_first_run_went_on(start):
     assert start() == 0
     origin = config_of("tuned")["made_with"]["init_from"]
@@ -195,6 +196,7 @@ def test_a_damaged_best_checkpoint_is_left_alone_and_the_newest_taken(start, cap
     assert Path("mine/checkpoints/120").exists()
 
 
+@pytest.mark.slow
 def test_a_shorter_context_and_a_padded_vocabulary(start):
     """The first positions are kept; tokens that do not exist stay zero."""
     fitting = "--block_size=8", "--vocab_size=64", "--learning_rate=1e-12", "--min_lr=0"
@@ -210,9 +212,8 @@ def test_a_shorter_context_and_a_padded_vocabulary(start):
     assert set(text) <= set(load_tokenizer(RUN).chars)
 
 
-@pytest.mark.parametrize(
-    "preset", ["small-fast", pytest.param("lecture-layernorm", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["small-fast", "lecture-layernorm"])
 def test_a_modern_model_and_one_of_the_lecture(start, preset):
     """`export` takes neither, so this is how they are finetuned."""
     shape = ["--n_embd=16", "--n_head=2", "--n_layer=1", "--batch_size=8"]

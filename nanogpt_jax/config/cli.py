@@ -103,8 +103,7 @@ def read_settings(path: Path, cls: type) -> dict[str, str]:
 
 def without_removed(loaded: dict[str, Any]) -> dict[str, Any]:
     """Return a file's fields without those of earlier versions that did nothing."""
-    pairs, removed = loaded.items(), REMOVED_FIELDS.items()
-    return {name: value for name, value in pairs if (name, value) not in removed}
+    return {k: v for k, v in loaded.items() if (k, v) not in REMOVED_FIELDS.items()}
 
 
 def configure(default: Config, settings: dict[str, str], about: str | None) -> Config:

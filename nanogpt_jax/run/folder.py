@@ -263,8 +263,9 @@ def read_config(folder: Path) -> dict:
         loaded = files.read_json(path)
         is_ours = isinstance(loaded, dict) and isinstance(loaded.get("made_with"), dict)
         loaded = without_removed(loaded) if is_ours else {}
-        if not {"made_with"} <= loaded.keys() <= {*types, "made_with"}:
-            raise ValueError("another program wrote it")
+        unknown = ", ".join(sorted(loaded.keys() - {*types, "made_with"}))
+        if unknown or not is_ours:
+            raise ValueError(f"another program or version made it{unknown and f', with {unknown}'}")
     try:
         for name in loaded.keys() - {"made_with"}:
             check_value(name, types[name], loaded[name])

@@ -291,7 +291,7 @@ def test_a_run_with_a_field_that_was_taken_out_resumes_if_the_field_did_nothing(
     assert run_folder.can_resume(begun, tiny_config, FINGERPRINT)
     assert parse_train_config(["--config", str(path)]).model == tiny_config.model
     path.write_text(json.dumps(loaded | {"ngram_rows": 64}))
-    with pytest.raises(InputError, match="another program wrote it"):
+    with pytest.raises(InputError, match="another program or version made it, with ngram_rows"):
         run_folder.can_resume(begun, tiny_config, FINGERPRINT)
 
 

@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
 
 def tasks(config: MeasureConfig, dataset: str) -> list[Task]:
     """Return what to measure, what matters most first: presets, training, larger batches."""
-    presets, training, larger, data_dir = [], [], [], config.data_dir
+    presets, training, larger = [], [], []
+    text = [f"--dataset={dataset}", f"--data_dir={config.data_dir}"]
     for name, sizes in BATCHES.items():
         preset = with_vocab_size(PRESETS[name])
         for size in sizes:
@@ -107,9 +108,8 @@ def tasks(config: MeasureConfig, dataset: str) -> list[Task]:
             label = name if is_preset else f"{name}, batch {size}"
             (presets if is_preset else larger).append(Task(label, argv, flops))
     for name in report.TARGETS:
-        argv = ["train.py", f"--config={name}", f"--dataset={dataset}", f"--data_dir={data_dir}"]
         flops = sum(run_flops(with_vocab_size(PRESETS[name]), corpora.SHAKESPEARE_VAL_TOKENS))
-        training.append(Task(f"train {name}", argv, flops))
+        training.append(Task(f"train {name}", ["train.py", f"--config={name}", *text], flops))
     return presets + training + larger
 
 

@@ -137,7 +137,7 @@ class CheckpointReader:
             read = self._reader.restore(self._path(step), args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax raises many types, Exception itself among them
             is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-            if is_full or self.lost_a_peer(error):
+            if is_full or self._lost_a_peer(error):
                 raise
             innermost: BaseException = error
             while innermost.__cause__ is not None:  # it names the array
@@ -156,7 +156,7 @@ class CheckpointReader:
     def close(self) -> None:
         self._reader.close()
 
-    def lost_a_peer(self, error: Exception) -> bool:
+    def _lost_a_peer(self, error: Exception) -> bool:
         return self._processes.count > 1 and bool(PEER_DIED.search(str(error)))
 
 

@@ -109,7 +109,7 @@ class Checkpoints(CheckpointReader):
         if self._processes.is_first:
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            for path in self.folder.glob("[0-9]*"):
+            for path in (path for path in self.folder.glob("*") if path.name.isdecimal()):
                 with contextlib.suppress(OSError):
                     path.rmdir()  # an empty one, which Orbax would count as the newest
 
@@ -119,7 +119,7 @@ class Checkpoints(CheckpointReader):
         try:
             yield
         except Exception as error:  # of many types: OSError, ValueError, JAX's own
-            if self.lost_a_peer(error):
+            if self._lost_a_peer(error):
                 raise
             self._has_failed = True
             raise RunError(

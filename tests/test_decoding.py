@@ -86,7 +86,7 @@ STARTS = ["a", "abc", "abcdefg", "abcdefgh", "abc abc abc abc"]
     ("kind", "sampling"), [("learned", GREEDY), *((kind, SAMPLING) for kind in KINDS)]
 )
 def test_the_cache_changes_nothing_until_the_window_is_full(kind, sampling):
-    for start in STARTS:
+    for start in STARTS if kind == "learned" else ["abc", "abc abc abc abc"]:  # compiles less
         until_full = 8 - min(8, len(start)) + 1  # the last of them is drawn from the full window
         cached = write(start, 30, sampling, kind=kind)[0, :until_full]
         exact = write(start, 30, sampling, exact_window=True, kind=kind)[0, :until_full]

@@ -399,14 +399,13 @@ def assert_same_training(on_mesh, on_one):
     assert losses[-1] < losses[0] - 0.005
 
 
-def test_any_mesh_trains_like_one_device(on_one_device):
-    for sizes in ((4, 1, 1), (1, 2, 2)):
-        assert_same_training(train(SMALL, sizes), on_one_device)
+def test_a_mesh_trains_like_one_device(on_one_device):
+    assert_same_training(train(SMALL, (1, 2, 2)), on_one_device)
 
 
 @pytest.mark.slow
 def test_more_meshes_train_like_one_device(on_one_device):
-    for sizes in ((1, 4, 1), (2, 2, 1), (2, 1, 2)):
+    for sizes in ((4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2)):
         assert_same_training(train(SMALL, sizes), on_one_device)
 
 

@@ -194,8 +194,7 @@ def test_several_updates_in_a_call_are_those_of_as_many_calls_bit_for_bit():
         return state, jax.tree.map(lambda *xs: np.concatenate(xs), *metrics)
 
     state, metrics = train(6, 1)
-    for n_calls, n_steps in (3, 2), (1, 6):
-        assert_equal(train(n_calls, n_steps), (state, metrics))
+    assert_equal(train(2, 3), (state, metrics))
     assert len(set(metrics.loss.tolist())) == 6
 
 

@@ -186,6 +186,7 @@ def test_a_debugging_setting_that_cannot_be_obeyed_is_named_in_a_line(
     assert (code, err) == (1, line)
 
 
+@pytest.mark.slow
 def test_it_trains_while_jax_looks_for_nan(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_DEBUG_NANS", "1")
     code, _, err = finish(*command(tmp_path / "run", dataset, "--max_iters=2"), cwd=tmp_path)
@@ -325,6 +326,7 @@ def test_what_overwrite_cannot_delete_is_an_error(begun, dataset, tmp_path, monk
         start(folder, dataset, "--max_iters=2", "--overwrite")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a shell of Unix")
 def test_it_trains_with_its_output_closed(dataset, tmp_path):
     argv = [sys.executable, ROOT / "train.py", *command(tmp_path / "run", dataset, "--max_iters=2")]
@@ -378,7 +380,9 @@ def test_other_intervals_leave_the_updates_alone_and_the_last_step_is_evaluated(
     ("mesh", "dtype", "shown", "tolerance"),
     [
         ("data=2,fsdp=2", "float32", "4 x cpu (data 2, fsdp 2): float32", 1e-5),
-        ("data=1", "float16", "cpu: float16 (as requested)", 0.02),
+        pytest.param(
+            "data=1", "float16", "cpu: float16 (as requested)", 0.02, marks=pytest.mark.slow
+        ),
         pytest.param(
             "fsdp=4", "float16", "4 x cpu (fsdp 4): float16", 0.02, marks=pytest.mark.slow
         ),

@@ -83,6 +83,7 @@ def test_a_resumed_run_keeps_its_origin_though_the_first_run_went_on(start):
     assert again["checksum"] != origin["checksum"]
 
 
+@pytest.mark.slow
 def test_a_chain_of_runs(start):
     assert start() == 0
     assert start("--init_from=tuned", "--out_dir=again") == 0

@@ -235,7 +235,7 @@ def test_adamw_with_nesterov_momentum_updates_the_rest(model_config, fields):
 
 
 @kinds
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_muons_updates_are_nearly_orthogonal_and_as_large_as_adamws(model_config, fields, size):
     """All directions count equally, whatever the gradient's size."""
     config = dataclasses.replace(model_config, n_layer=1, n_embd=48, **fields)

@@ -387,6 +387,7 @@ def test_logits_exist_for_one_chunk_at_a_time(n_chunks):
     assert max(math.prod(shape) for shape in shapes if V in shape) == B * T * V / n_chunks
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_losses_nor_gradients():
     """The second forward pass drops the same elements as the first."""
     batch_BT1 = random_ids(3, T + 1)

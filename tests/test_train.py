@@ -145,6 +145,7 @@ def test_a_run_resumed_after_fewer_steps_equals_one_straight_through(
     assert_same_run(folder, straight[0])
 
 
+@pytest.mark.slow
 def test_a_modern_run_with_muon_resumes_as_one_straight_through(dataset, tmp_path):
     newer = [f"--{name}={value}" for name, value in MODERN.items()]
     newer += [
@@ -450,6 +451,7 @@ def test_the_smallest_dataset_trains_without_its_tokenizer_and_resumes_with_it(t
     assert (folder / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_minutes_become_a_number_of_updates_which_a_resumed_run_keeps(
     dataset, tmp_path, monkeypatch, capsys
 ):

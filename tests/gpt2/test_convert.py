@@ -239,6 +239,7 @@ def padded(tmp_path_factory):
     return *load(gpt2, wide), model, params
 
 
+@pytest.mark.slow
 def test_padding_changes_neither_logits_nor_loss_nor_gradients(padded):
     wide_model, wide_params, model, params = padded
     assert wide_params["wte"]["embedding"].shape == (64, 12)

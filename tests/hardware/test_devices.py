@@ -295,7 +295,7 @@ devices.warn_of_unused_chip()
     ("requested", "words"),
     [
         ("cuda", r"'\.\[cuda12\]' or"),
-        ("tpu", r"'\.\[tpu\]' for"),
+        pytest.param("tpu", r"'\.\[tpu\]' for", marks=pytest.mark.slow),
         ("gpus", "JAX knows cpu, cuda and"),
     ],
 )

@@ -49,6 +49,7 @@ def train_models(tmp_path, book):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_climb_prints_losses_and_texts_draws_curves_and_learns_what_train_py_learns(
     tmp_path, book, capsys, two_models, monkeypatch
 ):

@@ -199,6 +199,7 @@ def test_evaluating_writes_nothing_and_needs_no_writable_folder(start, monkeypat
     assert start("--out_dir=run", "--max_iters=2", "--eval_only") == 0
 
 
+@pytest.mark.slow
 def test_a_text_whose_name_no_out_dir_may_have(start):
     Path("book.txt").rename("a [1]*.txt")
     assert start("--dataset=a [1]*.txt", "--max_iters=2") == 0

@@ -379,6 +379,7 @@ def test_16_bit_logits_are_float32_and_close_to_exact_ones(model_config, fields,
     assert (logits_BTV != exact_BTV).any()
 
 
+@pytest.mark.slow
 def test_remat_and_loss_chunks_change_nothing_in_a_modern_gpt(model_config):
     newer = MODERN | SHIFT
     config = dataclasses.replace(model_config, known_tokens=V - 1, n_layer=1, **newer)
@@ -400,7 +401,7 @@ def test_remat_and_loss_chunks_change_nothing_in_a_modern_gpt(model_config):
 
 def splits_of(length, fields):
     """Lengths of parts: every split in two for GPT-2, fewer lengths for others, to compile less."""
-    yield from ([1] * length, [3, 1, 2, 2], [2, 3, 3])
+    yield from ([1] * length, [3, 1, 2, 2])
     if not fields:
         yield from ([at, length - at] for at in range(1, length))
 

@@ -367,9 +367,8 @@ def losses_and_grads(model, batch_BT1, key=None):
 def test_loss_chunks_change_neither_losses_nor_gradients():
     batch_BT1 = random_ids(3, T + 1)
     whole = losses_and_grads(MODEL, batch_BT1)
-    for n_chunks in (2, 8):
-        in_chunks = losses_and_grads(computed(MODEL, loss_chunks=n_chunks), batch_BT1)
-        assert_close(in_chunks, whole, rtol=1e-6, atol=1e-6)
+    in_chunks = losses_and_grads(computed(MODEL, loss_chunks=4), batch_BT1)
+    assert_close(in_chunks, whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_chunks", [1, 4])
@@ -443,7 +442,7 @@ def with_loss_scale(state, scale):
     return state._replace(loss_scale=state.loss_scale.replace(scale=jnp.float32(scale)))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_16_bit_training_follows_float32_within_two_percent(train, dtype):
     _, _, exact = train(N_STEPS, "float32")
     _, after, metrics = train(N_STEPS, dtype)

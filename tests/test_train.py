@@ -377,19 +377,14 @@ def test_other_intervals_leave_the_updates_alone_and_the_last_step_is_evaluated(
     jax.tree.map(np.testing.assert_array_equal, state_of(folder), state_of(straight[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "dtype", "shown", "tolerance"),
     [
         ("data=2,fsdp=2", "float32", "4 x cpu (data 2, fsdp 2): float32", 1e-5),
-        pytest.param(
-            "data=1", "float16", "cpu: float16 (as requested)", 0.02, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "fsdp=4", "float16", "4 x cpu (fsdp 4): float16", 0.02, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "tensor=2", "float32", "4 x cpu (data 2, tensor 2)", 1e-5, marks=pytest.mark.slow
-        ),
+        ("data=1", "float16", "cpu: float16 (as requested)", 0.02),
+        ("fsdp=4", "float16", "4 x cpu (fsdp 4): float16", 0.02),
+        ("tensor=2", "float32", "4 x cpu (data 2, tensor 2)", 1e-5),
     ],
 )
 def test_a_run_resumes_on_any_mesh_and_in_any_dtype(

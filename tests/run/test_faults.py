@@ -51,8 +51,9 @@ def assert_same(folder: Path, straight: Path) -> None:
     assert metadata(folder) == metadata(straight)
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_save_resumes_bit_for_bit(dataset, tmp_path):
-    """At its worst moment; the slow tests kill everywhere."""
+    """At its worst moment."""
     folder, straight, length = tmp_path / "run", tmp_path / "straight", "--max_iters=24"
     killed(folder, command(folder, dataset, length), "in the middle of the removal")
     assert 0 < saved_steps(folder)[-1] < 24

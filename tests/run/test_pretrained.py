@@ -104,6 +104,7 @@ def test_a_dataset_of_other_tokens_is_refused(start):
         start("--tokenizer=char")
 
 
+@pytest.mark.slow
 def test_token_files_without_a_tokenizer_stay_as_they_are(start, capsys):
     """They should be those of the weights; nothing is written beside them."""
     ids = load_tokenizer(RUN).encode(NEW).astype("<u2")
@@ -135,6 +136,7 @@ def test_a_resumed_run_needs_its_source_no_more(start):
         start("--init_from=moved")
 
 
+@pytest.mark.slow
 def test_evaluating_a_start_is_not_evaluating_the_run_that_came_of_it(start, capsys):
     command = [*SHAPE, "--init_from=mine", "--eval_only"]
     assert train.main(command) == 0

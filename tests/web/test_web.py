@@ -141,6 +141,7 @@ def test_a_page_answers_for_every_architecture(architecture, n_heads, tmp_path):
     assert (picture is not None) == bool(n_heads)
 
 
+@pytest.mark.slow
 def test_a_page_of_byte_pairs_shows_tokens():
     reader = corpora.BPETokenizer.train(["the cat sat on the mat\n" * 20], 290)
     session = new_session("gpt", reader)

@@ -2,31 +2,14 @@
 
 Counts parameters, FLOPs and memory from the configuration alone, and prints the hours, kilowatt
 hours and dollars that the run takes on known chips. Needs no chip and no JAX, and runs nothing.
-
-    --mfu 0.4      share of the chips' peak that the run is assumed to reach: nanoGPT reached 0.37
-                   for GPT-2 124M on an A100; models as small as `small` reach far less anywhere
-    --reference    print the GPTs that this field grew from, published totals next to the count
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from nanogpt_jax import corpora
+from nanogpt_jax import corpora, hardware
 from nanogpt_jax.bench import published
-from nanogpt_jax.config import PRESETS, TrainConfig, parse_train_config, with_vocab_size
-from nanogpt_jax.hardware import (
-    amount,
-    duration,
-    estimate_memory,
-    find_chip,
-    forward_flops_per_token,
-    headline_params,
-    is_float32,
-    n_params,
-    parts,
-    run_flops,
-    size_in_words,
-    train_flops_per_token,
-)
+from nanogpt_jax.config import TrainConfig, parse_train_config, with_vocab_size
+from nanogpt_jax.hardware import amount, duration, find_chip, n_params, parts
 from nanogpt_jax.run import adopt
 
 TABLE = ("T4", "RTX 3070 Ti", "RTX 4090", "L4", "A100 40GB", "H100", "H200", "TPU v5e", "TPU v6e")
@@ -36,8 +19,10 @@ TABLE = ("T4", "RTX 3070 Ti", "RTX 4090", "L4", "A100 40GB", "H100", "H200", "TP
 class CostConfig(TrainConfig):
     """A run, and how to price it."""
 
-    mfu: float = 0.4  # share of the chip's peak to assume (model FLOPs utilization), at most 1
-    reference: bool = False  # print the published GPTs instead
+    #: share of the chip's peak to assume, at most 1 (model FLOPs utilization); nanoGPT reached 0.37
+    #: for GPT-2 124M on an A100, models as small as `small` reach far less anywhere
+    mfu: float = 0.4
+    reference: bool = False  # print the GPTs this field grew from instead, published and counted
 
 
 def main(argv: list[str]) -> None:
@@ -50,22 +35,22 @@ def cost_lines(config: CostConfig) -> list[str]:
     """Return a run's parameters, FLOPs, memory and costs, as lines to print."""
     model = config.model
     val_tokens, evaluated = validation_tokens(config)
-    train, evaluate = run_flops(config, val_tokens)
-    per_token = train_flops_per_token(model)
-    six_n = 6 * headline_params(model)
+    train, evaluate = hardware.run_flops(config, val_tokens)
+    per_token = hardware.train_flops_per_token(model)
+    six_n = 6 * hardware.headline_params(model)
     lines = [f"{'':27}{'parameters':>14}{'FLOPs a token, forward':>26}"]
-    whole = "all", n_params(model), forward_flops_per_token(model)
+    whole = "all", n_params(model), hardware.forward_flops_per_token(model)
     lines += [f"{name:27}{size:14,}{forward:26,}" for name, size, forward in (*parts(model), whole)]
     if not train + evaluate:
         return [*lines, "", "It has no matrix products, so there are no FLOPs to count."]
-    in_float32 = is_float32(config)
+    in_float32 = hardware.is_float32(config)
     width = "float32:" if in_float32 else "16 bits (--dtype float32: more):"
     far_lower = "" if n_params(model) > 1e8 else ", far lower for a model as small as this"
-    memory = estimate_memory(config)
+    memory = hardware.estimate_memory(config)
     memory["all"] = sum(memory.values())
     trained = [
         f"a token of training   {per_token:,} FLOPs, three times forward; 6 N = {six_n:,} "
-        f"({six_n / per_token - 1:+.1%}) with N = {size_in_words(model)}",
+        f"({six_n / per_token - 1:+.1%}) with N = {hardware.size_in_words(model)}",
         f"the run               {amount(train)} FLOPs: {config.max_iters:,} steps of "
         f"{config.tokens_per_iter:,} tokens",
     ]
@@ -120,10 +105,10 @@ def reference_lines() -> list[str]:
         if run.flops:
             total = f"{amount(run.flops)} {'e' if run.is_estimate else ' '}"
         if run.model:
-            size, per_token = amount(n_params(run.model)), train_flops_per_token(run.model)
+            size, per_token = amount(n_params(run.model)), hardware.train_flops_per_token(run.model)
             if run.tokens:
                 tokens, flops = amount(run.tokens), per_token * run.tokens
-                six_n = amount(6 * headline_params(run.model) * run.tokens)
+                six_n = amount(6 * hardware.headline_params(run.model) * run.tokens)
                 counted, ratio = amount(flops), f"{flops / run.flops:.2f}" if run.flops else "-"
             elif run.flops:
                 tokens = f"~{run.flops / per_token:.0e}".replace("e+", "e")
@@ -131,23 +116,10 @@ def reference_lines() -> list[str]:
             f"{run.name:26}{size:>11}{tokens:>9}{total:>13}{six_n:>12}{counted:>10}{ratio:>7}  "
             f"{run.source}"
         )
-    # The lecture's last run, against what 15 minutes of an A100 can compute. Every 500 steps, it
-    # estimates its losses on 200 random batches of either split.
-    config = with_vocab_size(replace(PRESETS["lecture-scaled"], eval_iters=400))
-    train, evaluate = run_flops(config, 2**62)
-    total = train + evaluate
-    tf32, float32 = (900 * peak for peak in (156e12, 19.5e12))  # NVIDIA's data sheet
     return [
         *lines,
         "",
         "FLOPs of whole runs; e: estimated by others, since not published; ~: the tokens that they",
         "suffice for; counted: with attention's products, which 6 N leaves out (N without",
         "positions); ratio: counted to published.",
-        "",
-        "The lecture's last model, `lecture-scaled`, took about 15 minutes of an A100, 0.50 US$.",
-        f"At its peak of 156 TFLOP/s (TF32) the A100 computes {amount(tf32)} FLOPs in that time.",
-        f"The run needs {amount(train)} to train and {amount(evaluate)} for its "
-        f"sampled evaluations: {total / tf32:.1%} of that,",
-        f"or {total / float32:.0%} of 19.5 TFLOP/s, the peak of plain float32, which is "
-        "PyTorch's default.",
     ]

@@ -17,19 +17,12 @@ import jax
 from tqdm.auto import tqdm
 
 import nanogpt_jax
-from nanogpt_jax import corpora, steps
+from nanogpt_jax import corpora, hardware, steps
 from nanogpt_jax.config import LECTURE, Checked, TrainConfig, parse_args
 from nanogpt_jax.corpora import Corpus
 from nanogpt_jax.data import EvalLoader, train_batches
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.files import check_writable
-from nanogpt_jax.hardware import (
-    choose_compute,
-    n_params,
-    steps_per_call,
-    use_compile_cache,
-    warn_of_unused_chip,
-)
 from nanogpt_jax.optim import make_optimizer
 from nanogpt_jax.run import new_figure, save_figure
 from nanogpt_jax.sharding import make_mesh
@@ -77,8 +70,8 @@ def main(argv: list[str]) -> None:
     """Train the models one after another, and show what each step of the lecture brings."""
     request = parse_args(LectureConfig, argv, __doc__ or "")
     check_writable(Path(request.out_dir))
-    use_compile_cache(request.compile_cache)
-    warn_of_unused_chip()
+    hardware.use_compile_cache(request.compile_cache)
+    hardware.warn_of_unused_chip()
     configs, skipped = [*LECTURE], ""
     if jax.default_backend() == "cpu":
         configs = [config for config in configs if config.config != "lecture-scaled"]
@@ -120,14 +113,14 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     """
     start_s = time.perf_counter()
     mesh, block_size = make_mesh(), config.model.block_size
-    compute, _ = choose_compute(config.compute, config.model, jax.devices()[0], mesh)
+    compute, _ = hardware.choose_compute(config.compute, config.model, jax.devices()[0], mesh)
     model = steps.make_model(config.model, compute)
     tx = make_optimizer(config.optim, config.max_iters)
     init_key, dropout_key = steps.stream_keys(config.seed)
     state = jax.jit(partial(steps.new_state, model, tx))(init_key)
     train_steps = jax.jit(partial(steps.train_steps, model, tx), donate_argnums=0)
     eval_step = jax.jit(partial(steps.eval_batch, model))
-    n_steps, tokens = steps_per_call(config), corpus.splits["train"]
+    n_steps, tokens = hardware.steps_per_call(config), corpus.splits["train"]
     shape = config.gradient_accumulation_steps, config.batch_size
     batches = train_batches(tokens, config.seed, block_size, shape, mesh, 0, n_steps)
     # The whole validation split, and as many windows spread over the train split.
@@ -155,7 +148,7 @@ def climb(config: TrainConfig, corpus: Corpus, advance: Callable[[int], object])
     is_shakespeare = corpus.fingerprint == corpora.SHAKESPEARE_FINGERPRINT
     published = PUBLISHED.get(config.config, {}) if is_shakespeare else {}
     published = {step: loss for step, loss in published.items() if step <= config.max_iters}
-    size, line = n_params(config.model), str(text).replace("\n", " / ")
+    size, line = hardware.n_params(config.model), str(text).replace("\n", " / ")
     seconds = time.perf_counter() - start_s
     return Climbed(name, size, val_losses, train_loss, published, line, seconds)
 

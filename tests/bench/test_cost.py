@@ -1,5 +1,7 @@
 """What a run costs: what is printed, and against published runs."""
 
+from pathlib import Path
+
 import pytest
 
 from nanogpt_jax import corpora
@@ -7,13 +9,14 @@ from nanogpt_jax.bench import cost, published
 from nanogpt_jax.config import PRESETS, with_vocab_size
 from nanogpt_jax.errors import InputError
 from nanogpt_jax.hardware import (
-    amount,
     find_chip,
     forward_flops_per_token,
     headline_params,
     run_flops,
     train_flops_per_token,
 )
+
+README = Path(__file__).parents[2] / "nanogpt_jax" / "README.md"
 
 
 @pytest.fixture
@@ -114,11 +117,13 @@ def test_references_are_computed_from_their_configurations(page):
 
 
 def test_the_lectures_quarter_of_an_hour_is_put_into_proportion():
-    text = " ".join(cost.reference_lines())
+    text = " ".join(README.read_text("utf-8").split())
     config = with_vocab_size(PRESETS["lecture-scaled"])
     train = 5000 * 64 * 256 * train_flops_per_token(config.model)
     evaluate = 11 * 400 * 64 * 256 * forward_flops_per_token(config.model)
-    assert f"{amount(train)} to train and {amount(evaluate)}" in text
-    assert f"{(train + evaluate) / (900 * 156e12):.1%} of that" in text
-    assert "1.40e17" in text
-    assert "0.50 US$" in text
+    total, tf32, float32 = train + evaluate, 900 * 156e12, 900 * 19.5e12
+    assert f"needs {total:.1e} FLOPs".replace("+", "") in text
+    assert f"{total / tf32:.0%}".replace("%", " %") + f" of the {tf32:.1e}".replace("+", "") in text
+    assert (
+        f"{total / float32:.0%}".replace("%", " %") + " of what it can do in plain float32" in text
+    )

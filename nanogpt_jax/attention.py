@@ -81,7 +81,7 @@ def drop(array, rate: float, key):
     return jnp.where(keep, array / (1 - rate), 0)
 
 
-def attention_weights(q_BTHK, k_BSHK, start=0):
+def attention_weights(q_BTHK, k_BSHK, start=0, window: int = 0):
     """Return weights_BHTS = softmax(q k^T / sqrt(K)), each query seeing the keys up to its own.
 
     In float32, whatever the type of the arrays.
@@ -89,26 +89,48 @@ def attention_weights(q_BTHK, k_BSHK, start=0):
     Args:
         start: position of the first query among the keys; the query in row t sees keys 0 to
             start + t, so unused entries of a cache are never read.
+        window: it sees only the last so many of them; 0: all.
 
     Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1.
     """
     (_, T, _, K), S = q_BTHK.shape, k_BSHK.shape[1]
     scores_BHTS = float32_einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK)
     scores_BHTS = scores_BHTS / K**0.5
-    visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
+    distance_TS = start + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
+    visible_TS = distance_TS >= 0
+    if window:  # modulo S, since a full cache begins again at its first entry
+        visible_TS &= distance_TS % S < window
     hidden = jnp.finfo(scores_BHTS.dtype).min
     scores_BHTS = jnp.where(visible_TS[None, None], scores_BHTS, hidden)
     return jax.nn.softmax(scores_BHTS, axis=-1)
 
 
-def attention(q_BTHK, k_BSHK, v_BSHK, start=0, dropout_rate: float = 0.0, dropout_key=None):
+def attention(
+    q_BTHK, k_BSHK, v_BSHK, start=0, window: int = 0, dropout_rate: float = 0.0, dropout_key=None
+):
     """Return y_BTHK: at each position the values, averaged with its `attention_weights`.
 
     Args:
-        start: see `attention_weights`.
+        start, window: see `attention_weights`.
         dropout_rate: of the weights, applied if a dropout_key is given.
+
+    Source of the window: Beltagy et al., "Longformer", 2020.
     """
-    weights_BHTS = attention_weights(q_BTHK, k_BSHK, start)
+    T, S = q_BTHK.shape[1], k_BSHK.shape[1]
+    if 0 < window < T == S and T % window == 0:  # whole sequences, in pieces as long as the window
+
+        def rows(x_BTHK):
+            return x_BTHK.reshape(-1, window, *x_BTHK.shape[2:])
+
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        q, k, v = (x[:, :window] for x in (q_BTHK, k_BSHK, v_BSHK))
+        first = attention(q, k, v, 0, 0, dropout_rate, keys[0])
+        # Each other piece, as a row of its own, sees itself and the piece before it.
+        pairs = ([rows(x[:, :-window]), rows(x[:, window:])] for x in (k_BSHK, v_BSHK))
+        k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)
+        rest = attention(rows(q_BTHK[:, window:]), k, v, window, window, dropout_rate, keys[1])
+        return jnp.concatenate([first, rest.reshape(q_BTHK[:, window:].shape)], axis=1)
+    weights_BHTS = attention_weights(q_BTHK, k_BSHK, start, window)
     if dropout_key is not None and dropout_rate > 0:
         weights_BHTS = drop(weights_BHTS, dropout_rate, dropout_key)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(v_BSHK.dtype), v_BSHK)

@@ -165,9 +165,11 @@ class CausalSelfAttention(nn.Module):
                 k_BSHK, v_BSHK = (x_BHKS.transpose(0, 3, 1, 2) for x_BHKS in cache)
             drops = config.dropout > 0 and not deterministic
             key = self.make_rng("dropout") if drops else None
-            y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, config.dropout, key)
+            window = config.attention_window
+            y_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, start, window, config.dropout, key)
             if self.is_mutable_collection(WEIGHTS):  # the page shows them
-                self.sow(WEIGHTS, "weights_BHTS", attention_weights(q_BTHK, k_BSHK, start))
+                weights_BHTS = attention_weights(q_BTHK, k_BSHK, start, window)
+                self.sow(WEIGHTS, "weights_BHTS", weights_BHTS)
         y_BTD = _projection(config, compute.dtype, "c_proj")(y_BTHK.reshape(B, T, D))
         return Dropout(config.dropout)(y_BTD, deterministic), cache
 
@@ -286,15 +288,13 @@ class GPT(nn.Module):
         """Return logits_BTV; a tied head's weights are the token embedding's, transposed.
 
         Those of a padded vocabulary's padding are -inf: it has no probability, so it changes no
-        loss, gets no gradient and is never drawn. Source of the cap: Gemma team, "Gemma 2", 2024.
+        loss, gets no gradient and is never drawn.
         """
         if self.config.tied_head:
             embedding_VD = self.wte.embedding.astype(x_BTD.dtype)
             logits_BTV = float32_dot_general(x_BTD, embedding_VD.T)
         else:
             logits_BTV = self.lm_head(x_BTD)
-        if cap := self.config.logit_cap:
-            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         known, V = self.config.known_tokens, self.config.vocab_size
         if known is None or known == V:
             return logits_BTV

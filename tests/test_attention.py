@@ -26,25 +26,25 @@ def random_qkv(B=2, T=5, S=5, H=3, K=4):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def naive_attention(q_BTHK, k_BSHK, v_BSHK, start=0):
+def naive_attention(q_BTHK, k_BSHK, v_BSHK, start=0, window=100):
     B, T, H, K = q_BTHK.shape
     y_BTHK = np.zeros(q_BTHK.shape)
     for b in range(B):
         for t in range(T):
             for h in range(H):
-                seen = range(start + t + 1)
+                seen = range(max(0, start + t + 1 - window), start + t + 1)
                 scores = [np.dot(q_BTHK[b, t, h], k_BSHK[b, s, h]) / np.sqrt(K) for s in seen]
                 total = sum(np.exp(scores))
-                for s in seen:
-                    y_BTHK[b, t, h] += np.exp(scores[s]) / total * v_BSHK[b, s, h]
+                for s, score in zip(seen, scores, strict=True):
+                    y_BTHK[b, t, h] += np.exp(score) / total * v_BSHK[b, s, h]
     return y_BTHK
 
 
-def attention_weights(T, S, start=0, **dropout):
+def attention_weights(T, S, start=0, **more):
     """The weights themselves: with q = 0 all visible keys count equally, and v is the identity."""
     q_BTHK = jnp.zeros((1, T, 1, S))
     v_BSHK = jnp.eye(S)[None, :, None]
-    return np.asarray(attention(q_BTHK, jnp.ones_like(v_BSHK), v_BSHK, start, **dropout))[0, :, 0]
+    return np.asarray(attention(q_BTHK, jnp.ones_like(v_BSHK), v_BSHK, start, **more))[0, :, 0]
 
 
 def test_attention_equals_a_loop_over_queries_and_keys():
@@ -82,6 +82,31 @@ def test_unused_entries_of_a_cache_have_no_influence(start):
     np.testing.assert_array_equal(attention(q_BTHK, k_BSHK, v_BSHK, start), y_BTHK)
 
 
+@pytest.mark.parametrize("window", [1, 3, 4, 5, 12])  # 5: no whole number of pieces
+def test_a_query_sees_only_the_last_keys_of_a_window(window):
+    qkv = random_qkv(T=12, S=12)
+    expected = naive_attention(*qkv, window=window)
+    np.testing.assert_allclose(attention(*qkv, window=window), expected, atol=1e-6)
+    q_BTHK, k_BSHK, v_BSHK = random_qkv(T=2, S=12)
+    expected = naive_attention(q_BTHK, k_BSHK, v_BSHK, 7, window)
+    np.testing.assert_allclose(attention(q_BTHK, k_BSHK, v_BSHK, 7, window), expected, atol=1e-6)
+
+
+def test_a_window_in_a_full_cache_begins_again_at_its_first_entry():
+    seen_TS = [[3, 0, 0, 3, 3]]  # position 15 is entry 0, those before it are 3 and 4
+    np.testing.assert_allclose(attention_weights(1, 5, start=15, window=3) * 9, seen_TS, atol=1e-5)
+
+
+def test_dropout_reaches_every_piece_of_a_window():
+    whole_TS = attention_weights(12, 12, window=4)
+    dropped_TS = attention_weights(
+        12, 12, window=4, dropout_rate=0.25, dropout_key=jax.random.key(0)
+    )
+    is_zero, is_kept = dropped_TS == 0, np.isclose(dropped_TS, whole_TS / 0.75)
+    assert (is_zero | is_kept).all()
+    assert (is_zero & (whole_TS > 0)).reshape(3, -1).any(axis=1).all()
+
+
 def test_large_scores_do_not_overflow():
     q_BTHK, k_BSHK, v_BSHK = random_qkv()
     y_BTHK = attention(1e6 * q_BTHK, 1e6 * k_BSHK, v_BSHK)
@@ -101,7 +126,7 @@ def test_dropout_keeps_the_expectation():
     def dropped_weights(key):
         q_BTHK = jnp.zeros((1, 4, 1, 4))
         v_BSHK = jnp.eye(4)[None, :, None]
-        return attention(q_BTHK, v_BSHK, v_BSHK, 0, 0.25, key)[0, :, 0]
+        return attention(q_BTHK, v_BSHK, v_BSHK, 0, 0, 0.25, key)[0, :, 0]
 
     keys = jax.random.split(jax.random.key(1), 4000)
     mean_TS = jax.jit(jax.vmap(dropped_weights))(keys).mean(0)

@@ -22,7 +22,8 @@ SAMPLING = Sampling(temperature=0.8, top_k=5)
 KINDS = {"learned": {}, "rotary": {"positions": "rotary", "n_layer": 2}, "modern": MODERN}
 SHIFT = {"token_shift": True}
 KINDS |= {"shifted": SHIFT, "modern shifted": SHIFT | MODERN}
-SLIDING = ["rotary", "modern", "modern shifted"]  # none re-reads a full cache
+KINDS |= {"windowed": {"attention_window": 4, "n_layer": 2} | MODERN}
+SLIDING = ["rotary", "modern", "modern shifted", "windowed"]  # none re-reads a full cache
 
 
 @cache
@@ -186,7 +187,10 @@ def banded_apply(block_size, kind):
     model, params = model_and_params(block_size, kind)
     longer = GPT(dataclasses.replace(model.config, block_size=MAX_TOKENS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanogpt_jax.model.attention", banded_attention(block_size))
+        patch.setattr(
+            "nanogpt_jax.model.attention",
+            banded_attention(model.config.attention_window or block_size),
+        )
         program = jax.jit(lambda tokens_BT: longer.apply({"params": params}, tokens_BT)[0])
         return program.lower(np.zeros((1, MAX_TOKENS), np.int32)).compile()
 
@@ -201,7 +205,7 @@ def banded_logits(tokens, block_size, kind):
 @pytest.mark.parametrize(
     ("start", "kind", "block_size"),
     [("a", "rotary", 1), ("abc abc abc", "rotary", 3), ("a", "rotary", 8), ("a", "modern", 8)]
-    + [("abc abc abc", "modern", 8)],
+    + [("abc abc abc", "modern", 8), ("a", "windowed", 8)],
 )
 def test_each_layer_of_a_sliding_cache_sees_the_last_block_of_keys(start, kind, block_size):
     n_tokens = 30

@@ -340,7 +340,7 @@ SMALL = dataclasses.replace(
 )
 SMALL_MODERN = dataclasses.replace(
     SMALL,
-    model=dataclasses.replace(SMALL.model, bias=False, **MODERN),
+    model=dataclasses.replace(SMALL.model, bias=False, attention_window=4, **MODERN),
     optim=dataclasses.replace(
         presets.SMALL_FAST.optim, learning_rate=1e-2, warmup_iters=2, lr_decay_iters=None
     ),

@@ -1,6 +1,6 @@
 """The README's main job in full: `small` on tiny Shakespeare, against nanoGPT's own result.
 
-Of the preset for laptops, whose 3000 steps take five minutes or more, a shorter run.
+Of the preset for laptops, whose 2400 steps take five minutes or more, a shorter run.
 """
 
 import json

@@ -33,7 +33,7 @@ START_FIELDS = {
     "process_id",
 }  # fmt: skip
 # Fields of earlier versions, each with the value at which it did nothing.
-REMOVED_FIELDS = {"ngram_rows": 0, "embedding_shortcut": False}
+REMOVED_FIELDS = {"ngram_rows": 0, "embedding_shortcut": False, "logit_cap": 0.0}
 
 
 def parse_args(cls: type[Config], argv: list[str], about: str | None) -> Config:

@@ -17,7 +17,7 @@ RANGES = {
     "seed": (0, 2**32 - 1), "port": (0, 2**16 - 1),
     "process_id": (-1, MAX_INT), "max_new_tokens": (-1, MAX_INT),
     **dict.fromkeys(("warmup_iters", "eval_iters", "num_processes", "top_k"), (0, MAX_INT)),
-    "loss_chunks": (0, MAX_INT), "sample_chars": (0, 10_000),
+    "loss_chunks": (0, MAX_INT), "attention_window": (0, MAX_INT), "sample_chars": (0, 10_000),
 }  # fmt: skip
 # At least 0 and below 1; all other numbers are only at least 0.
 BELOW_ONE = {"dropout", "token_noise", "beta1", "beta2", "muon_momentum"}

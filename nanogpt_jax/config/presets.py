@@ -21,7 +21,7 @@ ABOUT = {
     "tiny": "smoke test: 0.03M parameters, 60 steps; a few seconds on any CPU; generates noise",
     "small": "nanoGPT's CPU recipe: 0.80M parameters, 2000 steps; loss 1.90, a minute on 2 cores",
     "small-fast": "the same loss in a tenth of the time: 0.11M parameters, 260 steps; loss 1.85",
-    "shakespeare-laptop": "nanoGPT's GPU loss on a CPU: 0.80M parameters, 3000 steps; loss 1.46",
+    "shakespeare-laptop": "nanoGPT's GPU loss on a CPU: 0.80M parameters, 2400 steps; loss 1.46",
     "shakespeare": "nanoGPT's baby GPT: 10.65M parameters, 5000 steps; loss 1.47 on a GPU or TPU",
     "shakespeare-fast": "a lower loss, sooner: 7.38M parameters, 1500 steps; loss 1.45, GPU or TPU",
     "gpt2": "nanoGPT's GPT-2: 124M parameters, 600,000 steps; its loss: 2.85, 4 days on 8 A100s",
@@ -98,12 +98,11 @@ SHAKESPEARE_FAST = TrainConfig(
     optim=dataclasses.replace(SMALL_FAST.optim, learning_rate=0.01, muon_momentum=0.95),
 )
 SHAKESPEARE_LAPTOP = TrainConfig(
-    config="shakespeare-laptop", batch_size=16, max_iters=3000, eval_interval=1000,
-    eval_first=False,
-    # Each character is read six times: without noise, the loss would rise towards the end.
+    config="shakespeare-laptop", batch_size=8, max_iters=2400, eval_interval=800, eval_first=False,
+    # Each character is read five times: without noise, the loss would rise towards the end.
     model=ModelConfig(
-        block_size=128, n_layer=4, n_head=4, n_embd=128, token_shift=True, token_noise=0.04,
-        **MODERN,
+        block_size=256, attention_window=64, n_layer=4, n_head=4, n_embd=128, token_shift=True,
+        token_noise=0.04, **MODERN,
     ),
     optim=dataclasses.replace(SHAKESPEARE_FAST.optim, weight_decay=0.2),
 )

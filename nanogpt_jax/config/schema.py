@@ -49,11 +49,13 @@ class ModelConfig(Checked):
     positions: Literal["learned", "rotary"] = "learned"  # position embeddings; rotary: RoPE
     #: attention and MLP read each position together with the one before it; helps small models
     token_shift: bool = False
+    #: tokens that each layer's attention sees, a divisor of block_size; 0: all. With fewer, a CPU
+    #: can afford a longer block_size
+    attention_window: int = 0
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # or RMSNorm without parameters
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, which bounds attention scores
     tied_head: bool = True  # share the token embedding with the output head
     zero_init: bool = False  # start residual projections, and an untied head, at zero
-    logit_cap: float = 0.0  # cap logits smoothly (tanh) at this value; 0: no cap
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,6 +64,8 @@ class ModelConfig(Checked):
         twice = self.positions == "rotary"  # it rotates pairs of features
         divisor, name = (2 * self.n_head, "2 n_head") if twice else (self.n_head, "n_head")
         require(self.n_embd % divisor == 0, self, "n_embd", f"a multiple of {name}={divisor}")
+        ok = self.block_size % (self.attention_window or 1) == 0
+        require(ok, self, "attention_window", f"0 or a divisor of block_size={self.block_size}")
         model = self.architecture
         if model == "gpt":
             return
@@ -80,6 +84,12 @@ class ModelConfig(Checked):
         return max(1, self.n_embd // 3) * 8 if self.activation == "swiglu" else 4 * self.n_embd
 
     @property
+    def n_keys(self) -> float:
+        """Keys that a query is compared with, on average; masked ones are computed too."""
+        window = self.attention_window or self.block_size
+        return 2 * window - window**2 / self.block_size
+
+    @property
     def mlp_in_features(self) -> int:
         """Output features of the MLP's first layer: the hidden ones, and SwiGLU's gates."""
         return self.hidden_size * (2 if self.activation == "swiglu" else 1)
@@ -87,7 +97,7 @@ class ModelConfig(Checked):
 
 REGULARIZATION = "dropout", "token_noise"  # in training only, so weights do not determine them
 # GPT-2's choice of each part that has newer alternatives: the defaults above.
-_PARTS = "activation positions token_shift norm qk_norm tied_head logit_cap zero_init"
+_PARTS = "activation positions token_shift attention_window norm qk_norm tied_head zero_init"
 GPT2_PARTS = {name: getattr(ModelConfig, name) for name in _PARTS.split()}
 
 

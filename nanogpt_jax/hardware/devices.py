@@ -164,6 +164,8 @@ def _lacking(kernel: str, model: ModelConfig, dtype: str, device) -> str | None:
         return f"a {platform.upper()}, but this is a {device.platform}"
     if model.dropout > 0:
         return f"a dropout of 0, but it is {model.dropout}"
+    if model.attention_window:
+        return f"an attention_window of 0, but it is {model.attention_window}"
     if kernel == "splash":
         if device.device_kind in ("TPU v2", "TPU v3"):
             return "a TPU v4 or newer"

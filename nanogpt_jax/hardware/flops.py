@@ -34,13 +34,14 @@ def parts(config: ModelConfig) -> list[Part]:
         params = n_in * n_out + has_bias * n_out
         return Part(part, times * params, times * 2 * n_in * n_out)
 
+    products = round(L * 2 * config.n_keys * D)
     found = [Part("token embedding", V * D)]
     if config.positions == "learned":
         found += [Part("position embedding", T * D)]
     found += [
         dense("attention: q, k, v", D, 3 * D, has_bias=bias and is_gpt),  # the lecture has none
-        Part("attention: scores", 0, L * 2 * T * D),
-        Part("attention: weighted sums", 0, L * 2 * T * D),
+        Part("attention: scores", 0, products),
+        Part("attention: weighted sums", 0, products),
     ]
     if name in ("gpt", "residual", "layernorm"):
         found += [

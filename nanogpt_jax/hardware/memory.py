@@ -83,7 +83,7 @@ def estimate_memory(config: TrainConfig) -> dict[str, int]:
     is_fused = compute.attention != "xla" and not has_dropout and width == 2
     stream = D * width
     mlp = (model.mlp_in_features + model.hidden_size) * width
-    scores = 0 if is_fused else model.n_head * T * (4 + width + has_dropout)
+    scores = 0 if is_fused else round(model.n_head * model.n_keys) * (4 + width + has_dropout)
     masks = 2 * D * has_dropout  # a byte per element
     streams = 7 + 2 * model.token_shift  # two norms, q k v, attention, the stream
     block = streams * stream + mlp + scores + masks

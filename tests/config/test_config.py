@@ -226,7 +226,10 @@ def test_a_message_is_complete_in_a_narrow_terminal_and_for_a_long_value(monkeyp
         (["--warmup_iters=-1"], "warmup_iters must be at least 0, got -1"),
         (["--grad_clip=-1"], "grad_clip must be finite and at least 0, got -1.0"),
         (["--lr_decay_iters=0"], "lr_decay_iters must be at least 1, got 0"),
-        (["--logit_cap=-1"], "logit_cap must be finite and at least 0, got -1.0"),
+        (
+            ["--attention_window=5"],
+            "attention_window must be 0 or a divisor of block_size=64, got 5",
+        ),
         (["--positions=rotary", "--n_embd=12"], "n_embd must be a multiple of 2 n_head=8, got 12"),
         (["--cooldown=0"], "cooldown must be above 0 and at most 1, got 0.0"),
         (["--cooldown=1.1"], "cooldown must be above 0 and at most 1, got 1.1"),
@@ -280,7 +283,7 @@ def test_values_at_the_limits_are_allowed():
     ModelConfig(block_size=1, n_layer=1, n_head=1, n_embd=1, vocab_size=1, dropout=0.999)
     OptimConfig(learning_rate=0, min_lr=0, warmup_iters=0, weight_decay=0, grad_clip=0, beta1=0)
     OptimConfig(muon_momentum=0, cooldown=1)
-    ModelConfig(n_head=1, n_embd=2, positions="rotary", logit_cap=0)
+    ModelConfig(n_head=1, n_embd=2, positions="rotary", attention_window=1)
     TrainConfig(max_iters=1, eval_interval=1, log_interval=1, seed=2**32 - 1)
     SampleConfig(temperature=0, top_k=0, top_p=1, max_new_tokens=1, num_samples=1, seed=0)
 
@@ -297,7 +300,8 @@ def test_the_config_json_of_a_run_gives_the_same_configuration_again(tmp_path):
     argv = (
         "--config=small --out_dir=somewhere --dataset=book.txt --n_layer=2 --bias --vocab_size=77 "
         "--learning_rate=0.00031 --lr_decay_iters=99 --decay_lr=False --activation=gelu_tanh "
-        "--positions=rotary --norm=rmsnorm --qk_norm --tied_head=False --zero_init --logit_cap=15 "
+        "--positions=rotary --norm=rmsnorm --qk_norm --tied_head=False --zero_init "
+        "--attention_window=4 "
         "--optimizer=muon --muon_momentum=0.9 --schedule=wsd --cooldown=0.3 --token_shift "
         "--token_noise=0.1"
     )

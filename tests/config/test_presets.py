@@ -188,6 +188,7 @@ def test_a_json_file_that_names_an_unknown_preset_is_refused(tmp_path):
         *MODERN.items(),
         ("positions", "learned"),
         ("token_shift", True),
+        ("attention_window", 4),
     ],
 )
 def test_a_flag_that_the_weights_determine_is_refused(flag, value):

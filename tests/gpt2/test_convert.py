@@ -740,7 +740,7 @@ def test_what_is_no_run_to_export_is_one_line(chars_run, tmp_path):
 
 
 OTHER_THAN_GPT2 = {name: value for name, value in MODERN.items() if name != "zero_init"}
-OTHER_THAN_GPT2 |= {"token_shift": True}
+OTHER_THAN_GPT2 |= {"token_shift": True, "attention_window": 4}
 
 
 @pytest.mark.parametrize(

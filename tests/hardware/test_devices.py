@@ -90,6 +90,7 @@ def test_a_kernel_that_does_not_fit_is_left_out_and_the_reason_says_why():
         (A100, model(head_size=136), {}, "136"),
         (H100, model(head_size=264), {}, "264"),
         (H100, GPT2, {"dtype": "float32"}, "float32"),
+        (H100, model(attention_window=64), {}, "attention_window of 0, but it is 64"),
         (V5E, model(dropout=0.1), {}, "dropout"),
         (V5E, model(block_size=250), {}, "250"),
         (V5E, GPT2, {"dtype": "float16"}, "float16"),

@@ -41,7 +41,7 @@ from nanogpt_jax.optim import make_optimizer
 PARTS = {"wte": "token embedding", "wpe": "position embedding", "attn": "attention", "mlp": "mlp"}
 PARTS |= {"lm_head": "head", "shift_1": "token shift", "shift_2": "token shift"}
 NEWER = [{"activation": "relu2"}, *({name: value} for name, value in MODERN.items()), MODERN]
-NEWER += [{"token_shift": True}]
+NEWER += [{"token_shift": True}, {"attention_window": 1}]
 OPENAI_GPT2 = [  # preset, (n_layer, n_head, n_embd), parameters
     ("gpt2", (12, 12, 768), 124_439_808),
     ("gpt2-medium", (24, 16, 1024), 354_823_168),

@@ -47,9 +47,9 @@ def test_small_reaches_nanogpts_loss(run, shakespeare, tmp_path):
 
 @pytest.mark.slow
 def test_the_preset_for_laptops_learns_fast(run, shakespeare, tmp_path):
-    """It ended at 1.6176."""
+    """It ended at 1.5952."""
     flags = ["--config=shakespeare-laptop", "--max_iters=500", "--dataset=shakespeare_char"]
     flags += [f"--data_dir={shakespeare}", f"--out_dir={tmp_path / 'run'}"]
     result = run("train.py", *flags, timeout=1200)
     assert result.returncode == 0, result.stderr
-    assert val_losses(tmp_path / "run") == {500: pytest.approx(1.618, abs=0.03)}
+    assert val_losses(tmp_path / "run") == {500: pytest.approx(1.595, abs=0.03)}

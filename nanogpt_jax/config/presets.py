@@ -21,7 +21,7 @@ ABOUT = {
     "tiny": "smoke test: 0.03M parameters, 60 steps; a few seconds on any CPU; generates noise",
     "small": "nanoGPT's CPU recipe: 0.80M parameters, 2000 steps; loss 1.90, a minute on 2 cores",
     "small-fast": "the same loss in a tenth of the time: 0.11M parameters, 260 steps; loss 1.85",
-    "shakespeare-laptop": "nanoGPT's GPU loss on a CPU: 0.80M parameters, 2400 steps; loss 1.46",
+    "shakespeare-laptop": "nanoGPT's GPU loss on a CPU: 0.80M parameters, 2400 steps; loss 1.45",
     "shakespeare": "nanoGPT's baby GPT: 10.65M parameters, 5000 steps; loss 1.47 on a GPU or TPU",
     "shakespeare-fast": "a lower loss, sooner: 7.38M parameters, 1500 steps; loss 1.45, GPU or TPU",
     "gpt2": "nanoGPT's GPT-2: 124M parameters, 600,000 steps; its loss: 2.85, 4 days on 8 A100s",
